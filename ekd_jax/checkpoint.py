@@ -1,0 +1,186 @@
+"""Checkpoints: the only file that knows Orbax.
+
+A checkpoint holds the item `state` (the TrainState as nested dicts) and the item `run`, JSON: the
+SHA-256 of every array of the state, and whatever else the run must remember. Orbax restores flipped
+bytes without a word; the digests are checked whenever anything is restored.
+"""
+
+import contextlib
+import hashlib
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from ekd_jax.errors import UserError
+from ekd_jax.state import TrainState
+
+FOLDER = "checkpoints"
+Tree = dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run: the latest and the best are kept.
+
+    Args:
+        workdir: of the run; checkpoints live in its folder `checkpoints/<step>`.
+    """
+
+    def __init__(self, workdir: pathlib.Path):
+        self.directory = workdir.absolute() / FOLDER
+
+        def score(metrics: dict[str, float]) -> float:
+            return metrics["ensemble/top1"]
+
+        best = policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
+                best_fn=score,  # without it Orbax forgets the metrics when the run is resumed
+            ),
+            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()},
+        )
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def choose(self, step: int | None = None, best_by: str | None = None) -> int:
+        """The step asked for, or the best of those kept by a metric, or the latest.
+
+        Args:
+            step: must be there.
+            best_by: a test metric, such as "student_3/top1"; higher is better.
+
+        Raises:
+            UserError: no such checkpoint, or none that was evaluated.
+        """
+        steps = self.steps()
+        if step is not None:
+            if step not in steps:
+                raise UserError(f"--step={step}: kept are {', '.join(map(str, steps))}")
+            return step
+        if best_by is None:
+            return steps[-1]
+        evaluated = {s: self._run(s)["evaluation"] for s in steps}
+        scores = {s: metrics[best_by] for s, metrics in evaluated.items() if metrics}
+        if not scores:
+            raise UserError(f"no checkpoint in {self.directory} was evaluated yet: leave out --best")
+        return max(scores, key=lambda s: (scores[s], s))
+
+    def save(self, state: TrainState, run: Tree, evaluation: dict[str, float] | None) -> None:
+        """Saves in the background; what was saved before is complete when this returns.
+
+        Args:
+            state: arrays; may be donated as soon as this returns.
+            run: JSON values to remember.
+            evaluation: test metrics of this very state, if there are any; decide which is best.
+        """
+        tree = jax.device_get(_as_tree(state))
+        run = {**run, "evaluation": evaluation, "sha256": _digests(tree)}
+        self._manager.save(
+            int(tree["step"]),
+            args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree), run=ocp.args.JsonSave(run)),
+            metrics=evaluation,
+        )
+
+    def restore(self, like: TrainState, step: int) -> tuple[TrainState, Tree]:
+        """The whole state, as numpy arrays, and what the run remembered.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        tree, run = self._restore(_as_tree(like), step)
+        fields = {name: tree[name] for name in tree if name != "opt_state"}
+        leaves = jax.tree.leaves(tree["opt_state"])
+        opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves)
+        return TrainState(opt_state=opt_state, **fields), run
+
+    def restore_variables(self, like: Tree, step: int) -> tuple[Tree, Tree]:
+        """Sub-trees of `params` and `batch_stats` alone: nothing else is read from disk.
+
+        Args:
+            like: nested dicts of shapes, such as `{"params": {"base": ...}}`.
+            step: of the checkpoint.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        return self._restore(like, step)
+
+    def wait(self) -> None:
+        """Returns when everything that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _run(self, step: int) -> Tree:
+        run: Tree = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+        return run
+
+    def _restore(self, like: Tree, step: int) -> tuple[Tree, Tree]:
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), like)
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+        damaged = (
+            f"checkpoint {self.directory / str(step)} is damaged: delete that folder to go on from "
+            f"another ({', '.join(str(s) for s in self.steps() if s != step) or 'there is none'})"
+        )
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(like, restore_args, partial_restore=True),
+                    run=ocp.args.JsonRestore(),
+                ),
+            )
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise UserError(f"{damaged} ({' '.join(str(error).split())[:120]})") from error
+        digests = restored.run["sha256"]
+        for path, digest in _digests(restored.state).items():
+            if digests.get(path) != digest:
+                raise UserError(f"{damaged} (SHA-256 of {path} differs)")
+        return restored.state, restored.run
+
+
+@contextlib.contextmanager
+def opened(workdir: pathlib.Path) -> Iterator[Checkpoints]:
+    """The checkpoints of a finished or running run, to read.
+
+    Raises:
+        UserError: there is no complete checkpoint.
+    """
+    if not (workdir / FOLDER).is_dir():
+        raise UserError(f"{workdir} holds no checkpoints: --workdir is the folder that a run was given")
+    checkpoints = Checkpoints(workdir)
+    try:
+        if not checkpoints.steps():
+            raise UserError(f"{workdir} holds no complete checkpoint yet: let the run go on a little")
+        yield checkpoints
+    finally:
+        checkpoints.close()
+
+
+def _as_tree(state: TrainState) -> Tree:
+    leaves = jax.tree.leaves(state.opt_state)
+    width = len(str(len(leaves)))
+    return {
+        "step": state.step,
+        "params": state.params,
+        "batch_stats": state.batch_stats,
+        "opt_state": {str(i).zfill(width): leaf for i, leaf in enumerate(leaves)},
+    }
+
+
+def _digests(tree: Tree) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): hashlib.sha256(
+            np.ascontiguousarray(leaf).tobytes()
+        ).hexdigest()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

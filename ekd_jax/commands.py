@@ -1,0 +1,71 @@
+"""What the commands share: flags, the configuration, and one line for every error."""
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from ekd_jax.config import resolve
+from ekd_jax.errors import UserError, nearest
+
+FLAGS = flags.FLAGS
+
+
+def define_config() -> None:
+    """Defines --config=FILE[:argument] and --config.<knob>=value."""
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "recipe, a file of configs/; change any knob with --config.<section>.<knob>=value",
+        lock_config=False,
+        accept_new_attributes=True,  # `resolve` refuses unknown knobs, and names the nearest
+    )
+
+
+def config() -> Any:
+    """The complete configuration that the command line asks for.
+
+    Raises:
+        UserError: no recipe, an unknown knob, a value of the wrong type or out of range.
+    """
+    if FLAGS.config is None:
+        raise UserError("--config=FILE is missing; for example --config=configs/digits.py")
+    path = pathlib.Path(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0])
+    if not path.is_file():
+        others = [str(p) for p in (path.parent.glob("*.py") if path.parent.is_dir() else ())]
+        raise UserError(
+            f"there is no config file {path}{nearest(str(path), sorted(others)) if others else ''}"
+        )
+    return resolve(FLAGS.config, config_flags.get_override_values(FLAGS["config"]))
+
+
+def config_name() -> str:
+    """`digits` for configs/digits.py; `resnet_cifar100-depth=110` for its variant depth=110."""
+    path, _, argument = config_flags.get_config_filename(FLAGS["config"]).partition(":")
+    name = os.path.splitext(os.path.basename(path))[0]
+    return f"{name}-{argument.replace(',', '-')}" if argument else name
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parses flags, runs `main` and exits: with its code, or 2 and one line on standard error."""
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = FLAGS(argv)
+        except (flags.Error, OSError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(" ".join(str(error).split())) from error
+        if rest[1:]:
+            raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value")
+        if not FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.ERROR)
+        return rest
+
+    try:
+        app.run(lambda _: sys.exit(main()), flags_parser=parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,238 @@
+"""Every knob once: its default, what it means, and which values make sense.
+
+A recipe (a file of `configs/`) starts from `default()` and changes what it must. `resolve` turns
+what the user asked for into the complete, checked configuration that a run stores and obeys.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
+
+from ekd_jax.errors import UserError, nearest
+from ekd_jax.methods import METHODS
+from ekd_jax.models import MODELS
+from ekd_jax.models.ensemble import parse_students
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """A setting: default, meaning, which values are allowed, and whether it changes the result."""
+
+    default: Any
+    meaning: str
+    allowed: Callable[[Any], bool] = lambda value: True
+    must: str = ""  # what `allowed` demands, in words
+    changes_result: bool = True
+
+
+def _one_of(choices: Iterable[str]) -> dict[str, Any]:
+    names = tuple(choices)
+    return {"allowed": lambda v: v in names, "must": f"be one of {', '.join(names)}"}
+
+
+_POSITIVE: dict[str, Any] = {"allowed": lambda v: v > 0, "must": "be above 0"}
+_NOT_NEGATIVE: dict[str, Any] = {"allowed": lambda v: v >= 0, "must": "not be negative"}
+_FRACTION: dict[str, Any] = {"allowed": lambda v: 0 <= v < 1, "must": "be at least 0 and below 1"}
+_ALL_POSITIVE: dict[str, Any] = {"allowed": lambda v: all(s > 0 for s in v), "must": "be above 0"}
+_INCREASING: dict[str, Any] = {
+    "allowed": lambda v: all(a < b for a, b in zip((0.0, *v), (*v, 1.0), strict=True)),
+    "must": "be increasing fractions between 0 and 1",
+}
+
+_POSITIVE_STEP = {**_POSITIVE, "changes_result": False}
+_PLACE: dict[str, Any] = {"changes_result": False}
+
+KNOBS: dict[str, Knob] = {
+    "seed": Knob(0, "initial values, order of examples, augmentation", **_NOT_NEGATIVE),
+    "model.name": Knob("resnet20", "network", **_one_of(MODELS)),
+    "model.students": Knob(5, "number of students, or a tuple of their width multipliers"),
+    "model.no_blocks": Knob(3, "how many blocks of a branch are compressed, from the last", **_POSITIVE),
+    "method.name": Knob(
+        "oem", "how students learn; the fields of its class are its knobs", **_one_of(METHODS)
+    ),
+    "data.name": Knob("cifar100", "data set", **_one_of(("digits", "cifar10", "cifar100"))),
+    "data.data_dir": Knob("", "where TFDS keeps prepared sets; empty: TFDS's own default", **_PLACE),
+    "data.manual_dir": Knob("", "folder of archives to prepare from, instead of a download", **_PLACE),
+    "data.train_examples": Knob(0, "train on the first so many examples; 0: all", **_NOT_NEGATIVE),
+    "data.crop_padding": Knob(4, "zero pixels around an image before the random crop", **_NOT_NEGATIVE),
+    "data.flip": Knob(True, "flip half of the training images left to right"),
+    "data.mean": Knob((0.0,), "subtracted from images scaled to [0, 1]; one value, or one a channel"),
+    "data.std": Knob((1.0,), "divides them then", **_ALL_POSITIVE),
+    "optimizer.name": Knob("sgd", "or adam; with L2 decay as in PyTorch", **_one_of(("sgd", "adam"))),
+    "optimizer.learning_rate": Knob(0.1, "to begin with", **_POSITIVE),
+    "optimizer.momentum": Knob(0.9, "of sgd", **_FRACTION),
+    "optimizer.nesterov": Knob(True, "Nesterov's momentum for sgd"),
+    "optimizer.weight_decay": Knob(1e-4, "L2, added to the gradient of every parameter", **_NOT_NEGATIVE),
+    "optimizer.milestones": Knob((0.5, 0.75), "fractions of training where the rate drops", **_INCREASING),
+    "optimizer.decay": Knob(0.1, "factor by which it drops", **_POSITIVE),
+    "train.epochs": Knob(300.0, "passes over the training set", **_POSITIVE),
+    "train.batch_size": Knob(128, "examples a step, over all devices", **_POSITIVE),
+    "train.dtype": Knob("float32", "what convolutions compute in", **_one_of(("float32", "bfloat16"))),
+    "train.log_every_steps": Knob(100, "steps that one training record averages", **_POSITIVE_STEP),
+    "train.evaluate_every_epochs": Knob(5.0, "epochs between evaluations", **_POSITIVE_STEP),
+    "train.checkpoint_every_epochs": Knob(1.0, "epochs between checkpoints", **_POSITIVE_STEP),
+    "evaluate.batch_size": Knob(500, "examples a step of evaluation, over all devices", **_POSITIVE_STEP),
+}
+
+
+def method_fields(name: str) -> dict[str, Any]:
+    """The knobs of a method with their defaults: the fields of its class."""
+    own = dataclasses.fields(METHODS[name])
+    return {f.name: f.default for f in own if f.name not in ("parent", "name")}
+
+
+def default(method: str = "oem") -> ConfigDict:
+    """All knobs at their defaults, with those of `method`."""
+    values = {path: knob.default for path, knob in KNOBS.items()}
+    # A number or a tuple: the command line takes any literal here, `resolve` checks it.
+    values["model.students"] = FieldReference(values["model.students"], field_type=object)
+    values |= {f"method.{name}": value for name, value in method_fields(method).items()}
+    values["method.name"] = method
+    return ConfigDict(_nest(values))
+
+
+def parse_variant(argument: str | None, **choices: tuple[Any, ...]) -> ConfigDict:
+    """The values after the colon of `--config=file.py:depth=110,recipe=official`.
+
+    Args:
+        argument: what `get_config` was given.
+        **choices: what a recipe can be asked for, name=(default, other, ...).
+
+    Raises:
+        UserError: an unknown name or value.
+    """
+    values = {name: allowed[0] for name, allowed in choices.items()}
+    for part in filter(None, (argument or "").split(",")):
+        name, _, text = part.partition("=")
+        if not choices:
+            raise UserError(f"this config takes no argument, not {part!r}")
+        if name not in choices:
+            raise UserError(f"this config knows no argument {name!r}{nearest(name, choices)}")
+        by_text = {str(value): value for value in choices[name]}
+        if text not in by_text:
+            raise UserError(f"config argument {name}={text!r} is unknown{nearest(text, by_text)}")
+        values[name] = by_text[text]
+    return ConfigDict(values)
+
+
+def resolve(config: Mapping[str, Any], overridden: Iterable[str] = ()) -> FrozenConfigDict:
+    """The complete configuration, checked.
+
+    Args:
+        config: a recipe's, with the command line's changes.
+        overridden: dotted names that the command line set. When `method.name` is among them, the
+            recipe's other method knobs belonged to another method and give way to the defaults.
+
+    Raises:
+        UserError: an unknown knob, a value of the wrong type or out of range.
+    """
+    asked = _flatten(config)
+    overridden = set(overridden)
+    method = asked.get("method.name", KNOBS["method.name"].default)
+    _check("method.name", method)
+    if "method.name" in overridden:
+        asked = {k: v for k, v in asked.items() if not k.startswith("method.") or k in overridden}
+    known = {path: knob.default for path, knob in KNOBS.items()}
+    known |= {f"method.{name}": value for name, value in method_fields(method).items()}
+    known["method.name"] = method
+
+    values = {}
+    for path, value in (known | asked).items():
+        if path not in known:
+            raise UserError(f"unknown knob config.{path}{nearest(path, known)}")
+        values[path] = _coerce(path, value, known[path])
+        _check(path, values[path])
+    complete = FrozenConfigDict(_nest(values))
+    make_method(complete)
+    MODELS[complete.model.name](
+        students=parse_students(complete.model.students),
+        no_blocks=complete.model.no_blocks,
+        num_classes=1,
+        dtype=complete.train.dtype,
+        base_gradients="all",
+    )
+    return complete
+
+
+def make_method(config: Any) -> Any:
+    """The method that `config.method` describes; raises UserError for a value out of range."""
+    fields = config.method.to_dict()
+    return METHODS[fields.pop("name")](**fields)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dict, ready for JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(ConfigDict(config).to_dict()))
+    return plain
+
+
+def result_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted name -> value of everything that changes what a run computes."""
+    flat = _flatten(json.loads(json.dumps(config)))
+    return {k: v for k, v in flat.items() if k not in KNOBS or KNOBS[k].changes_result}
+
+
+def fingerprint(config: Any) -> str:
+    """12 hexadecimal digits that two configurations share if they compute the same."""
+    text = json.dumps(result_fields(to_dict(config)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """What names a run in its summary and in the students taken out of it."""
+    return {
+        "model": config.model.name,
+        "method": config.method.name,
+        "data": config.data.name,
+        "seed": config.seed,
+        "fingerprint": fingerprint(config),
+    }
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        section, _, name = path.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    return nested
+
+
+def _coerce(path: str, value: Any, like: Any) -> Any:
+    """`value` as the type of the default `like`; an integer will do for a float."""
+    if path == "model.students":
+        return tuple(value) if isinstance(value, list) else value
+    if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(like, tuple):
+        values = tuple(value) if isinstance(value, list | tuple) else (value,)
+        return tuple(_coerce(path, v, like[0]) for v in values)
+    if type(value) is not type(like):
+        raise UserError(
+            f"config.{path}={value!r} must be of type {type(like).__name__}, like its default {like!r}"
+        )
+    return value
+
+
+def _check(path: str, value: Any) -> None:
+    knob = KNOBS.get(path)
+    if knob and not knob.allowed(value):
+        hint = (
+            nearest(value, knob.must.removeprefix("be one of ").split(", "))
+            if isinstance(value, str)
+            else ""
+        )
+        raise UserError(f"config.{path}={value!r} must {knob.must}{hint if 'did you' in hint else ''}")

@@ -1,0 +1,193 @@
+"""What a network is: parameters, multiply-accumulates and widths of its students; also a command.
+
+python -m ekd_jax.describe --config=configs/resnet_cifar100.py [--num_classes=K] [--json]
+"""
+
+import json
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from clu import parameter_overview
+from jax.extend.core import jaxprs_in_params
+
+from ekd_jax import commands, models
+from ekd_jax.config import make_method
+from ekd_jax.data import sources
+from ekd_jax.errors import UserError
+from ekd_jax.models.ensemble import (
+    Ensemble,
+    Variables,
+    parse_students,
+    student_paths,
+    student_variables,
+)
+from ekd_jax.state import init_variables
+from ekd_jax.step import objective
+from ekd_jax.writers import table
+
+FLAGS = flags.FLAGS
+
+
+def build(config: Any, num_classes: int) -> Ensemble:
+    """The ensemble that `config` asks for."""
+    return models.build(
+        config.model.name,
+        parse_students(config.model.students),
+        config.model.no_blocks,
+        num_classes,
+        config.train.dtype,
+        make_method(config).base_gradients,
+    )
+
+
+def describe(config: Any, input_shape: tuple[int, ...], num_classes: int) -> dict[str, Any]:
+    """The students of a configuration.
+
+    Args:
+        config: resolved.
+        input_shape: H, W, C of the images.
+        num_classes: K.
+
+    Returns:
+        `{"model", "num_classes", "input_shape", "base_parameters", "adaptation_parameters",
+        "students": [{"student", "width", "widths", "parameters", "macs", "ratio"}]}`. Parameters
+        include the base block and not the adaptation layers; macs are multiply-accumulates of
+        convolutions and matrix products for one image; ratio is of student 1's parameters.
+    """
+    ensemble = build(config, num_classes)
+    variables = init_variables(ensemble, make_method(config), config.seed, input_shape)
+    params = variables["params"]
+
+    def count(tree: Any) -> int:
+        return int(parameter_overview.count_parameters(tree))
+
+    sizes = [count(student_paths(params, i + 1)) for i in range(len(ensemble.students))]
+    return {
+        "model": config.model.name,
+        "num_classes": num_classes,
+        "input_shape": list(input_shape),
+        "base_parameters": count(params["base"]),
+        "adaptation_parameters": count(params["method"].get("adaptation_layers", {})),
+        "students": [
+            {
+                "student": i + 1,
+                "width": round(float(width), 4),
+                "widths": list(ensemble.branches[i].widths),  # type: ignore[attr-defined]
+                "parameters": sizes[i],
+                "macs": student_macs(ensemble, variables, i + 1, input_shape),
+                "ratio": round(sizes[i] / sizes[0], 6),
+            }
+            for i, width in enumerate(ensemble.students)
+        ],
+    }
+
+
+def as_text(description: dict[str, Any]) -> str:
+    """The description's students as lines of text."""
+    rows = [
+        [
+            s["student"],
+            f"{s['width']:g}",
+            "-".join(map(str, s["widths"])),
+            f"{s['parameters']:,}",
+            f"{100 * s['ratio']:.2f}",
+            human(s["macs"]),
+        ]
+        for s in description["students"]
+    ]
+    return "\n".join(
+        [
+            table(rows, ["student", "width", "channels", "parameters", "% of 1", "MACs"]),
+            f"base block: {description['base_parameters']:,} parameters, counted in every student",
+            f"adaptation layers: {description['adaptation_parameters']:,} parameters, in training only",
+        ]
+    )
+
+
+def human(count: float) -> str:
+    """41.3M, 12.5k, ..."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return f"{count:.0f}"
+
+
+def student_macs(
+    ensemble: Ensemble, variables: Variables, student: int, input_shape: tuple[int, ...]
+) -> int:
+    """Multiply-accumulates of one image through base block and branch."""
+    images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    alone = student_variables(variables, student)
+    return count_macs(jax.make_jaxpr(ensemble.student(student).logits)(alone, images).jaxpr)
+
+
+def count_macs(jaxpr: Any) -> int:
+    """Multiply-accumulates of the convolutions and matrix products in a jaxpr, loops included."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            kernel, out_axis = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec[0]
+            total += eqn.outvars[0].aval.size * math.prod(kernel) // kernel[out_axis]
+        elif eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += eqn.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+        else:
+            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            total += times * sum(count_macs(inner) for inner in jaxprs_in_params(eqn.params))
+    return total
+
+
+def memory(config: Any, description: dict[str, Any], examples: int) -> dict[str, int]:
+    """Bytes of device memory that training needs, estimated before anything is compiled.
+
+    `state` is parameters, their gradients and the optimiser's slots; `activations` what the
+    backward pass keeps of one batch (exact at the level of JAX, before XLA fuses); `data` the
+    training and test images.
+    """
+    shape, classes = tuple(description["input_shape"]), description["num_classes"]
+    ensemble, method = build(config, classes), make_method(config)
+    variables = init_variables(ensemble, method, config.seed, shape)
+    slots = {"sgd": 1 if config.optimizer.momentum else 0, "adam": 2}[config.optimizer.name]
+    images = jax.ShapeDtypeStruct((config.train.batch_size, *shape), jnp.float32)
+    labels = jax.ShapeDtypeStruct((config.train.batch_size,), jnp.int32)
+
+    def kept(params: Any, images: Any, labels: Any) -> Any:
+        def loss(params: Any) -> Any:
+            full = {"params": params, "batch_stats": variables["batch_stats"]}
+            outputs, _ = ensemble.apply(full, images, train=True)
+            own = {kind: tree["method"] for kind, tree in full.items()}
+            return objective(method, own, outputs, labels)[0]
+
+        return jax.vjp(loss, params)[1]
+
+    def size(tree: Any) -> int:
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    parameters = size(variables["params"])
+    residuals = size(jax.eval_shape(kept, variables["params"], images, labels))
+    return {
+        "state": (2 + slots) * parameters,
+        "activations": residuals - parameters,
+        "data": examples * math.prod(shape),
+    }
+
+
+def main() -> None:
+    """The command."""
+    config = commands.config()
+    known = sources.info(config)
+    if FLAGS.num_classes is not None and FLAGS.num_classes < 1:
+        raise UserError(f"--num_classes={FLAGS.num_classes} must be at least 1")
+    description = describe(config, known.input_shape, FLAGS.num_classes or known.num_classes)
+    print(json.dumps(description, indent=2) if FLAGS.json else as_text(description))
+
+
+if __name__ == "__main__":
+    commands.define_config()
+    flags.DEFINE_integer("num_classes", None, "number of classes, instead of the data set's")
+    flags.DEFINE_boolean("json", False, "print JSON")
+    commands.run(main)

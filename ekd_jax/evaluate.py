@@ -1,0 +1,183 @@
+"""Evaluation over every test example exactly once; also a command.
+
+python -m ekd_jax.evaluate --workdir=RUN [--step=N | --best] [--json]
+python -m ekd_jax.evaluate --student_dir=DIR [--json]
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax import lax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from ekd_jax import checkpoint, commands, parallel
+from ekd_jax.config import make_method, resolve
+from ekd_jax.data import sources
+from ekd_jax.data.augment import normalise
+from ekd_jax.describe import build
+from ekd_jax.errors import UserError
+from ekd_jax.extract import LoadedStudent, load_student
+from ekd_jax.methods.base import Method
+from ekd_jax.models.ensemble import Ensemble, Variables
+from ekd_jax.state import init_variables
+from ekd_jax.workdir import read
+from ekd_jax.writers import table
+
+FLAGS = flags.FLAGS
+Array = jax.Array
+Results = dict[str, float]
+
+
+def predictions(ensemble: Ensemble, method: Method) -> Callable[[Variables, Array], Array]:
+    """(variables, images) -> logits (S+1, B, K) of all students and, last, the ensemble teacher."""
+
+    def predict(variables: Variables, images: Array) -> Array:
+        outputs, _ = ensemble.apply(variables, images, train=False)
+        own = {kind: tree["method"] for kind, tree in variables.items()}
+        teacher_BxK: Any = method.apply(own, outputs, method="ensemble_logits")
+        return jnp.concatenate([outputs.logits_SxBxK, teacher_BxK[None]])
+
+    return predict
+
+
+def predictor_names(students: int) -> list[str]:
+    """Names of what `predictions` gives: student_1, ..., ensemble."""
+    return [*(f"student_{i + 1}" for i in range(students)), "ensemble"]
+
+
+def make_evaluator(
+    predict: Callable[[Variables, Array], Array], config: Any, examples: int, mesh: Mesh
+) -> Any:
+    """A jitted function of (variables, images uint8, labels) that gives sums over all examples.
+
+    The last batch is filled up with examples that count nothing, so that each example counts once
+    for any batch size and any number of devices.
+
+    Args:
+        predict: (variables, images float normalised) -> logits (P, B, K).
+        config: resolved; `data.mean`, `data.std` and `evaluate.batch_size` are read.
+        examples: N, number of images.
+        mesh: devices that share a batch.
+
+    Returns:
+        The function; its result is (3, P): how many were right, how many among the five likeliest,
+        and the sum of the negative log likelihoods (nats).
+    """
+    batch_size = -(-min(config.evaluate.batch_size, examples) // mesh.size) * mesh.size
+
+    def evaluate(variables: Variables, images: Array, labels: Array) -> Array:
+        def body(i: Array, sums: Array) -> Array:
+            place = i * batch_size + jnp.arange(batch_size)
+            place = lax.with_sharding_constraint(place, parallel.split(mesh))
+            counts, place = place < examples, jnp.minimum(place, examples - 1)
+            logits = predict(variables, normalise(images[place], config.data.mean, config.data.std))
+            wanted = jnp.broadcast_to(labels[place], logits.shape[:2])[..., None]
+            _, likeliest = lax.top_k(logits, min(5, logits.shape[-1]))
+            nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), wanted, -1)[..., 0]
+            scores = jnp.stack([likeliest[..., 0] == wanted[..., 0], (likeliest == wanted).any(-1), nll])
+            return sums + jnp.where(counts, scores, 0).sum(-1)
+
+        predictors = jax.eval_shape(predict, variables, normalise(images[:1], (0.0,), (1.0,))).shape[0]
+        batches = -(-examples // batch_size)
+        return lax.fori_loop(0, batches, body, jnp.zeros((3, predictors), jnp.float32))
+
+    return jax.jit(evaluate)
+
+
+def results(sums: Array, examples: int, names: Sequence[str]) -> Results:
+    """`{"student_1/top1": per cent, "student_1/top5": per cent, "student_1/nll": nats, ...}`."""
+    means = np.asarray(jax.device_get(sums), np.float64) / examples
+    scale = {"top1": 100.0, "top5": 100.0, "nll": 1.0}
+    return {
+        f"{name}/{metric}": float(means[m, p] * scale[metric])
+        for p, name in enumerate(names)
+        for m, metric in enumerate(scale)
+    }
+
+
+def evaluate_run(
+    path: pathlib.Path, step: int | None = None, best: bool = False, manual_dir: str = ""
+) -> tuple[int, Results]:
+    """Evaluates a checkpoint of a run on its test set: (step, results)."""
+    run = read(path)
+    config = with_manual_dir(run.config, manual_dir)
+    method, ensemble = make_method(config), build(config, run.students["num_classes"])
+    with checkpoint.opened(path) as checkpoints:
+        step = checkpoints.choose(step, "ensemble/top1" if best else None)
+        like = init_variables(ensemble, method, 0, tuple(run.students["input_shape"]))
+        variables, _ = checkpoints.restore_variables(like, step)
+    names = predictor_names(len(ensemble.students))
+    return step, _evaluate(predictions(ensemble, method), variables, config, names)
+
+
+def evaluate_student(student: LoadedStudent, manual_dir: str = "") -> Results:
+    """Evaluates a student that was taken out on the test set it was made for."""
+    own = student.description
+    data = {k: own["preprocessing"][k] for k in ("mean", "std")}
+    config = with_manual_dir(resolve({"data": {"name": own["provenance"]["data"], **data}}), manual_dir)
+
+    def predict(variables: Variables, images: Array) -> Array:
+        return student.model.logits(variables, images)[None]
+
+    return _evaluate(predict, student.variables, config, [f"student_{own['student']}"])
+
+
+def with_manual_dir(config: Any, manual_dir: str) -> Any:
+    """The configuration with archives looked for in `manual_dir`, if given."""
+    if not manual_dir:
+        return config
+    changed = ConfigDict(config)
+    changed.data.manual_dir = manual_dir
+    return FrozenConfigDict(changed)
+
+
+def _evaluate(
+    predict: Callable[[Variables, Array], Array], variables: Variables, config: Any, names: list[str]
+) -> Results:
+    mesh, dataset = parallel.make_mesh(), sources.load(config)
+    examples = len(dataset.test_labels)
+    evaluate = make_evaluator(predict, config, examples, mesh)
+    arguments = parallel.replicate(mesh, (variables, dataset.test_images, dataset.test_labels))
+    return results(evaluate(*arguments), examples, names)
+
+
+def as_text(found: Results) -> str:
+    """Results as a table."""
+    names = list(dict.fromkeys(key.split("/")[0] for key in found))
+    rows = [
+        [n, f"{found[n + '/top1']:.2f}", f"{found[n + '/top5']:.2f}", f"{found[n + '/nll']:.4f}"]
+        for n in names
+    ]
+    return table(rows, ["test set", "top-1 %", "top-5 %", "NLL"])
+
+
+def main() -> None:
+    """The command."""
+    if (FLAGS.workdir is None) == (FLAGS.student_dir is None):
+        raise UserError("pass --workdir=RUN, or --student_dir=DIR for a student that was taken out")
+    if FLAGS.step is not None and FLAGS.best:
+        raise UserError("pass --step=N or --best, not both")
+    if FLAGS.student_dir:
+        found = evaluate_student(load_student(FLAGS.student_dir), FLAGS.manual_dir)
+    else:
+        step, found = evaluate_run(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.best, FLAGS.manual_dir)
+        print(f"{FLAGS.workdir}, step {step:,}", file=sys.stderr)
+    print(json.dumps(found, indent=2) if FLAGS.json else as_text(found))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "folder of a run")
+    flags.DEFINE_string("student_dir", None, "folder that ekd_jax.extract wrote")
+    flags.DEFINE_string("manual_dir", "", "folder of archives, instead of the one the run used")
+    flags.DEFINE_integer("step", None, "step of the checkpoint; the latest if not given")
+    flags.DEFINE_boolean("best", False, "the kept checkpoint in which the ensemble did best")
+    flags.DEFINE_boolean("json", False, "print JSON")
+    commands.run(main)

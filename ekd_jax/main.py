@@ -1,0 +1,53 @@
+"""Trains a family of students: python -m ekd_jax.main --config=configs/digits.py [--workdir=DIR]
+
+Run the same command again to go on after an interruption. `--dry_run` prints what would happen.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+
+from ekd_jax import commands, parallel, train
+from ekd_jax.config import fingerprint, to_dict
+from ekd_jax.data import sources
+from ekd_jax.describe import as_text, describe, human, memory
+from ekd_jax.workdir import check
+
+FLAGS = flags.FLAGS
+
+
+def main() -> None:
+    """The command."""
+    config = commands.config()
+    path = pathlib.Path(FLAGS.workdir or f"runs/{commands.config_name()}")
+    if not FLAGS.dry_run:
+        summary = train.run(config, path)
+        print(train.summary_table(summary))
+        print(
+            f"everything is in {path}; take a student out with python -m ekd_jax.extract --workdir={path}"
+        )
+        return
+
+    mesh = parallel.make_mesh()
+    train.check_batches(config, mesh)
+    check(path, config)
+    info = sources.info(config)
+    description = describe(config, info.input_shape, info.num_classes)
+    needed = memory(config, description, info.train_examples + info.test_examples)
+    print(json.dumps(to_dict(config), indent=2))
+    print(as_text(description))
+    steps = train.steps_in(config.train.epochs, config, info.train_examples)
+    print(f"fingerprint {fingerprint(config)}")
+    print(f"{steps:,} steps of {config.train.batch_size} images, {config.train.epochs:g} epochs", end=" ")
+    print(f"of {info.train_examples:,}, on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    parts = ", ".join(f"{name} {human(size)}B" for name, size in needed.items())
+    print(f"memory, estimated: {human(sum(needed.values()))}B ({parts})")
+    print(f"files go to {path}; nothing was trained")
+
+
+if __name__ == "__main__":
+    commands.define_config()
+    flags.DEFINE_string("workdir", None, "folder of the run; runs/<name of the config> if not given")
+    flags.DEFINE_boolean("dry_run", False, "print configuration, students, steps and memory; train nothing")
+    commands.run(main)

@@ -1,0 +1,170 @@
+"""Online ensemble model compression using knowledge distillation.
+
+Walawalkar, Shen, Savvides, ECCV 2020 (arXiv 2011.07449); formulas as in the official code,
+utils/Losses.py, which METHODS.md 1.2 and 1.9 hold against the paper.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ekd_jax import losses
+from ekd_jax.errors import UserError, nearest
+from ekd_jax.methods.base import Method, Terms, label_terms, per_student
+from ekd_jax.models.ensemble import Features, Outputs
+from ekd_jax.models.layers import BatchNorm, Linear, constant, torch_default
+
+Array = jax.Array
+
+
+class Adaptation(nn.Module):
+    """1x1 convolutions with bias that bring students' maps to the pseudo teacher's channels."""
+
+    @nn.compact
+    def __call__(self, features: Features) -> Features:
+        def adapt(b: int, i: int, x: Array) -> Array:
+            width = features[b][0].shape[-1]
+            return Linear(width, torch_default, dtype=x.dtype, name=f"block{b + 1}_student{i}")(x)
+
+        return tuple(
+            (row[0], *(adapt(b, i, x) for i, x in enumerate(row[1:], 2))) for b, row in enumerate(features)
+        )
+
+
+class UniformWeights(nn.Module):
+    """1/S for every student."""
+
+    def __call__(self, outputs: Outputs, train: bool) -> Array:
+        """(S, 1)"""
+        students = len(outputs.logits_SxBxK)
+        return jnp.full((students, 1), 1 / students, outputs.logits_SxBxK.dtype)
+
+
+class LearnedWeights(nn.Module):
+    """softmax of one trained number a student, 1/S to begin with."""
+
+    @nn.compact
+    def __call__(self, outputs: Outputs, train: bool) -> Array:
+        """(S, 1)"""
+        shape = (len(outputs.logits_SxBxK),)
+        return nn.softmax(self.param("logits", constant(0.0), shape, jnp.float32))[:, None]
+
+
+class Gate(nn.Module):
+    """softmax(ReLU(BN(linear(GAP(base map))))), ONE's gate (METHODS.md 2)."""
+
+    @nn.compact
+    def __call__(self, outputs: Outputs, train: bool) -> Array:
+        """(S, B)"""
+        pooled = outputs.base.mean((1, 2), dtype=jnp.float32)
+        scores = Linear(len(outputs.logits_SxBxK), torch_default, name="linear")(pooled)
+        return nn.softmax(nn.relu(BatchNorm(name="bn")(scores, train))).T
+
+
+WEIGHTINGS = {"uniform": UniformWeights, "learned": LearnedWeights, "gated": Gate}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "adaptation": ("conv", "channel_mean"),
+    "ensemble_weights": tuple(WEIGHTINGS),
+    "base_gradient": ("all", "pseudo_teacher"),
+}
+
+
+class Oem(Method):
+    """L = alpha * sum_i CE_i + beta * sum_b sum_{i>1} MSE_bi + gamma * sum_i T^2 KL(ensemble || i).
+
+    Attributes:
+        temperature: T of both softmaxes of the KD loss (paper: 2).
+        alpha: weight of the students' cross entropy (paper: .7).
+        beta: weight of the intermediate loss (paper: .15).
+        gamma: weight of the KD loss (paper: .15).
+        adaptation: how maps of unequal width are compared: "conv", a trained 1x1 convolution to the
+            pseudo teacher's channels, or "channel_mean" of both (official Adaptation_use=False).
+        adaptation_learning_rate_scale: on the adaptation layers (official code: .5; the paper does
+            not say).
+        ensemble_weights: of the students' logits in the ensemble teacher: "uniform" (paper and
+            code: the mean), "learned" (one weight a student) or "gated" (a weight a student and
+            image, from the base block's map, by ONE's gate). The last two are ours: the weights,
+            and they alone, are trained by the ensemble teacher's own cross entropy.
+        base_gradient: who trains the base block: "all" students or the "pseudo_teacher" alone.
+        scale_by_temperature: the factor T^2 of the KD loss (official code: on).
+    """
+
+    temperature: float = 2.0
+    alpha: float = 0.7
+    beta: float = 0.15
+    gamma: float = 0.15
+    adaptation: str = "conv"
+    adaptation_learning_rate_scale: float = 0.5
+    ensemble_weights: str = "uniform"
+    base_gradient: str = "all"
+    scale_by_temperature: bool = True
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(f"method.{name}={value!r} is unknown{nearest(str(value), choices)}")
+        if not self.temperature > 0:
+            raise UserError(f"method.temperature={self.temperature:g} must be above 0 (paper: 2)")
+        for name in ("alpha", "beta", "gamma", "adaptation_learning_rate_scale"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"method.{name}={getattr(self, name):g} must not be negative")
+        super().__post_init__()
+
+    def setup(self) -> None:
+        self.adaptation_layers = Adaptation()
+        self.weighting = WEIGHTINGS[self.ensemble_weights]()
+
+    def __call__(self, outputs: Outputs, labels: Array) -> tuple[Array, Terms]:
+        ce, terms = label_terms(outputs, labels)
+
+        intermediate_bxS = self._intermediate(outputs)
+        terms |= per_student("loss_intermediate", intermediate_bxS.sum(0))
+        for b, values_S in enumerate(intermediate_bxS, 1):
+            terms |= per_student(f"loss_intermediate_block{b}", values_S)
+
+        # Students and base block enter as constants: only the ensemble weights can learn from this.
+        teacher_BxK = self._combine(jax.tree.map(lax.stop_gradient, outputs), train=True)
+        kd_S = losses.knowledge_distillation(
+            outputs.logits_SxBxK,
+            lax.stop_gradient(teacher_BxK),
+            self.temperature,
+            self.scale_by_temperature,
+        )
+        terms |= per_student("loss_kd", kd_S)
+
+        loss = self.alpha * ce + self.beta * intermediate_bxS.sum() + self.gamma * kd_S.sum()
+        if self.ensemble_weights != "uniform":
+            terms["ensemble/loss_ce"] = losses.cross_entropy(teacher_BxK, labels)
+            loss += terms["ensemble/loss_ce"]
+        return loss, terms
+
+    def ensemble_logits(self, outputs: Outputs) -> Array:
+        return self._combine(outputs, train=False)
+
+    @property
+    def base_gradients(self) -> str:
+        return self.base_gradient
+
+    @property
+    def learning_rate_scales(self) -> dict[str, float]:
+        return {"adaptation_layers": self.adaptation_learning_rate_scale}
+
+    def _combine(self, outputs: Outputs, train: bool) -> Array:
+        """z_T = sum_i w_i z_i, (B, K); METHODS.md 1.1 and D1."""
+        weights_SxB = self.weighting(outputs, train)
+        return (weights_SxB[..., None] * outputs.logits_SxBxK).sum(0)
+
+    def _intermediate(self, outputs: Outputs) -> Array:
+        """(blocks, S): MSE of every map against the stopped pseudo teacher's; 0 for student 1."""
+        if self.adaptation == "conv":
+            maps = self.adaptation_layers(outputs.features)
+        else:
+            maps = jax.tree.map(lambda x: x.mean(-1), outputs.features)
+        return jnp.stack(
+            [
+                jnp.stack([losses.mean_squared_error(lax.stop_gradient(row[0]), x) for x in row])
+                for row in maps
+            ]
+        )

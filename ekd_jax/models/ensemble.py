@@ -1,0 +1,180 @@
+"""The ensemble: one base block and S branches, each a student, over one tree of variables.
+
+Variables are plain nested dicts, `{"params": tree, "batch_stats": tree}`, both trees with the
+sub-trees `base` and `students/<i>` (i from 1; student 1 is the pseudo teacher). A student is
+therefore two path slices of each, and can be restored without the others.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ekd_jax.errors import UserError
+from ekd_jax.models.layers import Array, initialise
+
+Variables = dict[str, Any]
+Features = tuple[tuple[Array, ...], ...]
+
+
+@flax.struct.dataclass
+class Outputs:
+    """What a forward pass gives to a method.
+
+    Attributes:
+        logits_SxBxK: every student's logits, float32.
+        features: `features[b][s]`, (B, H_b, W_b, C_bs): the map of compressed block b of student s.
+        base: (B, H, W, C), the base block's output.
+    """
+
+    logits_SxBxK: Array
+    features: Features
+    base: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """One student on its own: variables `{"params": {"base", "branch"}, "batch_stats": same}`."""
+
+    base: nn.Module
+    branch: nn.Module
+
+    def logits(self, variables: Variables, images: Array) -> Array:
+        """(B, H, W, C) float normalised -> (B, K) float32, in evaluation mode."""
+        base, branch = ({k: tree[part] for k, tree in variables.items()} for part in ("base", "branch"))
+        z: Array = self.branch.apply(branch, self.base.apply(base, images, train=False), train=False)[0]
+        return z
+
+
+@dataclasses.dataclass(frozen=True)
+class Ensemble:
+    """A network cut into base block and branches.
+
+    Attributes:
+        base: module, images -> map.
+        branches: modules, map -> (logits (B, K), maps of its blocks).
+        students: width multipliers, one a branch.
+        compressed: indices of the blocks whose width the multipliers change.
+        base_gradients: "all" students train the base block, or the "pseudo_teacher" alone (METHODS.md 1.3).
+    """
+
+    base: nn.Module
+    branches: tuple[nn.Module, ...]
+    students: tuple[Fraction, ...]
+    compressed: tuple[int, ...]
+    base_gradients: str = "all"
+
+    def student(self, number: int) -> Student:
+        """Student `number`, from 1."""
+        return Student(self.base, self.branches[number - 1])
+
+    def init(self, seed: int, input_shape: Sequence[int]) -> Variables:
+        """Initial variables for images of `input_shape` (H, W, C), as numpy arrays."""
+        images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+        base = initialise(self.base, seed, images, name="base", train=False)
+        x = jax.eval_shape(lambda v, x: self.base.apply(v, x, train=False), base, images)
+        students = {
+            str(i): initialise(branch, seed, x, name=f"students/{i}", train=False)
+            for i, branch in enumerate(self.branches, 1)
+        }
+        return {
+            kind: {"base": base[kind], "students": {i: s[kind] for i, s in students.items()}}
+            for kind in ("params", "batch_stats")
+        }
+
+    def apply(self, variables: Variables, images: Array, train: bool) -> tuple[Outputs, Any]:
+        """Runs base block and branches, each branch in turn.
+
+        Args:
+            variables: as `init` returns them.
+            images: (B, H, W, C) float, normalised.
+            train: use the batch's statistics, and update the running ones.
+
+        Returns:
+            The outputs and the new batch statistics (the old ones unless `train`).
+        """
+
+        def call(module: nn.Module, path: tuple[str, ...], x: Array) -> tuple[Any, Any]:
+            own = {kind: _at(tree, path) for kind, tree in variables.items()}
+            if not train:
+                return module.apply(own, x, train=False), own["batch_stats"]
+            out, updated = module.apply(own, x, train=True, mutable=["batch_stats"])
+            return out, updated["batch_stats"]
+
+        base, base_stats = call(self.base, ("base",), images)
+        logits, maps, stats = [], [], {}
+        for i, branch in enumerate(self.branches, 1):
+            blocked = i > 1 and self.base_gradients == "pseudo_teacher"
+            x = lax.stop_gradient(base) if blocked else base
+            (z, m), stats[str(i)] = call(branch, ("students", str(i)), x)
+            logits.append(z)
+            maps.append(m)
+        features = tuple(tuple(m[b] for m in maps) for b in self.compressed)
+        return Outputs(jnp.stack(logits), features, base), {"base": base_stats, "students": stats}
+
+
+def student_paths(tree: Any, student: int) -> Any:
+    """The two sub-trees of one collection that student `student` (from 1) is: base and branch."""
+    return {"base": tree["base"], "students": {str(student): tree["students"][str(student)]}}
+
+
+def student_variables(variables: Variables, student: int) -> Variables:
+    """What `Student` takes, out of an ensemble's variables (or their `student_paths`)."""
+    return {
+        kind: {"base": tree["base"], "branch": tree["students"][str(student)]}
+        for kind, tree in variables.items()
+    }
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def parse_students(value: Any) -> tuple[Fraction, ...]:
+    """Width multipliers from `model.students`: a number S gives 1, (S-1)/S, ..., 1/S.
+
+    Raises:
+        UserError: not a positive number of students or a list of positive widths.
+    """
+    problem = f"model.students={value!r} must be a number (5) or a tuple of width multipliers (1, 0.5)"
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise UserError(f"{problem}, at least one")
+        return tuple(Fraction(value - j, value) for j in range(value))
+    if not isinstance(value, list | tuple) or not value:
+        raise UserError(problem)
+    try:
+        widths = tuple(Fraction(str(w)) for w in value)  # by its decimal digits: 0.7 * 10 is 7
+    except ValueError:
+        raise UserError(problem) from None
+    if min(widths) <= 0:
+        raise UserError(f"{problem}, each above 0")
+    return widths
+
+
+def scaled_widths(channels: Sequence[int], width: Fraction, no_blocks: int) -> tuple[int, ...]:
+    """floor(channels * width) for the last `no_blocks` blocks, the others at full width.
+
+    Raises:
+        UserError: a width that leaves a block without a channel, or `no_blocks` out of range.
+    """
+    if not 1 <= no_blocks <= len(channels):
+        raise UserError(f"model.no_blocks={no_blocks} must be between 1 and {len(channels)}")
+    kept = len(channels) - no_blocks
+    widths = [c if b < kept else math.floor(c * width) for b, c in enumerate(channels)]
+    if 0 in widths:
+        smallest = min(channels[kept:])
+        raise UserError(
+            f"model.students: width {float(width):g} leaves a block of {smallest} channels with none; "
+            f"the smallest usable width is {1 / smallest:g}"
+        )
+    return tuple(widths)

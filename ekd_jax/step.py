@@ -1,0 +1,129 @@
+"""The training step: augment, base, branches, loss, update; many of them in one dispatch."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh
+
+from ekd_jax import parallel
+from ekd_jax.data.augment import augment, normalise
+from ekd_jax.data.order import two_epochs
+from ekd_jax.methods.base import Method, per_student
+from ekd_jax.models.ensemble import Ensemble, Outputs, Variables
+from ekd_jax.state import TrainState, forward_shapes
+
+Array = jax.Array
+Metrics = dict[str, Array]
+
+
+def objective(
+    method: Method, own: Variables, outputs: Outputs, labels: Array
+) -> tuple[Array, tuple[Metrics, Any]]:
+    """The loss of a batch, its metrics, and the method's new batch statistics.
+
+    The metrics are `loss`, every term of the method, and each student's and the ensemble's top-1
+    accuracy in per cent.
+    """
+    (loss, terms), updated = method.apply(own, outputs, labels, mutable=["batch_stats"])
+    ensemble_BxK: Any = method.apply({**own, **updated}, outputs, method="ensemble_logits")
+    top1_S = 100 * (outputs.logits_SxBxK.argmax(-1) == labels).mean(-1)
+    metrics = {
+        "loss": loss,
+        **terms,
+        **per_student("top1", top1_S),
+        "ensemble/top1": 100 * (ensemble_BxK.argmax(-1) == labels).mean(),
+    }
+    return loss, (metrics, updated.get("batch_stats", {}))
+
+
+def make_step(
+    ensemble: Ensemble, method: Method, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Array, Array], tuple[TrainState, Metrics]]:
+    """One update from one batch.
+
+    Returns:
+        A function of (state, images (B, H, W, C) float32 normalised, labels (B,) int32) that gives
+        the next state and the batch's metrics.
+    """
+
+    def step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, Metrics]:
+        def loss_of(params: Any) -> tuple[Array, tuple[Metrics, Any]]:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            outputs, stats = ensemble.apply(variables, images, train=True)
+            own = {kind: tree["method"] for kind, tree in variables.items()}
+            loss, (metrics, stats["method"]) = objective(method, own, outputs, labels)
+            return loss, (metrics, stats)
+
+        (_, (metrics, stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, stats, opt_state), metrics
+
+    return step
+
+
+def make_train_steps(
+    config: Any,
+    ensemble: Ensemble,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    examples: int,
+    mesh: Mesh,
+) -> Any:
+    """Many steps on a data set that lives on the device, as one jitted function.
+
+    Args:
+        examples: in the training set.
+
+    Returns:
+        A jitted function of (state, sums, images, labels, epoch, offset, number) that gives
+        (state, sums) after `number` steps, the first of which begins at `offset` in `epoch`. `sums`
+        are the metrics added up since they were last zero. State and sums are donated. `number` is
+        an argument of the compiled program, so that one program serves any number of steps and the
+        result does not depend on how training is cut into dispatches.
+    """
+    step = make_step(ensemble, method, optimizer)
+    batch_size, data = config.train.batch_size, config.data
+    order_key, augment_key = jax.random.split(jax.random.key(config.seed))
+
+    def train_steps(
+        state: TrainState,
+        sums: Metrics,
+        images: Array,
+        labels: Array,
+        epoch: Array,
+        offset: Array,
+        number: Array,
+    ) -> tuple[TrainState, Metrics]:
+        order = two_epochs(order_key, epoch, examples)
+
+        def body(i: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+            state, sums = carry
+            chosen = lax.dynamic_slice(order, (offset + i * batch_size,), (batch_size,))
+            chosen = lax.with_sharding_constraint(chosen, parallel.split(mesh))
+            key = jax.random.fold_in(augment_key, state.step)
+            batch = augment(key, images[chosen], chosen, data.crop_padding, data.flip)
+            state, metrics = step(state, normalise(batch, data.mean, data.std), labels[chosen])
+            return state, jax.tree.map(jnp.add, sums, metrics)
+
+        return lax.fori_loop(0, number, body, (state, sums))
+
+    copied = parallel.replicated(mesh)
+    return jax.jit(train_steps, donate_argnums=(0, 1), out_shardings=(copied, copied))
+
+
+def zero_metrics(
+    ensemble: Ensemble, method: Method, state: TrainState, input_shape: tuple[int, ...]
+) -> Any:
+    """The metrics of a step, all zero, as numpy scalars; computes nothing."""
+    outputs = forward_shapes(ensemble, state.variables, input_shape)
+    own = {kind: tree["method"] for kind, tree in state.variables.items()}
+    labels = jax.ShapeDtypeStruct((1,), jnp.int32)
+    shapes = jax.eval_shape(partial(objective, method), own, outputs, labels)[1][0]
+    return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)

@@ -1,0 +1,362 @@
+"""The training loop: order of events, nothing else.
+
+    check the folder -> read the data -> build -> restore or initialise -> compile
+    -> (steps -> record -> evaluate -> checkpoint)* -> summary
+
+What happens at which step depends on the configuration alone, and a dispatch's length is an argument
+of the one compiled program. So a run that was killed and started again goes through the same
+computations as one that was not, and ends with the same bits.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from ekd_jax import parallel, workdir
+from ekd_jax.checkpoint import Checkpoints
+from ekd_jax.config import identity, make_method
+from ekd_jax.data import order, sources
+from ekd_jax.describe import build, describe, human
+from ekd_jax.errors import UserError
+from ekd_jax.evaluate import make_evaluator, predictions, predictor_names, results
+from ekd_jax.methods.base import Method
+from ekd_jax.models.ensemble import Ensemble
+from ekd_jax.optimizer import make_optimizer
+from ekd_jax.state import TrainState, init_state
+from ekd_jax.step import make_train_steps, zero_metrics
+from ekd_jax.writers import MetricWriter, Progress, clock, table, write_json
+
+DISPATCH_SECONDS = 1.0  # a dispatch is about this long: rare enough to cost nothing, short to wait for
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is trained, on what, for how long: all that follows from a configuration."""
+
+    config: Any
+    mesh: Mesh
+    dataset: sources.Dataset
+    ensemble: Ensemble
+    method: Method
+    optimizer: optax.GradientTransformation
+    students: dict[str, Any]  # as students.json
+    steps: int
+
+    @property
+    def examples(self) -> int:
+        return len(self.dataset.train_labels)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.dataset.train_images.shape[1:]
+
+    @property
+    def names(self) -> list[str]:
+        """Of what predicts: every student, and last the ensemble."""
+        return predictor_names(len(self.ensemble.students))
+
+    def epochs(self, step: int) -> float:
+        return step * self.config.train.batch_size / self.examples
+
+
+def prepare(config: Any, mesh: Mesh) -> Job:
+    """Reads the data and builds everything, compiles nothing."""
+    dataset = sources.load(config)
+    classes = len(dataset.class_names)
+    steps = steps_in(config.train.epochs, config, len(dataset.train_labels))
+    method = make_method(config)
+    students = describe(config, dataset.train_images.shape[1:], classes)
+    return Job(
+        config=config,
+        mesh=mesh,
+        dataset=dataset,
+        ensemble=build(config, classes),
+        method=method,
+        optimizer=make_optimizer(config, method, steps),
+        students={**students, "class_names": list(dataset.class_names)},
+        steps=steps,
+    )
+
+
+def steps_in(epochs: float, config: Any, examples: int) -> int:
+    """Steps nearest to so many epochs, at least one."""
+    return max(1, round(epochs * examples / config.train.batch_size))
+
+
+def check_batches(config: Any, mesh: Mesh) -> None:
+    """Raises UserError for a batch that devices cannot share or that is larger than the data set."""
+    parallel.check_divisible("train.batch_size", config.train.batch_size, mesh)
+    examples = sources.info(config).train_examples
+    if config.train.batch_size > examples:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} is above the {examples} training examples"
+        )
+
+
+class Interrupt:
+    """Remembers SIGINT and SIGTERM, so that the loop can stop where nothing is lost."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self.restore()  # a second one acts at once
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Trains, or goes on training, in the folder `path`; returns the summary.
+
+    Args:
+        config: resolved.
+        path: the run's folder. If it holds checkpoints of the same configuration, the run goes on
+            from the latest; a complete run is only reported.
+        mesh: all devices if not given.
+
+    Raises:
+        UserError: the folder holds something else, the data is missing, the loss is not finite.
+        SystemExit: SIGINT or SIGTERM came; a checkpoint was saved.
+    """
+    mesh = mesh or parallel.make_mesh()
+    check_batches(config, mesh)
+    workdir.check(path, config)
+    path.mkdir(parents=True, exist_ok=True)
+    lock = workdir.Lock(path)
+    try:
+        return _run(config, path, mesh)
+    finally:
+        lock.close()
+
+
+def _run(config: Any, path: pathlib.Path, mesh: Mesh) -> dict[str, Any]:
+    if (path / workdir.SUMMARY).exists():
+        print(f"{path} holds the complete run: nothing to train")
+        summary: dict[str, Any] = json.loads((path / workdir.SUMMARY).read_text())
+        return summary
+
+    job = prepare(config, mesh)
+    state = init_state(job.ensemble, job.method, job.optimizer, config.seed, job.input_shape)
+    log = Log(zero_metrics(job.ensemble, job.method, state, job.input_shape))
+    checkpoints = Checkpoints(path)
+    if checkpoints.steps():
+        state, remembered = checkpoints.restore(state, checkpoints.choose())
+        log = Log.recall(remembered)
+    workdir.begin(path, config, job.students)
+    writer = MetricWriter(path, int(state.step))
+    interrupt = Interrupt()
+    try:
+        step = _loop(job, state, log, checkpoints, writer, interrupt)
+        checkpoints.wait()
+    finally:
+        interrupt.restore()
+        checkpoints.close()
+        writer.close()
+    if step < job.steps:
+        print(f"interrupted at step {step:,}, saved in {path}: run the same command to go on")
+        raise SystemExit(128 + interrupt.signal)
+    summary = _summary(job, log)
+    write_json(path / workdir.SUMMARY, summary)
+    return summary
+
+
+@dataclasses.dataclass
+class Log:
+    """What a run remembers beside its state; saved with every checkpoint.
+
+    Attributes:
+        sums: the metrics added up since the last training record; on the device while training.
+        recorded: step of that record.
+        window: seconds of training since then.
+        last: test metrics of the last evaluation.
+        best: name -> its best top-1 on the test set and the step of it.
+        seconds: wall-clock so far.
+    """
+
+    sums: Any
+    recorded: int = 0
+    window: float = 0.0
+    last: dict[str, float] = dataclasses.field(default_factory=dict)
+    best: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {"compile": 0.0, "train": 0.0, "evaluate": 0.0}
+    )
+
+    @classmethod
+    def recall(cls, remembered: dict[str, Any]) -> "Log":
+        log = cls(**remembered["log"])
+        return dataclasses.replace(log, sums={k: np.float32(v) for k, v in log.sums.items()})
+
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), "sums": {k: float(v) for k, v in jax.device_get(self.sums).items()}}
+
+
+def _loop(
+    job: Job,
+    state: TrainState,
+    log: Log,
+    checkpoints: Checkpoints,
+    writer: MetricWriter,
+    interrupt: Interrupt,
+) -> int:
+    """Trains until the last step or an interruption; returns the step reached, which is saved."""
+    config, mesh, data = job.config, job.mesh, job.dataset
+    batch_size, step = config.train.batch_size, int(state.step)
+    progress = Progress(job.steps, step)
+    progress.line(
+        f"{'going on from' if step else 'training from'} step {step:,} of {job.steps:,}: "
+        f"{config.model.name}, {len(job.ensemble.students)} students, {config.method.name}, "
+        f"{config.data.name} ({job.examples:,} images), {mesh.size} x {mesh.devices.flat[0].device_kind}"
+    )
+    zeros = jax.tree.map(np.zeros_like, log.sums)
+    train = parallel.replicate(mesh, (data.train_images, data.train_labels))
+    test = parallel.replicate(mesh, (data.test_images, data.test_labels))
+    state, log.sums = parallel.replicate(mesh, (state, log.sums))
+
+    started = time.monotonic()
+    progress.update(step, "compiling")
+    place = parallel.replicate(mesh, (np.int32(0),) * 3)
+    train_steps = make_train_steps(config, job.ensemble, job.method, job.optimizer, job.examples, mesh)
+    train_steps = train_steps.lower(state, log.sums, *train, *place).compile()
+    evaluate = make_evaluator(predictions(job.ensemble, job.method), config, len(test[1]), mesh)
+    evaluate = evaluate.lower(state.variables, *test).compile()
+    log.seconds["compile"] += time.monotonic() - started
+
+    record_every = config.train.log_every_steps
+    evaluate_every = steps_in(config.train.evaluate_every_epochs, config, job.examples)
+    save_every = steps_in(config.train.checkpoint_every_epochs, config, job.examples)
+    dispatch = 1
+    progress.begin()
+    with jax.transfer_guard("disallow"):
+        while step < job.steps and not interrupt.signal:
+            due = min(job.steps, *((step // n + 1) * n for n in (record_every, evaluate_every, save_every)))
+            number = min(dispatch, due - step, job.examples // batch_size)
+            where = order.position(step, batch_size, job.examples)
+            place = parallel.replicate(mesh, tuple(np.int32(n) for n in (*where, number)))
+            started = time.monotonic()
+            state, log.sums = jax.block_until_ready(train_steps(state, log.sums, *train, *place))
+            took = time.monotonic() - started
+            log.seconds["train"] += took
+            log.window += took
+            dispatch = max(1, min(2 * dispatch, math.floor(DISPATCH_SECONDS * number / took)))
+            step += number
+            epoch = job.epochs(step)
+            progress.update(step, f"epoch {epoch:.2f}  {number * batch_size / took:,.0f} images/s")
+            if step < due and not interrupt.signal:
+                continue
+
+            sums = {name: float(value) for name, value in jax.device_get(log.sums).items()}
+            _check_finite(sums, log.recorded, step, checkpoints)
+            last_step = step == job.steps
+            if step % record_every == 0 or last_step:
+                steps = step - log.recorded
+                means = {name: value / steps for name, value in sums.items()}
+                means["images/s"] = round(steps * batch_size / log.window, 1)
+                writer.write(step, epoch, "train", means)
+                progress.line(_train_line(job, step, means, progress))
+                log.sums, log.recorded, log.window = parallel.replicate(mesh, zeros), step, 0.0
+
+            evaluation = None
+            near_the_end = job.steps - step < evaluate_every / 2  # the last evaluation follows soon
+            if last_step or (step % evaluate_every == 0 and not near_the_end):
+                started = time.monotonic()
+                evaluation = results(evaluate(state.variables, *test), len(test[1]), job.names)
+                log.seconds["evaluate"] += time.monotonic() - started
+                log.last = evaluation
+                _note_best(log.best, evaluation, step, job.names)
+                writer.write(step, epoch, "test", evaluation)
+                progress.line(_test_line(epoch, evaluation, job.names))
+            if evaluation or step % save_every == 0 or interrupt.signal:
+                checkpoints.save(state, {"epoch": epoch, "log": log.as_json()}, evaluation)
+    return step
+
+
+def _check_finite(sums: dict[str, float], first: int, step: int, checkpoints: Checkpoints) -> None:
+    """A state that is not finite is neither recorded nor saved."""
+    bad = [name for name, value in sums.items() if not math.isfinite(value)]
+    if bad:
+        checkpoints.wait()
+        saved = checkpoints.steps()
+        kept = f"the latest checkpoint is of step {saved[-1]:,}" if saved else "no checkpoint was saved"
+        raise UserError(
+            f"{bad[0]} is not finite between steps {first:,} and {step:,} ({kept}): "
+            f"try a lower optimizer.learning_rate in a new --workdir"
+        )
+
+
+def _note_best(best: dict[str, Any], evaluation: dict[str, float], step: int, names: list[str]) -> None:
+    for name in names:
+        top1 = evaluation[f"{name}/top1"]
+        if name not in best or top1 > best[name]["top1"]:
+            best[name] = {"top1": top1, "step": step}
+
+
+def _train_line(job: Job, step: int, means: dict[str, float], progress: Progress) -> str:
+    top1 = " ".join(f"{means[f'{name}/top1']:.1f}" for name in job.names)
+    return (
+        f"step {step:,}/{job.steps:,}  epoch {job.epochs(step):.2f}  loss {means['loss']:.4f}  "
+        f"train top-1 {top1}  {means['images/s']:,.0f} images/s  {progress.remaining(step)} left"
+    )
+
+
+def _test_line(epoch: float, evaluation: dict[str, float], names: list[str]) -> str:
+    top1 = "  ".join(f"{name} {evaluation[f'{name}/top1']:.2f}" for name in names)
+    return f"test, epoch {epoch:.2f}  top-1  {top1}"
+
+
+def _summary(job: Job, log: Log) -> dict[str, Any]:
+    def top1(name: str) -> dict[str, float]:
+        best = log.best[name]
+        return {"top1_last": log.last[f"{name}/top1"], "top1_best": best["top1"], "best_step": best["step"]}
+
+    return {
+        **identity(job.config),
+        "steps": job.steps,
+        "epochs": job.config.train.epochs,
+        "seconds": {name: round(value, 1) for name, value in log.seconds.items()},
+        "adaptation_parameters": job.students["adaptation_parameters"],
+        "students": [
+            {**s, **top1(name)} for s, name in zip(job.students["students"], job.names, strict=False)
+        ],
+        "ensemble": top1("ensemble"),
+    }
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    """The students of a finished run, as text."""
+
+    def row(*cells: str, result: dict[str, float]) -> list[str]:
+        return [*cells, f"{result['top1_last']:.2f}", f"{result['top1_best']:.2f}"]
+
+    rows = [
+        row(
+            str(s["student"]),
+            f"{s['width']:g}",
+            f"{s['parameters']:,}",
+            f"{100 * s['ratio']:.1f}",
+            human(s["macs"]),
+            result=s,
+        )
+        for s in summary["students"]
+    ]
+    rows.append(row("ensemble teacher", "", "", "", "", result=summary["ensemble"]))
+    header = ["student", "width", "parameters", "% of 1", "MACs", "top-1 last", "top-1 best"]
+    spent = ", ".join(f"{name} {clock(seconds)}" for name, seconds in summary["seconds"].items())
+    return (
+        f"{table(rows, header)}\n"
+        f"top-1: per cent of the test set, after the last epoch and at the best evaluation\n{spent}"
+    )

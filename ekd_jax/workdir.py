@@ -1,0 +1,148 @@
+"""The folder of a run: what is in it, who may write to it, and whether a configuration fits it.
+
+config.json       the complete configuration
+environment.json  versions and devices, one entry each time the run was started
+students.json     the students, class names and input shape
+metrics.jsonl     a record a line      tensorboard/   the same
+checkpoints/      latest and best      summary.json   written when the run is complete
+"""
+
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import time
+from typing import Any
+
+import jax
+from ml_collections import FrozenConfigDict
+
+from ekd_jax.config import resolve, result_fields, to_dict
+from ekd_jax.errors import UserError
+from ekd_jax.writers import write_json
+
+CONFIG, STUDENTS, ENVIRONMENT, SUMMARY = "config.json", "students.json", "environment.json", "summary.json"
+PACKAGES = ("ekd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the folder of an existing run says.
+
+    Attributes:
+        config: complete.
+        students: as `describe.describe` gives it, with `class_names`.
+    """
+
+    path: pathlib.Path
+    config: FrozenConfigDict
+    students: dict[str, Any]
+
+
+def read(path: pathlib.Path) -> Run:
+    """Reads the folder of an existing run.
+
+    Raises:
+        UserError: it is not one.
+    """
+    try:
+        config = json.loads((path / CONFIG).read_text())
+        students = json.loads((path / STUDENTS).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is not the folder of a run ({_reason(error)}): pass the --workdir of one"
+        ) from error
+    return Run(path, resolve(config), students)
+
+
+class Lock:
+    """Keeps a second process out of a run's folder for as long as this object is open."""
+
+    def __init__(self, path: pathlib.Path):
+        self._file = open(path / ".lock", "w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise UserError(
+                f"{path} is in use by another process: wait for it, or choose another --workdir"
+            ) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def check(path: pathlib.Path, config: FrozenConfigDict) -> None:
+    """Makes sure that a run of `config` may begin or go on in `path`; changes nothing.
+
+    Raises:
+        UserError: `path` is not a folder, cannot be written to, holds something else, or holds a
+            run whose configuration computes something else.
+    """
+    existing = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
+    if not existing.is_dir():
+        raise UserError(f"--workdir={path}: {existing} is not a folder: choose another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--workdir={path}: {existing} is not writable: choose another, or change its permissions"
+        )
+    if not (path / CONFIG).exists():
+        others = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+        if any(name != ".lock" for name in others):
+            raise UserError(
+                f"--workdir={path} holds other files ({', '.join(others[:3])}) and no run: "
+                f"choose an empty or new folder"
+            )
+        return
+    try:
+        old = result_fields(json.loads((path / CONFIG).read_text()))
+    except ValueError as error:
+        raise UserError(
+            f"{path / CONFIG} is damaged ({_reason(error)}): restore it, or choose another --workdir"
+        ) from error
+    new = result_fields(to_dict(config))
+    different = [
+        f"{name}: {old.get(name, 'absent')} there, {new.get(name, 'absent')} now"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if different:
+        raise UserError(
+            f"--workdir={path} holds a run of another configuration ({'; '.join(different)}): "
+            f"choose another --workdir, or ask for the same"
+        )
+
+
+def begin(path: pathlib.Path, config: FrozenConfigDict, students: dict[str, Any]) -> None:
+    """Writes the files that say what the run is; the folder has been checked."""
+    write_json(path / STUDENTS, students)
+    log = json.loads((path / ENVIRONMENT).read_text()) if (path / ENVIRONMENT).exists() else []
+    write_json(path / ENVIRONMENT, [*log, environment()])
+    write_json(path / CONFIG, to_dict(config))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and time."""
+    devices = jax.devices()
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        **{name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
