@@ -8,6 +8,7 @@ bytes without a word; the digests are checked whenever anything is restored.
 import contextlib
 import hashlib
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from ekd_jax.errors import UserError
+from ekd_jax.errors import UserError, reason
 from ekd_jax.state import TrainState
 
 FOLDER = "checkpoints"
@@ -83,11 +84,13 @@ class Checkpoints:
         """
         tree = jax.device_get(_as_tree(state))
         run = {**run, "evaluation": evaluation, "sha256": _digests(tree)}
-        self._manager.save(
-            int(tree["step"]),
-            args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree), run=ocp.args.JsonSave(run)),
-            metrics=evaluation,
-        )
+        with self._saving():
+            self._check_room(tree)
+            self._manager.save(
+                int(tree["step"]),
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree), run=ocp.args.JsonSave(run)),
+                metrics=evaluation,
+            )
 
     def restore(self, like: TrainState, step: int) -> tuple[TrainState, Tree]:
         """The whole state, as numpy arrays, and what the run remembered.
@@ -114,11 +117,34 @@ class Checkpoints:
         return self._restore(like, step)
 
     def wait(self) -> None:
-        """Returns when everything that was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything that was saved is on disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        with self._saving():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
+        """Lets go of the folder; `wait` first."""
         self._manager.close()
+
+    def _check_room(self, tree: Tree) -> None:
+        """A write that fails half-way is cleaned up, but with pages of tracebacks from Orbax's threads."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        free = shutil.disk_usage(self.directory).free
+        if free < 1.2 * needed + 2**20:
+            raise OSError(f"it needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free")
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a background write that failed is raised here, as many kinds
+            raise UserError(
+                f"cannot write a checkpoint to {self.directory}: {reason(error)}; "
+                f"make room and run the same command to go on from step {max(self.steps(), default=0)}"
+            ) from error
 
     def _run(self, step: int) -> Tree:
         run: Tree = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
@@ -140,7 +166,7 @@ class Checkpoints:
                 ),
             )
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise UserError(f"{damaged} ({' '.join(str(error).split())[:120]})") from error
+            raise UserError(f"{damaged} ({reason(error)})") from error
         digests = restored.run["sha256"]
         for path, digest in _digests(restored.state).items():
             if digests.get(path) != digest:

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,8 @@ def run(main: Callable[[], int | None]) -> None:
             raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value")
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.ERROR)
+        # What fails in a thread of Orbax is raised again where the run waits for it.
+        threading.excepthook = lambda failed: logging.info("in a background thread: %s", failed.exc_value)
         return rest
 
     try:

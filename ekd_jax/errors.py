@@ -8,8 +8,25 @@ class UserError(Exception):
     """What is wrong, where, and what to do, in one line."""
 
 
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line; of a long one the end, where the cause stands."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else f"... {text[-160:]}"
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the choice nearest to `word`, else the list of all choices."""
-    names = [str(c) for c in choices]
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; choose one of {', '.join(names)}"
+    names = [str(choice) for choice in choices]
+
+    def likeness(name: str) -> tuple[float, int]:  # of two alike names, the one with the nearer number
+        ratio = difflib.SequenceMatcher(None, word, name).ratio()
+        return ratio, -abs(_number(word) - _number(name))
+
+    best = max(names, key=likeness)
+    return (
+        f"; did you mean {best!r}?" if likeness(best)[0] >= 0.5 else f"; choose one of {', '.join(names)}"
+    )
+
+
+def _number(word: str) -> int:
+    return int("0" + "".join(filter(str.isdigit, word)))

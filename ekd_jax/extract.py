@@ -28,7 +28,7 @@ from ekd_jax import __version__, checkpoint, commands, models
 from ekd_jax.config import identity, make_method
 from ekd_jax.data.augment import normalise
 from ekd_jax.describe import build
-from ekd_jax.errors import UserError
+from ekd_jax.errors import UserError, reason
 from ekd_jax.models.ensemble import (
     Student,
     Variables,
@@ -110,7 +110,7 @@ def load_student(folder: str | os.PathLike[str]) -> LoadedStudent:
         description = json.loads((path / DESCRIPTION).read_text())
         data = (path / WEIGHTS).read_bytes()
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a folder that ekd_jax.extract wrote: {error}") from error
+        raise UserError(f"{path} is not a folder that ekd_jax.extract wrote: {reason(error)}") from error
     if description.get("format") != FORMAT:
         raise UserError(
             f"{path / DESCRIPTION} has format {description.get('format')}, this version reads {FORMAT}"
@@ -235,7 +235,7 @@ def _write_folder(output: pathlib.Path, weights: bytes, description: dict[str, A
         write_json(partial / DESCRIPTION, description)
         os.replace(partial, output)
     except OSError as error:
-        raise UserError(f"cannot write --output={output}: {error}") from error
+        raise UserError(f"cannot write --output={output}: {reason(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -10,7 +10,7 @@ from absl import flags
 from PIL import Image, UnidentifiedImageError
 
 from ekd_jax import commands
-from ekd_jax.errors import UserError
+from ekd_jax.errors import UserError, reason
 from ekd_jax.extract import load_student
 
 FLAGS = flags.FLAGS
@@ -27,7 +27,7 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
         with Image.open(path) as file:
             image = file.convert("L" if channels == 1 else "RGB")
     except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"cannot read an image from --image={path}: {error}") from error
+        raise UserError(f"cannot read an image from --image={path}: {reason(error)}") from error
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(1, height, width, channels)

@@ -13,6 +13,7 @@ import json
 import math
 import pathlib
 import signal
+import threading
 import time
 from types import FrameType
 from typing import Any
@@ -27,7 +28,7 @@ from ekd_jax.checkpoint import Checkpoints
 from ekd_jax.config import identity, make_method
 from ekd_jax.data import order, sources
 from ekd_jax.describe import build, describe, human
-from ekd_jax.errors import UserError
+from ekd_jax.errors import UserError, reason
 from ekd_jax.evaluate import make_evaluator, predictions, predictor_names, results
 from ekd_jax.methods.base import Method
 from ekd_jax.models.ensemble import Ensemble
@@ -108,7 +109,9 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal = 0
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        in_main = threading.current_thread() is threading.main_thread()  # where signals are handled
+        numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
@@ -135,12 +138,15 @@ def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None) -> dict[str, 
     mesh = mesh or parallel.make_mesh()
     check_batches(config, mesh)
     workdir.check(path, config)
-    path.mkdir(parents=True, exist_ok=True)
-    lock = workdir.Lock(path)
     try:
-        return _run(config, path, mesh)
-    finally:
-        lock.close()
+        path.mkdir(parents=True, exist_ok=True)
+        with workdir.locked(path):
+            workdir.claim(path, config)
+            return _run(config, path, mesh)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to --workdir={path}: {reason(error)}; what was saved before is whole"
+        ) from error
 
 
 def _run(config: Any, path: pathlib.Path, mesh: Mesh) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def _run(config: Any, path: pathlib.Path, mesh: Mesh) -> dict[str, Any]:
     if checkpoints.steps():
         state, remembered = checkpoints.restore(state, checkpoints.choose())
         log = Log.recall(remembered)
-    workdir.begin(path, config, job.students)
+    workdir.describe(path, job.students)
     writer = MetricWriter(path, int(state.step))
     interrupt = Interrupt()
     try:

@@ -7,6 +7,7 @@ metrics.jsonl     a record a line      tensorboard/   the same
 checkpoints/      latest and best      summary.json   written when the run is complete
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import importlib.metadata
@@ -15,13 +16,14 @@ import os
 import pathlib
 import platform
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from ml_collections import FrozenConfigDict
 
 from ekd_jax.config import resolve, result_fields, to_dict
-from ekd_jax.errors import UserError
+from ekd_jax.errors import UserError, reason
 from ekd_jax.writers import write_json
 
 CONFIG, STUDENTS, ENVIRONMENT, SUMMARY = "config.json", "students.json", "environment.json", "summary.json"
@@ -53,26 +55,22 @@ def read(path: pathlib.Path) -> Run:
         students = json.loads((path / STUDENTS).read_text())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} is not the folder of a run ({_reason(error)}): pass the --workdir of one"
+            f"{path} is not the folder of a run ({reason(error)}): pass the --workdir of one"
         ) from error
     return Run(path, resolve(config), students)
 
 
-class Lock:
-    """Keeps a second process out of a run's folder for as long as this object is open."""
-
-    def __init__(self, path: pathlib.Path):
-        self._file = open(path / ".lock", "w")
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Keeps a second process out of a run's folder; a killed process lets go by itself."""
+    with open(path / ".lock", "w") as file:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._file.close()
             raise UserError(
                 f"{path} is in use by another process: wait for it, or choose another --workdir"
             ) from error
-
-    def close(self) -> None:
-        self._file.close()
+        yield
 
 
 def check(path: pathlib.Path, config: FrozenConfigDict) -> None:
@@ -91,7 +89,7 @@ def check(path: pathlib.Path, config: FrozenConfigDict) -> None:
         )
     if not (path / CONFIG).exists():
         others = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
-        if any(name != ".lock" for name in others):
+        if any(name != ".lock" and not name.startswith(f".{CONFIG}.") for name in others):
             raise UserError(
                 f"--workdir={path} holds other files ({', '.join(others[:3])}) and no run: "
                 f"choose an empty or new folder"
@@ -101,7 +99,7 @@ def check(path: pathlib.Path, config: FrozenConfigDict) -> None:
         old = result_fields(json.loads((path / CONFIG).read_text()))
     except ValueError as error:
         raise UserError(
-            f"{path / CONFIG} is damaged ({_reason(error)}): restore it, or choose another --workdir"
+            f"{path / CONFIG} is damaged ({reason(error)}): restore it, or choose another --workdir"
         ) from error
     new = result_fields(to_dict(config))
     different = [
@@ -116,12 +114,17 @@ def check(path: pathlib.Path, config: FrozenConfigDict) -> None:
         )
 
 
-def begin(path: pathlib.Path, config: FrozenConfigDict, students: dict[str, Any]) -> None:
-    """Writes the files that say what the run is; the folder has been checked."""
+def claim(path: pathlib.Path, config: FrozenConfigDict) -> None:
+    """Makes the folder this configuration's, before anything else is written; it has been checked."""
+    if not (path / CONFIG).exists():
+        write_json(path / CONFIG, to_dict(config))
+
+
+def describe(path: pathlib.Path, students: dict[str, Any]) -> None:
+    """Writes what the run trains, and adds to the list of environments it ran in."""
     write_json(path / STUDENTS, students)
     log = json.loads((path / ENVIRONMENT).read_text()) if (path / ENVIRONMENT).exists() else []
     write_json(path / ENVIRONMENT, [*log, environment()])
-    write_json(path / CONFIG, to_dict(config))
 
 
 def environment() -> dict[str, Any]:
@@ -142,7 +145,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]

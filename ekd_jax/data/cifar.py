@@ -20,7 +20,7 @@ from PIL import Image
 from tensorflow_datasets.image_classification import cifar as standard
 
 from ekd_jax.data.sources import Dataset
-from ekd_jax.errors import UserError
+from ekd_jax.errors import UserError, reason
 
 # SHA-256 of the published archive, and of its .bin members in order of their names: an archive that
 # was packed again, with the same contents, is as good.
@@ -120,10 +120,10 @@ def _prepare(builder: Any, manual_dir: str) -> None:
     except Exception as error:  # whatever TFDS, the network or the disk say
         if manual_dir:
             raise UserError(
-                f"cannot prepare {builder.name} in {builder.data_dir}: {_line(error)}"
+                f"cannot prepare {builder.name} in {builder.data_dir}: {reason(error)}"
             ) from error
         raise UserError(
-            f"{builder.name} is not in {builder.data_dir} and cannot be downloaded ({_line(error)}): "
+            f"{builder.name} is not in {builder.data_dir} and cannot be downloaded ({reason(error)}): "
             f"run where {url} can be reached, or pass --config.data.manual_dir=FOLDER with {file} in it; "
             f"configs/digits.py needs neither"
         ) from error
@@ -142,7 +142,7 @@ def read_archive(path: pathlib.Path, name: str) -> dict[str, bytes]:
         with tarfile.open(path) as tar:
             members = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}  # type: ignore[union-attr]
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{path} is truncated or damaged ({_line(error)}): download it again") from error
+        raise UserError(f"{path} is truncated or damaged ({reason(error)}): download it again") from error
     digest = hashlib.sha256()
     for member in sorted(members):
         if member.endswith(".bin"):
@@ -166,7 +166,3 @@ def _read(builder: Any, split: str, count: int) -> tuple[np.ndarray, np.ndarray]
         images[i] = np.asarray(Image.open(io.BytesIO(example["image"])))
         labels[i] = example["label"]
     return images, labels
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,0 +1,75 @@
+"""Eight virtual CPU devices, a tiny configuration, and commands run as a user runs them."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+from ekd_jax import parallel, train
+from ekd_jax.config import default, resolve
+
+ROOT = pathlib.Path(__file__).parent.parent
+REFERENCE = pathlib.Path(__file__).parent / "reference"
+
+TINY = {
+    "model.name": "resnet8",
+    "model.students": (1, 0.5),
+    "data.name": "digits",
+    "data.train_examples": 200,
+    "data.crop_padding": 1,
+    "data.flip": False,
+    "train.epochs": 3,
+    "train.batch_size": 32,
+    "train.log_every_steps": 4,
+    "train.evaluate_every_epochs": 1,
+    "train.checkpoint_every_epochs": 0.5,
+}
+
+
+def tiny_config(method: str = "oem", **changes):
+    """Two students on 200 digits; `changes` with __ for the dot: train__epochs=1."""
+    config = default(method)
+    for name, value in (TINY | {k.replace("__", "."): v for k, v in changes.items()}).items():
+        section, _, knob = name.rpartition(".")
+        (config[section] if section else config)[knob] = value
+    return resolve(config)
+
+
+def tiny_flags(**changes: object) -> list[str]:
+    """The same as flags for `python -m ekd_jax.main`."""
+    knobs = TINY | {k.replace("__", "."): v for k, v in changes.items()}
+    return [f"--config={ROOT}/configs/digits.py", *(f"--config.{k}={v}" for k, v in knobs.items())]
+
+
+def one_device():
+    return parallel.make_mesh(jax.devices()[:1])
+
+
+def command(module: str, *args: object, **kwargs) -> subprocess.CompletedProcess:
+    """Runs `python -m ekd_jax.<module>` on one device, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", f"ekd_jax.{module}", *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=plain_environment(),
+        timeout=300,
+        **kwargs,
+    )
+
+
+def plain_environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder and summary of a finished run."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    return path, train.run(tiny_config(), path, one_device())

@@ -1,0 +1,108 @@
+"""The commands as a user types them, and their answers to mistakes."""
+
+import json
+
+import pytest
+from conftest import ROOT, TINY, command, tiny_flags
+
+DIGITS = f"--config={ROOT}/configs/digits.py"
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "message"),
+    [
+        ("main", [], "--config=FILE is missing"),
+        ("main", ["--config=configs/digit.py"], "did you mean 'configs/digits.py'"),
+        ("main", [DIGITS, "--dry_rum"], "Did you mean: dry_run"),
+        ("main", [DIGITS, "now"], "unexpected argument 'now'"),
+        ("main", [DIGITS, "--config.model.nme=resnet8"], "did you mean 'model.name'"),
+        ("main", [DIGITS, "--config.train.batch_size=many"], "train.batch_size=many"),
+        ("main", [DIGITS, "--config.method.temperature=0"], "must be above 0"),
+        ("main", [DIGITS, "--config.model.students=(1,0.01)"], "smallest usable width"),
+        ("main", [DIGITS, "--config.train.batch_size=2000"], "above the 1348 training examples"),
+        ("main", [DIGITS, "--workdir=pyproject.toml"], "is not a folder"),
+        ("main", [f"--config={ROOT}/configs/resnet_cifar100.py:dept=20"], "did you mean 'depth'"),
+        ("describe", [DIGITS, "--num_classes=0"], "at least 1"),
+        ("extract", ["--workdir=nowhere", "--output=x", "--student=1"], "is not the folder of a run"),
+        ("extract", ["--workdir=nowhere", "--output=x"], "pass --student=N"),
+        ("evaluate", [], "pass --workdir=RUN"),
+        ("evaluate", ["--student_dir=nowhere"], "not a folder that ekd_jax.extract wrote"),
+    ],
+)
+def test_mistakes_get_one_line(module, flags, message):
+    result = command(module, *flags)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["digits", "resnet_cifar10", "resnet_cifar100", "resnet_cifar100:depth=110"]
+)
+def test_dry_run_trains_nothing(name, tmp_path):
+    file, _, argument = name.partition(":")
+    config = f"--config={ROOT}/configs/{file}.py" + (f":{argument}" if argument else "")
+    result = command("main", config, "--dry_run", f"--workdir={tmp_path}/run")
+    assert result.returncode == 0, result.stderr
+    for expected in (
+        '"batch_size"',
+        "ensemble" if False else "student",
+        "steps of",
+        "memory",
+        "nothing was trained",
+    ):
+        assert expected in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_describe_as_json():
+    result = command(
+        "describe", f"--config={ROOT}/configs/resnet_cifar100.py", "--num_classes=10", "--json"
+    )
+    found = json.loads(result.stdout)
+    assert [s["parameters"] for s in found["students"]] == [272474, 171536, 97018, 42231, 10773]
+    assert found["base_parameters"] == 464
+    assert found["adaptation_parameters"] == 10976
+    assert found["students"][4]["widths"] == [3, 6, 12]
+    assert found["students"][4]["ratio"] == pytest.approx(0.039538, abs=1e-6)
+    # He et al. 2016, table 6 gives no count; 40.8M is 3x3 convolutions, 1x1 shortcuts and classifier by hand.
+    assert found["students"][0]["macs"] == macs_by_hand()
+
+
+def macs_by_hand():
+    """ResNet-20, width 1, 10 classes on 32 x 32."""
+    total = 32 * 32 * 9 * 3 * 16
+    size, inputs = 32, 16
+    for channels in (16, 32, 64):
+        for block in range(3):
+            if block == 0 and channels != inputs:
+                size //= 2
+                total += size * size * inputs * channels  # shortcut
+            total += size * size * 9 * (inputs + channels) * channels
+            inputs = channels
+    return total + 64 * 10
+
+
+def test_from_training_to_an_answer(tmp_path):
+    """Train, extract by budget, evaluate, predict: the README's first command on a smaller network."""
+    from PIL import Image
+
+    run, student = tmp_path / "run", tmp_path / "student"
+    result = command("main", *tiny_flags(train__epochs=6), f"--workdir={run}")
+    assert result.returncode == 0, result.stderr
+    assert "ensemble teacher" in result.stdout
+    assert "left" in result.stderr, "plain lines with the time left"
+    assert "\r" not in result.stderr
+    result = command("extract", f"--workdir={run}", "--max_parameters=30000", f"--output={student}")
+    assert result.stdout.startswith(f"student 2 of {run}"), result.stderr
+    result = command("evaluate", f"--student_dir={student}", "--json")
+    assert json.loads(result.stdout).keys() == {f"student_2/{m}" for m in ("top1", "top5", "nll")}
+    Image.new("L", (20, 20), 40).save(tmp_path / "image.png")
+    result = command("predict", f"--student_dir={student}", f"--image={tmp_path}/image.png")
+    assert result.stdout.count("%") == 3, result.stderr
+    result = command("predict", f"--student_dir={student}", f"--image={run}/config.json")
+    assert result.returncode == 2
+    assert "cannot read an image" in result.stderr
+    assert TINY

@@ -1,0 +1,158 @@
+"""Configurations: unknown and impossible knobs, variants, and that every knob is read."""
+
+import ast
+import importlib.util
+import pathlib
+
+import jax
+import pytest
+from conftest import ROOT, TINY, tiny_config
+
+from ekd_jax.config import KNOBS, default, fingerprint, method_fields, resolve, to_dict
+from ekd_jax.errors import UserError
+from ekd_jax.methods import METHODS
+
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+def recipe(path: pathlib.Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def attribute_chains():
+    """Every `a.b.c` in the package, as tuples of names."""
+    chains = set()
+    for file in (ROOT / "ekd_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = []
+            while isinstance(node, ast.Attribute):
+                names.append(node.attr)
+                node = node.value
+            if isinstance(node, ast.Name):
+                names.append(node.id)
+            chains.add(tuple(reversed(names)))
+    return chains
+
+
+def test_every_knob_is_read():
+    """A knob nothing reads is a lie: `config.section.knob`, or `knobs.knob` where a section is named."""
+    chains = attribute_chains()
+    pairs = {chain[i : i + 2] for chain in chains for i in range(len(chain) - 1)}
+    aliases = {"optimizer": "knobs", "data": "data"}
+    for path in KNOBS:
+        section, _, name = path.rpartition(".")
+        read = {(section or "config", name), (aliases.get(section, section), name)}
+        assert read & pairs, f"nothing reads config.{path}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_knob_of_a_method_is_read(method):
+    chains = {chain for chain in attribute_chains() if len(chain) == 2 and chain[0] == "self"}
+    for name in method_fields(method):
+        assert ("self", name) in chains, f"{method} does not read its knob {name}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_resolves_and_says_how_it_is_used(path):
+    module = recipe(path)
+    config = resolve(module.get_config())
+    assert f"--config=configs/{path.name}" in module.__doc__
+    assert resolve(to_dict(config)) == config, "config.json read back is the same configuration"
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "expected"),
+    [
+        ("resnet_cifar100", "", ("resnet20", "sgd", 450, 128, 2.0, 1e-4)),
+        ("resnet_cifar100", "depth=110", ("resnet110", "sgd", 450, 128, 2.0, 1e-4)),
+        ("resnet_cifar100", "depth=56,recipe=official", ("resnet56", "adam", 350, 128, 2.0, 1e-5)),
+        ("resnet_cifar100", "recipe=official", ("resnet20", "adam", 400, 64, 3.0, 1e-5)),
+        ("resnet_cifar10", "", ("resnet20", "sgd", 350, 128, 2.0, 1e-4)),
+        ("resnet_cifar10", "depth=110,recipe=official", ("resnet110", "sgd", 250, 128, 3.0, 1e-4)),
+    ],
+)
+def test_variants(name, argument, expected):
+    config = resolve(recipe(ROOT / "configs" / f"{name}.py").get_config(argument))
+    method, train = config.method, config.train
+    optimizer = config.optimizer
+    found = (config.model.name, optimizer.name, train.epochs, train.batch_size, method.temperature)
+    assert (*found, optimizer.weight_decay) == expected
+
+
+def test_the_default_recipe_is_the_papers():
+    config = resolve(recipe(ROOT / "configs/resnet_cifar100.py").get_config())
+    optimizer, method = config.optimizer, config.method
+    assert (optimizer.name, optimizer.momentum, optimizer.nesterov) == ("sgd", 0.9, True)
+    assert (optimizer.learning_rate, optimizer.decay, optimizer.milestones) == (0.1, 0.1, (0.5, 0.75))
+    assert (method.alpha, method.beta, method.gamma, method.temperature) == (0.7, 0.15, 0.15, 2.0)
+    assert (config.model.students, config.data.crop_padding, config.data.flip) == (5, 4, True)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("dept=20", "did you mean 'depth'"),
+        ("depth=21", "depth='21' is unknown; did you mean '20'"),
+        ("recipe=ofical", "did you mean 'official'"),
+    ],
+)
+def test_wrong_variants(argument, message):
+    with pytest.raises(UserError, match=message):
+        recipe(ROOT / "configs/resnet_cifar100.py").get_config(argument)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"nme": "resnet8"}}, "unknown knob config.model.nme; did you mean 'model.name'"),
+        ({"epochs": 3}, "did you mean 'train.epochs'"),
+        ({"model": {"name": "resnet21"}}, "did you mean 'resnet20'"),
+        ({"train": {"batch_size": "many"}}, "must be of type int, like its default 128"),
+        ({"train": {"batch_size": 12.5}}, "must be of type int"),
+        ({"train": {"epochs": True}}, "must be of type float"),
+        ({"train": {"batch_size": 0}}, "above 0"),
+        ({"optimizer": {"momentum": 1.0}}, "below 1"),
+        ({"optimizer": {"milestones": (0.75, 0.5)}}, "increasing"),
+        ({"data": {"std": (0.2, 0.0, 0.2)}}, "above 0"),
+        ({"seed": -1}, "negative"),
+        ({"method": {"name": "omm"}}, "did you mean 'oem'"),
+        ({"method": {"name": "baseline", "temperature": 3.0}}, "unknown knob config.method.temperature"),
+        ({"model": {"students": (1, 0.01)}}, "smallest usable width"),
+        ({"model": {"no_blocks": 5}}, "between 1 and 3"),
+    ],
+)
+def test_impossible_configurations(changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        resolve(changes)
+    assert "\n" not in str(error.value)
+
+
+def test_switching_the_method_drops_the_recipes_knobs_of_the_other():
+    asked = default()
+    asked.method.name = "baseline"
+    assert to_dict(resolve(asked, ["method.name"]))["method"] == {"name": "baseline"}
+    with pytest.raises(UserError, match="unknown knob"):
+        asked.method.temperature = 3.0
+        resolve(asked, ["method.name", "method.temperature"])
+
+
+def test_fingerprint_tells_what_changes_the_result():
+    base = fingerprint(tiny_config())
+    assert base == fingerprint(tiny_config(train__log_every_steps=50, data__manual_dir="/elsewhere"))
+    for change in ({"seed": 1}, {"train__epochs": 4}, {"method__temperature": 3.0}, {"model__students": 3}):
+        assert base != fingerprint(tiny_config(**change)), change
+
+
+def test_importing_the_package_starts_nothing():
+    """Neither JAX nor TensorFlow: the version and the path of the package cost nothing."""
+    import subprocess
+    import sys
+
+    code = "import sys, ekd_jax; print(ekd_jax.__version__, 'jax' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert out.stdout.split()[1] == "False"
+    assert len(jax.devices()) == 8
+    assert TINY

@@ -1,0 +1,202 @@
+"""Taking a student out, and what can be wrong with a checkpoint or an extracted folder."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import tiny_config
+
+import ekd_jax
+from ekd_jax.checkpoint import opened
+from ekd_jax.config import make_method
+from ekd_jax.data import sources
+from ekd_jax.data.augment import normalise
+from ekd_jax.describe import build
+from ekd_jax.errors import UserError
+from ekd_jax.evaluate import evaluate_run, evaluate_student
+from ekd_jax.extract import extract, fitting_student
+from ekd_jax.state import init_variables
+from ekd_jax.train import run
+from ekd_jax.writers import read_metrics
+
+
+@pytest.fixture(scope="module")
+def ensemble(finished):
+    """The finished run's network and variables."""
+    config = tiny_config()
+    network, method = build(config, 10), make_method(config)
+    with opened(finished[0]) as checkpoints:
+        like = init_variables(network, method, 0, (8, 8, 1))
+        variables, _ = checkpoints.restore_variables(like, checkpoints.choose())
+    return network, variables
+
+
+@pytest.mark.parametrize("student", [1, 2])
+def test_weights_and_logits_are_those_of_the_branch(finished, ensemble, tmp_path, student):
+    network, variables = ensemble
+    extract(finished[0], student, tmp_path / "student")
+    loaded = ekd_jax.load_student(tmp_path / "student")
+    for kind in ("params", "batch_stats"):
+        for part, own in (
+            ("base", variables[kind]["base"]),
+            ("branch", variables[kind]["students"][str(student)]),
+        ):
+            jax.tree.map(np.testing.assert_array_equal, loaded.variables[kind][part], own)
+
+    images = sources.load(tiny_config()).test_images[:64]
+    config = tiny_config()
+    outputs, _ = network.apply(variables, normalise(images, config.data.mean, config.data.std), train=False)
+    expected = outputs.logits_SxBxK[student - 1]
+    np.testing.assert_allclose(loaded.logits(images), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(loaded.logits)(images), expected, rtol=1e-5, atol=1e-5)
+    probabilities = loaded.predict(images)
+    np.testing.assert_allclose(probabilities, jax.nn.softmax(expected), atol=1e-5)
+    np.testing.assert_allclose(np.sum(probabilities, 1), 1, atol=1e-5)
+
+
+def test_the_folder_stands_alone(finished, tmp_path):
+    """Loaded after the run is gone, it evaluates to what the run recorded."""
+    path = tmp_path / "run"
+    shutil.copytree(finished[0], path)
+    description = extract(path, 2, tmp_path / "student", best=True)
+    shutil.rmtree(path)
+    loaded = ekd_jax.load_student(tmp_path / "student")
+    assert loaded.description == description
+    assert loaded.class_names[7] == "seven"
+    assert loaded.input_shape == (8, 8, 1)
+    assert description["provenance"]["seed"] == 0
+    assert description["architecture"]["channels"] == [8, 16, 32]
+    found = evaluate_student(loaded)
+    assert {k.removeprefix("student_2/"): v for k, v in found.items()} == pytest.approx(
+        description["metrics"], rel=1e-5
+    )
+    names = safetensors.numpy.load_file(tmp_path / "student" / "weights.safetensors")
+    assert "params/branch/head/kernel" in names
+    assert not any("method" in name for name in names)
+
+
+def test_only_the_student_is_read_from_the_checkpoint(finished, monkeypatch, tmp_path):
+    seen = []
+    original = ekd_jax.checkpoint.Checkpoints.restore_variables
+
+    def spy(self, like, step):
+        variables, remembered = original(self, like, step)
+        seen.append(variables)
+        return variables, remembered
+
+    monkeypatch.setattr(ekd_jax.checkpoint.Checkpoints, "restore_variables", spy)
+    extract(finished[0], 2, tmp_path / "student")
+    assert {k: set(v) for k, v in seen[0].items()} == {
+        k: {"base", "students"} for k in ("params", "batch_stats")
+    }
+    assert set(seen[0]["params"]["students"]) == {"2"}
+
+
+def test_the_student_that_fits(finished):
+    path, summary = finished
+    sizes = [s["parameters"] for s in summary["students"]]
+    assert fitting_student(path, sizes[1]) == 2
+    last = [r for r in read_metrics(path) if r["split"] == "test"][-1]
+    assert fitting_student(path, sizes[0]) == max((1, 2), key=lambda i: last[f"student_{i}/top1"])
+    with pytest.raises(UserError, match=f"the smallest student has {sizes[1]}"):
+        fitting_student(path, sizes[1] - 1)
+
+
+@pytest.mark.parametrize("student", [0, 3, -1])
+def test_student_out_of_range(finished, tmp_path, student):
+    with pytest.raises(UserError, match="has students 1 to 2"):
+        extract(finished[0], student, tmp_path / "student")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_in_the_way(finished, tmp_path):
+    (tmp_path / "mine").write_text("keep")
+    with pytest.raises(UserError, match="not an empty folder"):
+        extract(finished[0], 1, tmp_path)
+    with pytest.raises(UserError, match="not an empty folder"):
+        extract(finished[0], 1, tmp_path / "mine")
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        extract(tmp_path / "nothing", 1, tmp_path / "student")
+    with pytest.raises(UserError, match="--step=5: kept are .*19"):
+        extract(finished[0], 1, tmp_path / "student", step=5)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_images_of_another_shape(finished, tmp_path):
+    extract(finished[0], 1, tmp_path / "student")
+    loaded = ekd_jax.load_student(tmp_path / "student")
+    for wrong in (np.zeros((1, 9, 8, 1), np.uint8), np.zeros((8, 8, 1), np.uint8), np.zeros((1, 8, 8, 1))):
+        with pytest.raises(UserError, match="takes uint8 images Bx8x8x1"):
+            loaded.predict(wrong)
+
+
+@pytest.mark.parametrize("damage", ["weights", "truncated", "description", "missing"])
+def test_damaged_folders(finished, tmp_path, damage):
+    folder = tmp_path / "student"
+    extract(finished[0], 1, folder)
+    weights, description = folder / "weights.safetensors", folder / "student.json"
+    if damage == "weights":
+        flip_a_bit(weights)
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "description":
+        description.write_text(description.read_text()[:100])
+    else:
+        weights.unlink()
+    with pytest.raises(UserError, match="damaged|not a folder that"):
+        ekd_jax.load_student(folder)
+
+
+# --- damaged checkpoints ---------------------------------------------------------------------
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def largest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(finished[0], path)
+    (path / "summary.json").unlink()
+    return path
+
+
+def test_a_flipped_bit_is_found(copy):
+    flip_a_bit(largest_file(copy / "checkpoints" / "19" / "state"))
+    for use in (lambda: evaluate_run(copy), lambda: run(tiny_config(), copy)):
+        with pytest.raises(UserError, match="checkpoint .*19 is damaged: delete that folder") as error:
+            use()
+        assert "\n" not in str(error.value)
+
+
+def test_a_truncated_checkpoint_is_found(copy):
+    file = largest_file(copy / "checkpoints" / "19" / "state")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="is damaged"):
+        evaluate_run(copy)
+
+
+def test_latest_and_best_are_kept_over_a_resume(tmp_path):
+    """The best survives later checkpoints, also of a run that was stopped and goes on."""
+    path = tmp_path / "run"
+    run(tiny_config(), path)
+    tests = [r for r in read_metrics(path) if r["split"] == "test"]
+    best = max(tests, key=lambda r: r["ensemble/top1"])["step"]
+    with opened(path) as checkpoints:
+        assert checkpoints.steps() == sorted({best, 19})
+        assert checkpoints.choose(best_by="ensemble/top1") in (best, 19)
+    (path / "summary.json").unlink()
+    run(tiny_config(), path)
+    assert json.loads((path / "summary.json").read_text())["steps"] == 19
+    with opened(path) as checkpoints:
+        assert best in checkpoints.steps()

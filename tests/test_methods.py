@@ -1,0 +1,164 @@
+"""Which parameters each term trains, and the method's options."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from ekd_jax.config import make_method
+from ekd_jax.describe import build
+from ekd_jax.errors import UserError
+from ekd_jax.optimizer import learning_rate, make_optimizer
+from ekd_jax.state import init_state, init_variables
+from ekd_jax.step import make_step, objective
+
+SHAPE = (8, 8, 1)
+STUDENTS = (1, 0.5, 0.25)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    generator = np.random.default_rng(0)
+    images = generator.normal(size=(16, *SHAPE)).astype(np.float32)
+    return jnp.asarray(images), jnp.asarray(generator.integers(0, 10, 16))
+
+
+def gradients(batch, **knobs):
+    """Gradient of the loss in every parameter."""
+    config = tiny_config(model__students=STUDENTS, **{f"method__{k}": v for k, v in knobs.items()})
+    ensemble, method = build(config, 10), make_method(config)
+    variables = init_variables(ensemble, method, 0, SHAPE)
+
+    def loss(params):
+        outputs, _ = ensemble.apply(variables | {"params": params}, batch[0], train=True)
+        own = {"params": params["method"], "batch_stats": variables["batch_stats"]["method"]}
+        return objective(method, own, outputs, batch[1])[0]
+
+    return jax.jit(jax.grad(loss))(variables["params"])
+
+
+def moved(gradients):
+    """Names of the parts that a gradient reaches."""
+    parts = {"base": gradients["base"], **{f"student {i}": g for i, g in gradients["students"].items()}}
+    parts |= gradients["method"]
+    return {name for name, tree in parts.items() if any(jnp.any(x != 0) for x in jax.tree.leaves(tree))}
+
+
+ALL = {"base", "student 1", "student 2", "student 3"}
+
+
+@pytest.mark.parametrize(
+    ("knobs", "expected"),
+    [
+        ({"alpha": 1.0, "beta": 0.0, "gamma": 0.0}, ALL),
+        ({"alpha": 0.0, "beta": 1.0, "gamma": 0.0}, ALL - {"student 1"} | {"adaptation_layers"}),
+        ({"alpha": 0.0, "beta": 0.0, "gamma": 1.0}, ALL),
+        ({"alpha": 0.0, "beta": 1.0, "gamma": 0.0, "adaptation": "channel_mean"}, ALL - {"student 1"}),
+        (
+            {"alpha": 0.0, "beta": 1.0, "gamma": 0.0, "base_gradient": "pseudo_teacher"},
+            {"student 2", "student 3", "adaptation_layers"},
+        ),
+        ({"alpha": 0.0, "beta": 0.0, "gamma": 0.0, "ensemble_weights": "learned"}, {"weighting"}),
+        ({"alpha": 0.0, "beta": 0.0, "gamma": 0.0, "ensemble_weights": "gated"}, {"weighting"}),
+        ({"alpha": 0.0, "beta": 0.0, "gamma": 1.0, "ensemble_weights": "learned"}, ALL | {"weighting"}),
+    ],
+)
+def test_what_each_term_trains(batch, knobs, expected):
+    assert moved(gradients(batch, **knobs)) == expected
+
+
+def test_base_block_learns_from_the_pseudo_teacher_alone(batch):
+    """base_gradient="pseudo_teacher" leaves student 1 and the base exactly what student 1 gives."""
+    blocked = gradients(batch, beta=0.0, gamma=0.0, base_gradient="pseudo_teacher")
+    everyone = gradients(batch, beta=0.0, gamma=0.0)
+    for name in ("2", "3"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+            blocked["students"][name],
+            everyone["students"][name],
+        )
+    assert not np.allclose(blocked["base"]["conv"]["kernel"], everyone["base"]["conv"]["kernel"])
+
+
+def test_one_student_is_the_baseline(batch):
+    """S=1: nothing to match and its own teacher, so alpha times the cross entropy remains."""
+    for name, scale in (("oem", 0.7), ("baseline", 1.0)):
+        config = tiny_config(method=name, model__students=(0.5,))
+        ensemble, method = build(config, 10), make_method(config)
+        variables = init_variables(ensemble, method, 0, SHAPE)
+        outputs, _ = ensemble.apply(variables, batch[0], train=True)
+        own = {kind: tree["method"] for kind, tree in variables.items()}
+        loss, (metrics, _) = objective(method, own, outputs, batch[1])
+        assert float(loss) == pytest.approx(scale * float(metrics["student_1/loss_ce"]), rel=1e-6)
+
+
+def test_ensemble_weights_begin_uniform_and_sum_to_one(batch):
+    logits = jax.random.normal(jax.random.key(0), (3, 16, 10))
+    config = tiny_config(model__students=STUDENTS, method__ensemble_weights="learned")
+    ensemble, method = build(config, 10), make_method(config)
+    own = init_variables(ensemble, method, 0, SHAPE)["params"]["method"]
+    outputs, _ = ensemble.apply(init_variables(ensemble, method, 0, SHAPE), batch[0], train=False)
+    outputs = outputs.replace(logits_SxBxK=logits)
+    combined = method.apply({"params": own}, outputs, method="ensemble_logits")
+    np.testing.assert_allclose(combined, logits.mean(0), atol=1e-6)
+    own["weighting"]["logits"] = jnp.array([5.0, 0.0, 0.0])
+    combined = method.apply({"params": own}, outputs, method="ensemble_logits")
+    weights = np.exp([5.0, 0, 0]) / np.exp([5.0, 0, 0]).sum()
+    np.testing.assert_allclose(combined, np.tensordot(weights, logits, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["uniform", "learned", "gated"])
+def test_every_kind_of_ensemble_trains(batch, weights):
+    config = tiny_config(method__ensemble_weights=weights, optimizer__learning_rate=0.05)
+    ensemble, method = build(config, 10), make_method(config)
+    optimizer = make_optimizer(config, method, 100)
+    state = init_state(ensemble, method, optimizer, 0, SHAPE)
+    step = jax.jit(make_step(ensemble, method, optimizer))
+    losses = []
+    for _ in range(12):
+        state, metrics = step(state, *batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_adaptation_layers_learn_at_their_own_rate(batch):
+    """One step of plain SGD moves them by the scale times the rate times the gradient."""
+    changes = {"optimizer__momentum": 0.0, "optimizer__nesterov": False, "optimizer__weight_decay": 0.0}
+    deltas = {}
+    for scale in (1.0, 0.5, 0.0):
+        config = tiny_config(**changes, method__adaptation_learning_rate_scale=scale)
+        ensemble, method = build(config, 10), make_method(config)
+        optimizer = make_optimizer(config, method, 100)
+        before = init_state(ensemble, method, optimizer, 0, SHAPE)
+        after, _ = jax.jit(make_step(ensemble, method, optimizer))(before, *batch)
+        deltas[scale] = jax.tree.map(lambda a, b: np.asarray(a - b), after.params, before.params)
+    layer = lambda d: d["method"]["adaptation_layers"]["block1_student2"]["kernel"]  # noqa: E731
+    np.testing.assert_allclose(layer(deltas[0.5]), 0.5 * layer(deltas[1.0]), atol=1e-7)
+    assert not layer(deltas[0.0]).any()
+    assert np.abs(layer(deltas[1.0])).max() > 1e-4
+    np.testing.assert_array_equal(
+        deltas[0.0]["students"]["2"]["head"]["kernel"], deltas[1.0]["students"]["2"]["head"]["kernel"]
+    )
+
+
+def test_learning_rate_drops_at_the_milestones():
+    rate = learning_rate(tiny_config(), steps=1000)
+    values = [float(rate(s)) for s in (0, 499, 500, 749, 750, 999)]
+    np.testing.assert_allclose(values, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "message"),
+    [
+        ("temperature", 0.0, "above 0"),
+        ("temperature", -2.0, "above 0"),
+        ("temperature", float("nan"), "above 0"),
+        ("beta", -0.1, "negative"),
+        ("ensemble_weights", "unifrom", "did you mean 'uniform'"),
+        ("base_gradient", "none", "all, pseudo_teacher"),
+    ],
+)
+def test_impossible_knobs(knob, value, message):
+    with pytest.raises(UserError, match=message):
+        tiny_config(**{f"method__{knob}": value})

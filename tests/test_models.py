@@ -1,0 +1,168 @@
+"""Layers and networks: convolution's gradient, widths, structure, initial values."""
+
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from ekd_jax import models
+from ekd_jax.errors import UserError
+from ekd_jax.models.ensemble import parse_students, student_paths, student_variables
+from ekd_jax.models.layers import BatchNorm, convolution
+
+
+def variables_of(ensemble, shape=(16, 16, 3), seed=0):
+    return ensemble.init(seed, shape)
+
+
+@pytest.mark.parametrize("size", [7, 8])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_convolution_and_its_gradient_are_those_of_xla(size, stride, kernel):
+    generator = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x = jnp.asarray(generator.normal(size=(2, size, size + 1, 3)))
+        w = jnp.asarray(generator.normal(size=(kernel, kernel, 3, 4)))
+
+        def plain(x, w):
+            pad = [(kernel // 2, kernel // 2)] * 2
+            return lax.conv_general_dilated(
+                x, w, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+
+        out, ours = jax.vjp(lambda x, w: convolution(x, w, stride), x, w)
+        expected, theirs = jax.vjp(plain, x, w)
+        g = jnp.asarray(generator.normal(size=out.shape))
+        np.testing.assert_allclose(out, expected, rtol=1e-12)
+        for a, b in zip(ours(g), theirs(g), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_batch_norm_follows_pytorch():
+    """Unbiased running variance, momentum .1 in PyTorch's sense; own statistics in training only."""
+    x = np.random.default_rng(0).normal(3.0, 2.0, (4, 5, 5, 2)).astype(np.float32)
+    start = {
+        "params": {"scale": jnp.array([1.0, 2.0]), "bias": jnp.array([0.0, -1.0])},
+        "batch_stats": {"mean": jnp.zeros(2), "var": jnp.ones(2)},
+    }
+    out, updated = BatchNorm().apply(start, x, train=True, mutable=["batch_stats"])
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    expected = (x - mean) / np.sqrt(var + 1e-5) * [1, 2] + [0, -1]
+    np.testing.assert_allclose(out, expected, rtol=2e-6, atol=2e-6)
+    stats = updated["batch_stats"]
+    np.testing.assert_allclose(stats["mean"], 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1), rtol=1e-5)
+    out = BatchNorm().apply(start, x, train=False)
+    np.testing.assert_allclose(out, x / np.sqrt(1 + 1e-5) * [1, 2] + [0, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("students", "expected"),
+    [
+        (5, [(16, 32, 64), (12, 25, 51), (9, 19, 38), (6, 12, 25), (3, 6, 12)]),
+        (4, [(16, 32, 64), (12, 24, 48), (8, 16, 32), (4, 8, 16)]),
+        (3, [(16, 32, 64), (10, 21, 42), (5, 10, 21)]),
+        (1, [(16, 32, 64)]),
+        ((1, 0.7, 0.2), [(16, 32, 64), (11, 22, 44), (3, 6, 12)]),
+        ((0.2,), [(3, 6, 12)]),
+    ],
+)
+def test_widths_are_floored(students, expected):
+    ensemble = models.build("resnet8", parse_students(students), 3, 10)
+    assert [branch.widths for branch in ensemble.branches] == expected
+
+
+@pytest.mark.parametrize(
+    ("no_blocks", "widths", "maps"),
+    [(3, (8, 16, 32), 3), (2, (16, 16, 32), 2), (1, (16, 32, 32), 1)],
+)
+def test_compressed_blocks_are_the_matched_ones(no_blocks, widths, maps):
+    ensemble = models.build("resnet8", parse_students((1, 0.5)), no_blocks, 10)
+    assert ensemble.branches[1].widths == widths
+    outputs, _ = ensemble.apply(variables_of(ensemble), jnp.zeros((2, 16, 16, 3)), train=False)
+    sizes = [(16, 16, 16), (8, 8, 32), (4, 4, 64)][-maps:]
+    assert [row[0].shape[1:] for row in outputs.features] == sizes
+    assert all(row[1].shape[-1] * 2 == row[0].shape[-1] for row in outputs.features)
+
+
+def test_names_of_variables():
+    ensemble = models.build("resnet14", parse_students(2), 3, 10)
+    variables = variables_of(ensemble)
+    assert set(variables["params"]) == set(variables["batch_stats"]) == {"base", "students"}
+    assert set(variables["params"]["students"]) == {"1", "2"}
+    first = variables["params"]["students"]["1"]["stage1"]["first"]
+    assert "shortcut_conv" not in first, "student 1 keeps the identity shortcut in stage 1"
+    assert "shortcut_conv" in variables["params"]["students"]["2"]["stage1"]["first"]
+
+
+def test_initial_values_follow_the_official_rules():
+    """Xavier-normal convolutions and classifier, classifier's bias U(+-1/sqrt(fan in)), BN 1 and 0."""
+    ensemble = models.build("resnet110", parse_students(1), 3, 100)
+    branch = variables_of(ensemble)["params"]["students"]["1"]
+    conv = branch["stage3"]["rest"]["conv2"]["kernel"]  # (17, 3, 3, 64, 64)
+    std = math.sqrt(2 / (9 * (64 + 64)))
+    assert conv.std() == pytest.approx(std, rel=0.01)
+    assert abs(conv.mean()) < 0.01 * std
+    np.testing.assert_allclose(conv.std((1, 2, 3, 4)), std, rtol=0.03)  # each stacked block alike
+    assert not np.array_equal(conv[0], conv[1])
+    assert branch["head"]["kernel"].std() == pytest.approx(math.sqrt(2 / 164), rel=0.05)
+    bias = branch["head"]["bias"]
+    assert 0.8 / 8 < np.abs(bias).max() <= 1 / 8
+    assert (branch["stage1"]["rest"]["bn1"]["scale"] == 1).all()
+    assert (branch["stage1"]["rest"]["bn1"]["bias"] == 0).all()
+
+
+def test_initial_values_depend_on_seed_and_place_alone():
+    leaves = jax.tree.leaves
+    two, three = (models.build("resnet8", parse_students(n), 3, 10) for n in ((1, 0.5), (1, 0.5, 0.5)))
+    a, b, c = variables_of(two), variables_of(three), variables_of(two, seed=1)
+    own = lambda v, i: student_paths(v["params"], i)  # noqa: E731
+    for i in (1, 2):  # a third student changes nothing for the first two
+        assert all(np.array_equal(x, y) for x, y in zip(leaves(own(a, i)), leaves(own(b, i)), strict=True))
+    kernel = lambda v, i: v["params"]["students"][str(i)]["stage1"]["first"]["conv1"]["kernel"]  # noqa: E731
+    assert not np.array_equal(kernel(a, 2), kernel(c, 2)), "another seed"
+    assert not np.array_equal(kernel(b, 2), kernel(b, 3)), "another student of the same width"
+
+
+def test_a_student_on_its_own_gives_its_logits_in_the_ensemble():
+    ensemble = models.build("resnet14", parse_students(3), 3, 10)
+    variables = variables_of(ensemble)
+    images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+    outputs, _ = ensemble.apply(variables, images, train=False)
+    for i in (1, 2, 3):
+        alone = ensemble.student(i).logits(student_variables(variables, i), images)
+        np.testing.assert_allclose(alone, outputs.logits_SxBxK[i - 1], atol=1e-6)
+
+
+def test_bfloat16_keeps_logits_and_statistics_in_float32():
+    wide, narrow = (models.build("resnet8", parse_students(2), 3, 10, d) for d in ("float32", "bfloat16"))
+    variables = variables_of(wide)
+    images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
+    full, _ = wide.apply(variables, images, train=True)
+    half, stats = narrow.apply(variables, images, train=True)
+    assert half.features[0][0].dtype == jnp.bfloat16
+    assert half.logits_SxBxK.dtype == jnp.float32
+    assert {x.dtype for x in jax.tree.leaves(stats)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(half.logits_SxBxK, full.logits_SxBxK, atol=0.1)
+
+
+@pytest.mark.parametrize("students", [0, -1, (), (1, 0), (1, -0.5), True, "five", (1, "wide"), 2.5])
+def test_impossible_students(students):
+    with pytest.raises(UserError, match="students"):
+        parse_students(students)
+
+
+def test_a_width_without_channels_names_the_smallest_that_works():
+    with pytest.raises(UserError, match=r"width 0\.05 .* smallest usable width is 0\.0625"):
+        models.build("resnet8", (Fraction(1), Fraction("0.05")), 3, 10)
+    assert models.build("resnet8", (Fraction("0.0625"),), 3, 10).branches[0].widths == (1, 2, 4)
+
+
+@pytest.mark.parametrize("no_blocks", [0, 4])
+def test_impossible_number_of_blocks(no_blocks):
+    with pytest.raises(UserError, match="between 1 and 3"):
+        models.build("resnet8", parse_students(2), no_blocks, 10)

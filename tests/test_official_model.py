@@ -1,0 +1,153 @@
+"""A five-student ResNet-20 with the official weights computes what the official code computed."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import REFERENCE, tiny_config
+
+from ekd_jax import models
+from ekd_jax.config import make_method
+from ekd_jax.convert import official_variables
+from ekd_jax.errors import UserError
+from ekd_jax.models.ensemble import parse_students, student_paths
+from ekd_jax.state import init_variables
+from ekd_jax.step import objective
+
+STUDENTS = range(5)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    with np.load(REFERENCE / "model_reference_resnet20.npz") as file:
+        return dict(file)
+
+
+def part(reference, prefix):
+    return {
+        name.removeprefix(prefix): value for name, value in reference.items() if name.startswith(prefix)
+    }
+
+
+@pytest.fixture(scope="module")
+def network():
+    ensemble = models.build("resnet20", parse_students(5), 3, 100)
+    method = make_method(tiny_config())
+    return ensemble, method, init_variables(ensemble, method, 0, (32, 32, 3))
+
+
+def official_at(reference, network, when):
+    """The official variables: "init", or "after1" training step's statistics."""
+    ensemble, _, variables = network
+    state = lambda who: part(reference, f"init/{who}/") | part(reference, f"{when}/{who}/")  # noqa: E731
+    students = [state(f"student{i}") for i in STUDENTS]
+    return official_variables(ensemble, variables, state("base"), students, part(reference, "adapt/"))
+
+
+@pytest.fixture(scope="module")
+def trained(reference, network):
+    """Outputs, statistics, metrics and gradients of one training step."""
+    ensemble, method, _ = network
+    variables = official_at(reference, network, "init")
+
+    def loss(params):
+        full = variables | {"params": params}
+        outputs, stats = ensemble.apply(full, reference["x"].transpose(0, 2, 3, 1), train=True)
+        own = {kind: tree["method"] for kind, tree in full.items()}
+        value, (metrics, _) = objective(method, own, outputs, reference["y"])
+        return value, (outputs, stats, metrics)
+
+    (value, found), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    return value, *found, gradients
+
+
+def test_outputs_and_maps_in_training(reference, trained):
+    _, outputs, _, _, _ = trained
+    np.testing.assert_allclose(outputs.logits_SxBxK, reference["train/outs"][1:], atol=1e-4)
+    for b in range(3):
+        expected = reference[f"train/map_b{b}_s0"].transpose(0, 2, 3, 1)
+        np.testing.assert_allclose(outputs.features[b][0][:2], expected, atol=1e-4)
+
+
+def test_losses(reference, trained):
+    value, _, _, metrics, _ = trained
+    total = lambda name: sum(metrics[f"student_{i + 1}/{name}"] for i in STUDENTS)  # noqa: E731
+    ce = [metrics[f"student_{i + 1}/loss_ce"] for i in STUDENTS]
+    np.testing.assert_allclose(ce, reference["train/ce"][1:], rtol=1e-5)
+    expected = reference["train/losses"]
+    found = [
+        value,
+        total("loss_ce") + reference["train/ce"][0],
+        total("loss_intermediate"),
+        total("loss_kd"),
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_gradients(reference, trained):
+    """All gradients that the reference holds: base block, and four layers of every student."""
+    gradients = trained[-1]
+    base, students = gradients["base"], gradients["students"]
+    found = {
+        "base/conv1.weight": base["conv"]["kernel"],
+        "base/bn1.weight": base["bn"]["scale"],
+        "base/bn1.bias": base["bn"]["bias"],
+    }
+    for i in STUDENTS:
+        own = students[str(i + 1)]
+        found[f"student{i}/layer1.0.conv1.weight"] = own["stage1"]["first"]["conv1"]["kernel"]
+        found[f"student{i}/layer2.0.shortcut.0.weight"] = own["stage2"]["first"]["shortcut_conv"]["kernel"]
+        found[f"student{i}/layer3.2.conv2.weight"] = own["stage3"]["rest"]["conv2"]["kernel"][1]
+        found[f"student{i}/linear.weight"] = own["head"]["kernel"]
+    expected = part(reference, "grad/")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        axes = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[value.ndim]
+        np.testing.assert_allclose(found[name], value.transpose(axes), atol=1e-4, err_msg=name)
+
+
+def test_statistics_after_a_step(reference, network, trained):
+    found = {k: v for k, v in trained[2].items() if k != "method"}
+    after = official_at(reference, network, "after1")["batch_stats"]
+    expected = {k: v for k, v in after.items() if k != "method"}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+
+
+def test_evaluation_mode(reference, network):
+    variables = official_at(reference, network, "after1")
+    outputs, _ = network[0].apply(variables, reference["x"].transpose(0, 2, 3, 1), train=False)
+    np.testing.assert_allclose(outputs.logits_SxBxK, reference["eval_true/student_logits"], atol=1e-4)
+
+
+def test_converter_names_everything_that_does_not_fit(reference, network):
+    ensemble, _, variables = network
+    students = [part(reference, f"init/student{i}/") for i in STUDENTS]
+    del students[2]["linear.bias"]
+    students[3]["linear.weight"] = students[3]["linear.weight"][:10]
+    students[4]["extra.weight"] = np.zeros(3)
+    with pytest.raises(UserError) as error:
+        official_variables(ensemble, variables, part(reference, "init/base/"), students)
+    for expected in (
+        "student 3 has no linear.bias",
+        "student 4: linear.weight becomes",
+        "extra.weight has no place",
+    ):
+        assert expected in str(error.value)
+
+
+COUNTS = json.loads((REFERENCE / "param_counts.json").read_text())["models"]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts(name):
+    depth, students, no_blocks, classes = map(int, re.findall(r"\d+", name))
+    ensemble = models.build(f"resnet{depth}", parse_students(students), no_blocks, classes)
+    params = ensemble.init(0, (32, 32, 3))["params"]
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    assert count(params["base"]) == COUNTS[name]["base"]
+    branches = [count(params["students"][str(i + 1)]) for i in range(students)]
+    assert branches == COUNTS[name]["branches"]
+    totals = [count(student_paths(params, i + 1)) for i in range(students)]
+    assert totals == COUNTS[name]["student_total"]

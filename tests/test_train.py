@@ -1,0 +1,332 @@
+"""Whole runs: what they write, that they resume bit for bit, and that devices do not matter."""
+
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, one_device, plain_environment, tiny_config, tiny_flags
+
+from ekd_jax import parallel, train
+from ekd_jax.checkpoint import opened
+from ekd_jax.config import make_method
+from ekd_jax.data import sources
+from ekd_jax.data.augment import normalise
+from ekd_jax.describe import build
+from ekd_jax.errors import UserError
+from ekd_jax.evaluate import evaluate_run, make_evaluator, results
+from ekd_jax.state import init_variables
+from ekd_jax.writers import METRICS, MetricWriter, read_metrics
+
+NAMES = ["student_1", "student_2", "ensemble"]
+
+
+def parameters(path):
+    """All variables in the latest checkpoint of a run, by name, and its step."""
+    config = tiny_config()
+    like = init_variables(build(config, 10), make_method(config), 0, (8, 8, 1))
+    with opened(path) as checkpoints:
+        step = checkpoints.choose()
+        variables, _ = checkpoints.restore_variables(like, step)
+    return step, {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(variables)}
+
+
+def assert_equal_runs(a, b):
+    (step_a, found), (step_b, expected) = parameters(a), parameters(b)
+    assert step_a == step_b
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    timeless = [[{k: v for k, v in r.items() if k != "images/s"} for r in read_metrics(p)] for p in (a, b)]
+    assert timeless[0] == timeless[1]
+
+
+def test_what_a_run_writes(finished):
+    path, summary = finished
+    records = read_metrics(path)
+    assert [r["step"] for r in records if r["split"] == "train"] == [4, 8, 12, 16, 19]
+    assert [r["step"] for r in records if r["split"] == "test"] == [6, 12, 19]
+    for record in records:
+        assert record["epoch"] == pytest.approx(record["step"] * 32 / 200, abs=1e-4)
+        wanted = {f"{n}/{m}" for n in NAMES for m in ("top1", "top5", "nll")}
+        if record["split"] == "train":
+            wanted = {f"{n}/top1" for n in NAMES} | {"loss", "images/s"}
+            wanted |= {f"student_{i}/loss_{t}" for i in (1, 2) for t in ("ce", "intermediate", "kd")}
+        assert wanted <= record.keys()
+    assert summary == json.loads((path / "summary.json").read_text())
+    assert summary["seed"] == 0
+    assert summary["seconds"].keys() == {"compile", "train", "evaluate"}
+    tests = [r for r in records if r["split"] == "test"]
+    for row, name in zip([*summary["students"], summary["ensemble"]], NAMES, strict=True):
+        assert row["top1_last"] == tests[-1][f"{name}/top1"]
+        assert row["top1_best"] == max(r[f"{name}/top1"] for r in tests)
+    assert summary["students"][1]["widths"] == [8, 16, 32]
+    assert json.loads((path / "config.json").read_text())["train"]["batch_size"] == 32
+    assert json.loads((path / "environment.json").read_text())[0]["jax"] == jax.__version__
+    assert list((path / "tensorboard").glob("events*"))
+
+
+def test_losses_add_up_and_fall(finished):
+    """The logged loss is the weighted sum of the logged terms."""
+    records = [r for r in read_metrics(finished[0]) if r["split"] == "train"]
+    for r in records:
+        total = lambda term, r=r: sum(r[f"student_{i}/{term}"] for i in (1, 2))
+        expected = 0.7 * total("loss_ce") + 0.15 * total("loss_intermediate") + 0.15 * total("loss_kd")
+        assert r["loss"] == pytest.approx(expected, rel=1e-5)
+    assert records[-1]["loss"] < 0.7 * records[0]["loss"]
+    assert records[-1]["ensemble/top1"] > 50
+
+
+def test_a_complete_run_is_only_reported(finished, capsys):
+    path, summary = finished
+    before = (path / METRICS).read_bytes()
+    assert train.run(tiny_config(), path, one_device()) == summary
+    assert "complete" in capsys.readouterr().out
+    assert (path / METRICS).read_bytes() == before
+
+
+def test_one_and_eight_devices_give_equal_losses(tmp_path):
+    changes = {"train__epochs": 8, "train__log_every_steps": 1, "train__evaluate_every_epochs": 8}
+    config = tiny_config(**changes, optimizer__learning_rate=0.01)
+    for name, devices in (("one", 1), ("eight", 8)):
+        train.run(config, tmp_path / name, parallel.make_mesh(jax.devices()[:devices]))
+    one, eight = (
+        [r for r in read_metrics(tmp_path / name) if r["split"] == "train"] for name in ("one", "eight")
+    )
+    assert len(one) == 50
+    np.testing.assert_allclose([r["loss"] for r in one], [r["loss"] for r in eight], rtol=1e-5)
+
+
+def start(path, before=()):
+    """A run in a process of its own that logs every step."""
+    flags = tiny_flags(train__log_every_steps=1, train__checkpoint_every_epochs=0.2, train__epochs=6)
+    return subprocess.Popen(
+        [*before, sys.executable, "-m", "ekd_jax.main", *flags, f"--workdir={path}"],
+        cwd=ROOT,
+        env=plain_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_records(process, path, number):
+    """Returns when metrics.jsonl has so many lines."""
+    file, deadline = path / METRICS, time.monotonic() + 120
+    while not file.exists() or file.read_bytes().count(b"\n") < number:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("uninterrupted") / "run"
+    process = start(path)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return path
+
+
+def test_killed_runs_end_with_the_same_bits(uninterrupted, tmp_path):
+    """SIGKILL at five moments, from the first file on and past an epoch's end; then once more."""
+    path = tmp_path / "run"
+    for file in ("config.json", "students.json"):
+        process = start(path)
+        while not (path / file).exists():
+            assert process.poll() is None, process.communicate()[0]
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    for records in (2, 11, 30):
+        process = start(path)
+        wait_for_records(process, path, records)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = start(path)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert "going on from step" in out
+    assert_equal_runs(path, uninterrupted)
+    assert len(json.loads((path / "environment.json").read_text())) >= 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_runs_save_and_say_how_to_go_on(uninterrupted, tmp_path, number):
+    path = tmp_path / "run"
+    process = start(path)
+    wait_for_records(process, path, 5)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "run the same command to go on" in out
+    assert "Traceback" not in out
+    process = start(path)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert_equal_runs(path, uninterrupted)
+
+
+def test_only_one_process_at_a_time(tmp_path):
+    path = tmp_path / "run"
+    process = start(path)
+    try:
+        wait_for_records(process, path, 1)
+        second = start(path)
+        out, _ = second.communicate(timeout=60)
+        assert second.returncode == 2
+        assert "in use by another process" in out
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__students": (1, 0.25)}, r"model.students: \[1, 0.5\] there, \[1, 0.25\] now"),
+        ({"method__temperature": 3.0}, "method.temperature: 2.0 there, 3.0 now"),
+        ({"train__batch_size": 16, "seed": 4}, "seed: 0 there, 4 now; train.batch_size: 32 there, 16 now"),
+    ],
+)
+def test_another_configuration_in_the_same_folder(finished, changes, message):
+    path, _ = finished
+    before = sorted((p, p.stat().st_mtime_ns) for p in path.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        train.run(tiny_config(**changes), path, one_device())
+    assert sorted((p, p.stat().st_mtime_ns) for p in path.rglob("*")) == before
+
+
+def test_what_does_not_change_the_result_may_change(finished):
+    config = tiny_config(train__log_every_steps=2, evaluate__batch_size=64)
+    assert train.run(config, finished[0], one_device()) == finished[1]
+
+
+def test_folders_that_are_not_for_runs(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        train.run(tiny_config(), tmp_path, one_device())
+    with pytest.raises(UserError, match="not a folder"):
+        train.run(tiny_config(), tmp_path / "precious.txt", one_device())
+    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_unwritable_folder(tmp_path):
+    tmp_path.chmod(0o500)
+    # Root may write everywhere, but not into /proc.
+    path = pathlib.Path("/proc") if os.geteuid() == 0 else tmp_path
+    with pytest.raises(UserError, match="not writable|cannot write"):
+        train.run(tiny_config(), path / "run", one_device())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own with 2 MB,."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=False)
+    if mounted.returncode:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_noticed_before_writing(uninterrupted, small_disk):
+    path = small_disk / "run"
+    out, _ = start(path).communicate(timeout=300)
+    assert "error: cannot write a checkpoint" in out
+    assert "are free; make room and run the same command" in out
+    assert "Traceback" not in out
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    process = start(path)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert_equal_runs(path, uninterrupted)
+
+
+def test_a_write_that_fails_half_way_loses_nothing(uninterrupted, tmp_path):
+    """No file may grow past 40 kB: the checkpoint cannot be written. Without the limit the run goes on."""
+    path = tmp_path / "run"
+    process = start(path, before=("prlimit", "--fsize=40000"))
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, out
+    assert out.splitlines()[-1].startswith("error: cannot write")
+    process = start(path)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert_equal_runs(path, uninterrupted)
+
+
+def test_batches_that_devices_cannot_share(tmp_path):
+    with pytest.raises(UserError, match=r"train.batch_size=36 .* 8 devices; nearest: 32 or 40"):
+        train.run(tiny_config(train__batch_size=36), tmp_path / "run", parallel.make_mesh())
+    with pytest.raises(UserError, match="above the 200 training examples"):
+        train.run(tiny_config(train__batch_size=256), tmp_path / "run", one_device())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    config = tiny_config(optimizer__learning_rate=1e9)
+    with pytest.raises(UserError, match="not finite between steps .* lower optimizer.learning_rate"):
+        train.run(config, tmp_path / "run", one_device())
+    assert all(math.isfinite(r["loss"]) for r in read_metrics(tmp_path / "run") if "loss" in r)
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_records_past_the_last_checkpoint_are_written_once(tmp_path):
+    writer = MetricWriter(tmp_path, 0)
+    for step in (1, 2, 3):
+        writer.write(step, step / 10, "train", {"loss": 1.0 / step})
+    writer.close()
+    with open(tmp_path / METRICS, "a") as file:
+        file.write('{"step": 4, "epo')  # a kill in the middle of a line
+    writer = MetricWriter(tmp_path, 2)
+    writer.write(3, 0.3, "train", {"loss": 7.0})
+    writer.close()
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 7.0)]
+
+
+# --- evaluation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
+def test_evaluation_counts_every_example_once(devices, batch_size):
+    """Against NumPy, for batches that divide the test set and that do not."""
+    config = tiny_config(evaluate__batch_size=batch_size)
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 255, (101, 4, 4, 1), dtype=np.uint8)
+    labels = generator.integers(0, 10, 101).astype(np.int32)
+    weights = generator.normal(size=(16, 10)).astype(np.float32)
+
+    def predict(variables, x):
+        return (x.reshape(len(x), -1) @ variables)[None]
+
+    mesh = parallel.make_mesh(jax.devices()[:devices])
+    evaluate = make_evaluator(predict, config, 101, mesh)
+    found = results(evaluate(*parallel.replicate(mesh, (weights, images, labels))), 101, ["student_1"])
+
+    x = np.asarray(normalise(images, config.data.mean, config.data.std)).reshape(101, -1)
+    logits = x.astype(np.float64) @ weights
+    ranks = (-logits).argsort(1)
+    logp = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    expected = {
+        "student_1/top1": 100 * (ranks[:, 0] == labels).mean(),
+        "student_1/top5": 100 * (ranks[:, :5] == labels[:, None]).any(1).mean(),
+        "student_1/nll": -logp[np.arange(101), labels].mean(),
+    }
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_checkpoint_evaluates_to_what_the_run_recorded(finished):
+    path, summary = finished
+    step, found = evaluate_run(path)
+    last = [r for r in read_metrics(path) if r["split"] == "test"][-1]
+    assert step == summary["steps"]
+    assert found == pytest.approx({k: last[k] for k in found}, rel=1e-5)
+    assert sources.load(tiny_config()).test_labels.shape == (449,)
