@@ -20,9 +20,8 @@ from absl import app, flags
 
 from ekd_jax import parallel
 from ekd_jax.config import default, make_method, resolve
-from ekd_jax.describe import build
 from ekd_jax.optimizer import make_optimizer
-from ekd_jax.state import init_state
+from ekd_jax.state import build, init_state
 from ekd_jax.step import make_train_steps, zero_metrics
 from ekd_jax.workdir import environment
 from ekd_jax.writers import table, write_json

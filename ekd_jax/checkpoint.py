@@ -29,9 +29,10 @@ class Checkpoints:
 
     Args:
         workdir: of the run; checkpoints live in its folder `checkpoints/<step>`.
+        read_only: leave the folder as it is, also while a run is writing to it.
     """
 
-    def __init__(self, workdir: pathlib.Path):
+    def __init__(self, workdir: pathlib.Path, read_only: bool = False):
         self.directory = workdir.absolute() / FOLDER
 
         def score(metrics: dict[str, float]) -> float:
@@ -42,6 +43,8 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,  # of a run that was killed while saving
                 best_fn=score,  # without it Orbax forgets the metrics when the run is resumed
             ),
             item_handlers={"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()},
@@ -183,7 +186,7 @@ def opened(workdir: pathlib.Path) -> Iterator[Checkpoints]:
     """
     if not (workdir / FOLDER).is_dir():
         raise UserError(f"{workdir} holds no checkpoints: --workdir is the folder that a run was given")
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir, read_only=True)
     try:
         if not checkpoints.steps():
             raise UserError(f"{workdir} holds no complete checkpoint yet: let the run go on a little")

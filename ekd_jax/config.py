@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
 from ekd_jax.errors import UserError, nearest
 from ekd_jax.methods import METHODS
-from ekd_jax.models import MODELS
+from ekd_jax.models import MODELS, build
 from ekd_jax.models.ensemble import parse_students
 
 
@@ -148,13 +148,8 @@ def resolve(config: Mapping[str, Any], overridden: Iterable[str] = ()) -> Frozen
         _check(path, values[path])
     complete = FrozenConfigDict(_nest(values))
     make_method(complete)
-    MODELS[complete.model.name](
-        students=parse_students(complete.model.students),
-        no_blocks=complete.model.no_blocks,
-        num_classes=1,
-        dtype=complete.train.dtype,
-        base_gradients="all",
-    )
+    model = complete.model
+    build(model.name, parse_students(model.students), model.no_blocks, num_classes=1)
     return complete
 
 

@@ -13,34 +13,21 @@ from absl import flags
 from clu import parameter_overview
 from jax.extend.core import jaxprs_in_params
 
-from ekd_jax import commands, models
+from ekd_jax import commands
 from ekd_jax.config import make_method
 from ekd_jax.data import sources
 from ekd_jax.errors import UserError
 from ekd_jax.models.ensemble import (
     Ensemble,
     Variables,
-    parse_students,
     student_paths,
     student_variables,
 )
-from ekd_jax.state import init_variables
+from ekd_jax.state import build, init_variables
 from ekd_jax.step import objective
 from ekd_jax.writers import table
 
 FLAGS = flags.FLAGS
-
-
-def build(config: Any, num_classes: int) -> Ensemble:
-    """The ensemble that `config` asks for."""
-    return models.build(
-        config.model.name,
-        parse_students(config.model.students),
-        config.model.no_blocks,
-        num_classes,
-        config.train.dtype,
-        make_method(config).base_gradients,
-    )
 
 
 def describe(config: Any, input_shape: tuple[int, ...], num_classes: int) -> dict[str, Any]:

@@ -22,12 +22,11 @@ from ekd_jax import checkpoint, commands, parallel
 from ekd_jax.config import make_method, resolve
 from ekd_jax.data import sources
 from ekd_jax.data.augment import normalise
-from ekd_jax.describe import build
 from ekd_jax.errors import UserError
 from ekd_jax.extract import LoadedStudent, load_student
 from ekd_jax.methods.base import Method
 from ekd_jax.models.ensemble import Ensemble, Variables
-from ekd_jax.state import init_variables
+from ekd_jax.state import build, init_variables
 from ekd_jax.workdir import read
 from ekd_jax.writers import table
 

@@ -27,7 +27,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ekd_jax import __version__, checkpoint, commands, models
 from ekd_jax.config import identity, make_method
 from ekd_jax.data.augment import normalise
-from ekd_jax.describe import build
 from ekd_jax.errors import UserError, reason
 from ekd_jax.models.ensemble import (
     Student,
@@ -36,7 +35,7 @@ from ekd_jax.models.ensemble import (
     student_paths,
     student_variables,
 )
-from ekd_jax.state import init_variables
+from ekd_jax.state import build, init_variables
 from ekd_jax.workdir import read
 from ekd_jax.writers import read_metrics, write_json
 

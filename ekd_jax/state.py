@@ -1,4 +1,4 @@
-"""What training changes, and how it begins."""
+"""What is trained, and how it begins."""
 
 from typing import Any
 
@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ekd_jax import models
+from ekd_jax.config import make_method
 from ekd_jax.methods.base import Method
-from ekd_jax.models.ensemble import Ensemble, Outputs, Variables
+from ekd_jax.models.ensemble import Ensemble, Outputs, Variables, parse_students
 from ekd_jax.models.layers import initialise
 
 
@@ -32,6 +34,18 @@ class TrainState:
     @property
     def variables(self) -> Variables:
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def build(config: Any, num_classes: int) -> Ensemble:
+    """The ensemble that `config` asks for."""
+    return models.build(
+        config.model.name,
+        parse_students(config.model.students),
+        config.model.no_blocks,
+        num_classes,
+        config.train.dtype,
+        make_method(config).base_gradients,
+    )
 
 
 def forward_shapes(ensemble: Ensemble, variables: Variables, input_shape: tuple[int, ...]) -> Outputs:

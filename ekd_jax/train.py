@@ -27,13 +27,14 @@ from ekd_jax import parallel, workdir
 from ekd_jax.checkpoint import Checkpoints
 from ekd_jax.config import identity, make_method
 from ekd_jax.data import order, sources
-from ekd_jax.describe import build, describe, human
+from ekd_jax.data.dataset import Dataset
+from ekd_jax.describe import describe, human
 from ekd_jax.errors import UserError, reason
 from ekd_jax.evaluate import make_evaluator, predictions, predictor_names, results
 from ekd_jax.methods.base import Method
 from ekd_jax.models.ensemble import Ensemble
 from ekd_jax.optimizer import make_optimizer
-from ekd_jax.state import TrainState, init_state
+from ekd_jax.state import TrainState, build, init_state
 from ekd_jax.step import make_train_steps, zero_metrics
 from ekd_jax.writers import MetricWriter, Progress, clock, table, write_json
 
@@ -46,7 +47,7 @@ class Job:
 
     config: Any
     mesh: Mesh
-    dataset: sources.Dataset
+    dataset: Dataset
     ensemble: Ensemble
     method: Method
     optimizer: optax.GradientTransformation
@@ -105,7 +106,11 @@ def check_batches(config: Any, mesh: Mesh) -> None:
 
 
 class Interrupt:
-    """Remembers SIGINT and SIGTERM, so that the loop can stop where nothing is lost."""
+    """Remembers SIGINT and SIGTERM, so that the loop can stop where nothing is lost.
+
+    Attributes:
+        signal: the number of the signal that came, 0 if none did.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
@@ -164,11 +169,13 @@ def _run(config: Any, path: pathlib.Path, mesh: Mesh) -> dict[str, Any]:
         log = Log.recall(remembered)
     workdir.describe(path, job.students)
     writer = MetricWriter(path, int(state.step))
+    progress = Progress(job.steps, int(state.step))
     interrupt = Interrupt()
     try:
-        step = _loop(job, state, log, checkpoints, writer, interrupt)
+        step = _loop(job, state, log, checkpoints, writer, progress, interrupt)
         checkpoints.wait()
     finally:
+        progress.clear()
         interrupt.restore()
         checkpoints.close()
         writer.close()
@@ -217,12 +224,12 @@ def _loop(
     log: Log,
     checkpoints: Checkpoints,
     writer: MetricWriter,
+    progress: Progress,
     interrupt: Interrupt,
 ) -> int:
     """Trains until the last step or an interruption; returns the step reached, which is saved."""
     config, mesh, data = job.config, job.mesh, job.dataset
     batch_size, step = config.train.batch_size, int(state.step)
-    progress = Progress(job.steps, step)
     progress.line(
         f"{'going on from' if step else 'training from'} step {step:,} of {job.steps:,}: "
         f"{config.model.name}, {len(job.ensemble.students)} students, {config.method.name}, "

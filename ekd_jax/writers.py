@@ -94,17 +94,24 @@ class Progress:
 
     def update(self, step: int, text: str) -> None:
         if self.stream.isatty():
-            line = f"step {step:,}/{self.total:,}  {text}  {self.remaining(step)} left"
+            left = f"  {self.remaining(step)} left" if step > self.start else ""
+            line = f"step {step:,}/{self.total:,}  {text}{left}"
             self.stream.write("\r" + line.ljust(self._width))
             self.stream.flush()
             self._width = len(line)
 
     def line(self, text: str) -> None:
         """A line that stays."""
-        if self.stream.isatty():
-            self.stream.write("\r" + " " * self._width + "\r")
+        self.clear()
         self.stream.write(text + "\n")
         self.stream.flush()
+
+    def clear(self) -> None:
+        """Wipes the line that renews itself."""
+        if self._width:
+            self.stream.write("\r" + " " * self._width + "\r")
+            self.stream.flush()
+            self._width = 0
 
 
 def clock(seconds: float) -> str:

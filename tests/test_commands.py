@@ -48,7 +48,7 @@ def test_dry_run_trains_nothing(name, tmp_path):
     assert result.returncode == 0, result.stderr
     for expected in (
         '"batch_size"',
-        "ensemble" if False else "student",
+        "student",
         "steps of",
         "memory",
         "nothing was trained",
@@ -67,7 +67,6 @@ def test_describe_as_json():
     assert found["adaptation_parameters"] == 10976
     assert found["students"][4]["widths"] == [3, 6, 12]
     assert found["students"][4]["ratio"] == pytest.approx(0.039538, abs=1e-6)
-    # He et al. 2016, table 6 gives no count; 40.8M is 3x3 convolutions, 1x1 shortcuts and classifier by hand.
     assert found["students"][0]["macs"] == macs_by_hand()
 
 

@@ -134,8 +134,8 @@ def test_switching_the_method_drops_the_recipes_knobs_of_the_other():
     asked = default()
     asked.method.name = "baseline"
     assert to_dict(resolve(asked, ["method.name"]))["method"] == {"name": "baseline"}
+    asked.method.temperature = 3.0
     with pytest.raises(UserError, match="unknown knob"):
-        asked.method.temperature = 3.0
         resolve(asked, ["method.name", "method.temperature"])
 
 

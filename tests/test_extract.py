@@ -14,11 +14,10 @@ from ekd_jax.checkpoint import opened
 from ekd_jax.config import make_method
 from ekd_jax.data import sources
 from ekd_jax.data.augment import normalise
-from ekd_jax.describe import build
 from ekd_jax.errors import UserError
 from ekd_jax.evaluate import evaluate_run, evaluate_student
 from ekd_jax.extract import extract, fitting_student
-from ekd_jax.state import init_variables
+from ekd_jax.state import build, init_variables
 from ekd_jax.train import run
 from ekd_jax.writers import read_metrics
 
@@ -159,8 +158,9 @@ def flip_a_bit(path):
     path.write_bytes(data)
 
 
-def largest_file(folder):
-    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+def array_files(path):
+    """The files of the latest checkpoint that hold arrays, whichever array is in which."""
+    return [p for p in (path / "checkpoints" / "19" / "state").rglob("d/*") if p.stat().st_size > 2000]
 
 
 @pytest.fixture
@@ -172,7 +172,8 @@ def copy(finished, tmp_path):
 
 
 def test_a_flipped_bit_is_found(copy):
-    flip_a_bit(largest_file(copy / "checkpoints" / "19" / "state"))
+    for file in array_files(copy):
+        flip_a_bit(file)
     for use in (lambda: evaluate_run(copy), lambda: run(tiny_config(), copy)):
         with pytest.raises(UserError, match="checkpoint .*19 is damaged: delete that folder") as error:
             use()
@@ -180,8 +181,8 @@ def test_a_flipped_bit_is_found(copy):
 
 
 def test_a_truncated_checkpoint_is_found(copy):
-    file = largest_file(copy / "checkpoints" / "19" / "state")
-    file.write_bytes(file.read_bytes()[:100])
+    for file in array_files(copy):
+        file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match="is damaged"):
         evaluate_run(copy)
 

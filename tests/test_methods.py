@@ -7,10 +7,9 @@ import pytest
 from conftest import tiny_config
 
 from ekd_jax.config import make_method
-from ekd_jax.describe import build
 from ekd_jax.errors import UserError
 from ekd_jax.optimizer import learning_rate, make_optimizer
-from ekd_jax.state import init_state, init_variables
+from ekd_jax.state import build, init_state, init_variables
 from ekd_jax.step import make_step, objective
 
 SHAPE = (8, 8, 1)
@@ -133,7 +132,7 @@ def test_adaptation_layers_learn_at_their_own_rate(batch):
         before = init_state(ensemble, method, optimizer, 0, SHAPE)
         after, _ = jax.jit(make_step(ensemble, method, optimizer))(before, *batch)
         deltas[scale] = jax.tree.map(lambda a, b: np.asarray(a - b), after.params, before.params)
-    layer = lambda d: d["method"]["adaptation_layers"]["block1_student2"]["kernel"]  # noqa: E731
+    layer = lambda d: d["method"]["adaptation_layers"]["block1_student2"]["kernel"]
     np.testing.assert_allclose(layer(deltas[0.5]), 0.5 * layer(deltas[1.0]), atol=1e-7)
     assert not layer(deltas[0.0]).any()
     assert np.abs(layer(deltas[1.0])).max() > 1e-4

@@ -120,10 +120,10 @@ def test_initial_values_depend_on_seed_and_place_alone():
     leaves = jax.tree.leaves
     two, three = (models.build("resnet8", parse_students(n), 3, 10) for n in ((1, 0.5), (1, 0.5, 0.5)))
     a, b, c = variables_of(two), variables_of(three), variables_of(two, seed=1)
-    own = lambda v, i: student_paths(v["params"], i)  # noqa: E731
+    own = lambda v, i: student_paths(v["params"], i)
     for i in (1, 2):  # a third student changes nothing for the first two
         assert all(np.array_equal(x, y) for x, y in zip(leaves(own(a, i)), leaves(own(b, i)), strict=True))
-    kernel = lambda v, i: v["params"]["students"][str(i)]["stage1"]["first"]["conv1"]["kernel"]  # noqa: E731
+    kernel = lambda v, i: v["params"]["students"][str(i)]["stage1"]["first"]["conv1"]["kernel"]
     assert not np.array_equal(kernel(a, 2), kernel(c, 2)), "another seed"
     assert not np.array_equal(kernel(b, 2), kernel(b, 3)), "another student of the same width"
 

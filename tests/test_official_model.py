@@ -41,7 +41,7 @@ def network():
 def official_at(reference, network, when):
     """The official variables: "init", or "after1" training step's statistics."""
     ensemble, _, variables = network
-    state = lambda who: part(reference, f"init/{who}/") | part(reference, f"{when}/{who}/")  # noqa: E731
+    state = lambda who: part(reference, f"init/{who}/") | part(reference, f"{when}/{who}/")
     students = [state(f"student{i}") for i in STUDENTS]
     return official_variables(ensemble, variables, state("base"), students, part(reference, "adapt/"))
 
@@ -73,7 +73,7 @@ def test_outputs_and_maps_in_training(reference, trained):
 
 def test_losses(reference, trained):
     value, _, _, metrics, _ = trained
-    total = lambda name: sum(metrics[f"student_{i + 1}/{name}"] for i in STUDENTS)  # noqa: E731
+    total = lambda name: sum(metrics[f"student_{i + 1}/{name}"] for i in STUDENTS)
     ce = [metrics[f"student_{i + 1}/loss_ce"] for i in STUDENTS]
     np.testing.assert_allclose(ce, reference["train/ce"][1:], rtol=1e-5)
     expected = reference["train/losses"]
@@ -145,7 +145,7 @@ def test_parameter_counts(name):
     depth, students, no_blocks, classes = map(int, re.findall(r"\d+", name))
     ensemble = models.build(f"resnet{depth}", parse_students(students), no_blocks, classes)
     params = ensemble.init(0, (32, 32, 3))["params"]
-    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     assert count(params["base"]) == COUNTS[name]["base"]
     branches = [count(params["students"][str(i + 1)]) for i in range(students)]
     assert branches == COUNTS[name]["branches"]

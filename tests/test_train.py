@@ -19,10 +19,9 @@ from ekd_jax.checkpoint import opened
 from ekd_jax.config import make_method
 from ekd_jax.data import sources
 from ekd_jax.data.augment import normalise
-from ekd_jax.describe import build
 from ekd_jax.errors import UserError
 from ekd_jax.evaluate import evaluate_run, make_evaluator, results
-from ekd_jax.state import init_variables
+from ekd_jax.state import build, init_variables
 from ekd_jax.writers import METRICS, MetricWriter, read_metrics
 
 NAMES = ["student_1", "student_2", "ensemble"]

@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.image_classification import cifar as standard
 
-from ekd_jax.data.sources import Dataset
+from ekd_jax.data.dataset import Dataset
 from ekd_jax.errors import UserError, reason
 
 # SHA-256 of the published archive, and of its .bin members in order of their names: an archive that

@@ -9,19 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ekd_jax.data.dataset import Dataset, Info
 from ekd_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Info:
-    """What is known of a data set before it is read."""
-
-    name: str
-    input_shape: tuple[int, int, int]  # H, W, C
-    num_classes: int
-    train_examples: int
-    test_examples: int
-
 
 INFO = {
     info.name: info
@@ -31,17 +20,6 @@ INFO = {
         Info("cifar100", (32, 32, 3), 100, 50_000, 10_000),
     )
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """Images (N, H, W, C) uint8, labels (N,) int32, and the classes' names."""
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-    class_names: tuple[str, ...]
 
 
 def info(config: Any) -> Info:
