@@ -2,12 +2,17 @@
 
     python -m ekd_jax.main --config=configs/digits.py
 
-A minute on a laptop's two cores, compiling included. 1,348 training images; the 449 test images were
-written by other people. Recipe: the paper's for CIFAR (SGD Nesterov .9, .1 -> .01 -> .001 at 50 and
-75 %, T=2, weights .7, .15, .15), with batches of 64 and 60 epochs; no flip, as a 2 is no mirrored 2.
+A minute on a laptop's two cores, compiling included. 899 images for training and 898 for testing, every
+other one. Recipe: the paper's for CIFAR (SGD Nesterov .9, .1 -> .01 -> .001 at 50 and 75 %, T=2,
+weights .7, .15, .15), with batches of 64 and 90 epochs; no flip, as a mirrored 2 is no 2.
 
 Test accuracy after the last epoch, per cent, mean +- std of n = 5 seeds (0 to 4):
-DIGITS_TABLE
+    1                99.02 +- 0.27
+    2                98.98 +- 0.18
+    3                98.86 +- 0.20
+    4                98.64 +- 0.43
+    5                97.95 +- 0.37
+    ensemble teacher 99.02 +- 0.20
 """
 
 from ml_collections import ConfigDict
@@ -23,6 +28,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.data.name = "digits"
     config.data.mean, config.data.std = (0.3053,), (0.3760,)
     config.data.crop_padding, config.data.flip = 1, False
-    config.train.epochs, config.train.batch_size = 60.0, 64
+    config.train.epochs, config.train.batch_size = 90.0, 64
     config.train.evaluate_every_epochs, config.train.checkpoint_every_epochs = 10.0, 10.0
     return config

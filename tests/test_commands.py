@@ -19,7 +19,7 @@ DIGITS = f"--config={ROOT}/configs/digits.py"
         ("main", [DIGITS, "--config.train.batch_size=many"], "train.batch_size=many"),
         ("main", [DIGITS, "--config.method.temperature=0"], "must be above 0"),
         ("main", [DIGITS, "--config.model.students=(1,0.01)"], "smallest usable width"),
-        ("main", [DIGITS, "--config.train.batch_size=2000"], "above the 1348 training examples"),
+        ("main", [DIGITS, "--config.train.batch_size=2000"], "above the 899 training examples"),
         ("main", [DIGITS, "--workdir=pyproject.toml"], "is not a folder"),
         ("main", [f"--config={ROOT}/configs/resnet_cifar100.py:dept=20"], "did you mean 'depth'"),
         ("describe", [DIGITS, "--num_classes=0"], "at least 1"),

@@ -90,7 +90,7 @@ def test_digits_are_what_the_package_says():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__train_examples": 5000}, "digits has 1348 training examples"),
+        ({"data__train_examples": 5000}, "digits has 899 training examples"),
         ({"data__mean": (0.1, 0.2, 0.3)}, "one value or 1"),
     ],
 )

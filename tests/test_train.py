@@ -328,4 +328,4 @@ def test_a_checkpoint_evaluates_to_what_the_run_recorded(finished):
     last = [r for r in read_metrics(path) if r["split"] == "test"][-1]
     assert step == summary["steps"]
     assert found == pytest.approx({k: last[k] for k in found}, rel=1e-5)
-    assert sources.load(tiny_config()).test_labels.shape == (449,)
+    assert sources.load(tiny_config()).test_labels.shape == (898,)

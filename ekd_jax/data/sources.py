@@ -15,7 +15,7 @@ from ekd_jax.errors import UserError
 INFO = {
     info.name: info
     for info in (
-        Info("digits", (8, 8, 1), 10, 1348, 449),
+        Info("digits", (8, 8, 1), 10, 899, 898),
         Info("cifar10", (32, 32, 3), 10, 50_000, 10_000),
         Info("cifar100", (32, 32, 3), 100, 50_000, 10_000),
     )
@@ -56,10 +56,9 @@ def load(config: Any) -> Dataset:
 
 
 def _digits(count: int) -> Dataset:
-    """The UCI handwritten digits (digits.LICENSE): the last quarter, by other writers, is for testing."""
+    """The UCI handwritten digits (digits.LICENSE): even images for training, odd ones for testing."""
     with np.load(pathlib.Path(__file__).with_name("digits.npz")) as file:
         images = np.round(file["images"][..., None] * (255 / 16)).astype(np.uint8)
         labels = file["labels"].astype(np.int32)
-    first_test = INFO["digits"].train_examples
     names = tuple("zero one two three four five six seven eight nine".split())
-    return Dataset(images[:count], labels[:count], images[first_test:], labels[first_test:], names)
+    return Dataset(images[::2][:count], labels[::2][:count], images[1::2], labels[1::2], names)
