@@ -150,31 +150,32 @@ class Checkpoints:
             ) from error
 
     def _run(self, step: int) -> Tree:
-        run: Tree = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
-        return run
+        """What the run remembered at a step."""
+        with self._reading(step):
+            return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
 
     def _restore(self, like: Tree, step: int) -> tuple[Tree, Tree]:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), like)
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
-        damaged = (
-            f"checkpoint {self.directory / str(step)} is damaged: delete that folder to go on from "
-            f"another ({', '.join(str(s) for s in self.steps() if s != step) or 'there is none'})"
-        )
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+        run = self._run(step)
+        with self._reading(step):
+            args = ocp.args.PyTreeRestore(like, as_numpy, partial_restore=True)
+            tree = self._manager.restore(step, args=ocp.args.Composite(state=args)).state
+            for path, digest in _digests(tree).items():
+                if run["sha256"].get(path) != digest:
+                    raise ValueError(f"SHA-256 of {path} differs")
+        return tree, run
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(like, restore_args, partial_restore=True),
-                    run=ocp.args.JsonRestore(),
-                ),
-            )
+            yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise UserError(f"{damaged} ({reason(error)})") from error
-        digests = restored.run["sha256"]
-        for path, digest in _digests(restored.state).items():
-            if digests.get(path) != digest:
-                raise UserError(f"{damaged} (SHA-256 of {path} differs)")
-        return restored.state, restored.run
+            others = ", ".join(str(s) for s in self.steps() if s != step) or "there is none"
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} is damaged: delete that folder to go on from "
+                f"another ({others}) ({reason(error)})"
+            ) from error
 
 
 @contextlib.contextmanager

@@ -143,25 +143,25 @@ def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None) -> dict[str, 
     mesh = mesh or parallel.make_mesh()
     check_batches(config, mesh)
     workdir.check(path, config)
+    if (path / workdir.SUMMARY).exists():
+        print(f"{path} holds the complete run: nothing to train")
+        summary: dict[str, Any] = json.loads((path / workdir.SUMMARY).read_text())
+        return summary
+    job = prepare(config, mesh)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with workdir.locked(path):
             workdir.claim(path, config)
-            return _run(config, path, mesh)
+            return _run(job, path)
     except OSError as error:
         raise UserError(
             f"cannot write to --workdir={path}: {reason(error)}; what was saved before is whole"
         ) from error
 
 
-def _run(config: Any, path: pathlib.Path, mesh: Mesh) -> dict[str, Any]:
-    if (path / workdir.SUMMARY).exists():
-        print(f"{path} holds the complete run: nothing to train")
-        summary: dict[str, Any] = json.loads((path / workdir.SUMMARY).read_text())
-        return summary
-
-    job = prepare(config, mesh)
-    state = init_state(job.ensemble, job.method, job.optimizer, config.seed, job.input_shape)
+def _run(job: Job, path: pathlib.Path) -> dict[str, Any]:
+    """Trains in a folder that is ours: restores or initialises, goes through the loop, sums up."""
+    state = init_state(job.ensemble, job.method, job.optimizer, job.config.seed, job.input_shape)
     log = Log(zero_metrics(job.ensemble, job.method, state, job.input_shape))
     checkpoints = Checkpoints(path)
     if checkpoints.steps():

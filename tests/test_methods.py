@@ -121,6 +121,16 @@ def test_every_kind_of_ensemble_trains(batch, weights):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_the_optimiser_begins_as_optax_says(name):
+    """`init_state` writes zeros instead of compiling `optimizer.init`."""
+    config = tiny_config(optimizer__name=name)
+    ensemble, method = build(config, 10), make_method(config)
+    optimizer = make_optimizer(config, method, 100)
+    state = init_state(ensemble, method, optimizer, 0, SHAPE)
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, optimizer.init(state.params))
+
+
 def test_adaptation_layers_learn_at_their_own_rate(batch):
     """One step of plain SGD moves them by the scale times the rate times the gradient."""
     changes = {"optimizer__momentum": 0.0, "optimizer__nesterov": False, "optimizer__weight_decay": 0.0}

@@ -261,6 +261,15 @@ def test_a_write_that_fails_half_way_loses_nothing(uninterrupted, tmp_path):
     assert_equal_runs(path, uninterrupted)
 
 
+def test_missing_data_leaves_nothing_behind(tmp_path):
+    manual = tmp_path / "manual"
+    changes = {"data__name": "cifar10", "data__mean": (0.5,), "data__std": (0.2,)}
+    config = tiny_config(**changes, data__data_dir=str(tmp_path / "tfds"), data__manual_dir=str(manual))
+    with pytest.raises(UserError, match="holds no cifar-10-binary"):
+        train.run(config, tmp_path / "run", one_device())
+    assert not (tmp_path / "run").exists()
+
+
 def test_batches_that_devices_cannot_share(tmp_path):
     with pytest.raises(UserError, match=r"train.batch_size=36 .* 8 devices; nearest: 32 or 40"):
         train.run(tiny_config(train__batch_size=36), tmp_path / "run", parallel.make_mesh())
