@@ -62,9 +62,10 @@ def run(main: Callable[[], int | None]) -> None:
         if rest[1:]:
             raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value")
         if not FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.ERROR)
-        # What fails in a thread of Orbax is raised again where the run waits for it.
-        threading.excepthook = lambda failed: logging.info("in a background thread: %s", failed.exc_value)
+            logging.set_verbosity(logging.FATAL)
+        # What fails in a thread of Orbax is raised again where the run waits for it: one line is enough.
+        threading.excepthook = lambda failed: logging.info("in the background: %s", failed.exc_value)
+        sys.unraisablehook = lambda failed: logging.info("in the background: %s", failed.exc_value)
         return rest
 
     try:

@@ -1,6 +1,7 @@
 """Errors that a user can mend."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -11,6 +12,7 @@ class UserError(Exception):
 def reason(error: BaseException) -> str:
     """What an exception says, in one line; of a long one the end, where the cause stands."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r" \[\w+='.*?'\]", "", text)  # what TensorStore appends
     return text if len(text) <= 160 else f"... {text[-160:]}"
 
 

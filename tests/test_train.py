@@ -254,7 +254,9 @@ def test_a_write_that_fails_half_way_loses_nothing(uninterrupted, tmp_path):
     process = start(path, before=("prlimit", "--fsize=40000"))
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 2, out
-    assert out.splitlines()[-1].startswith("error: cannot write")
+    assert out.splitlines()[-1].startswith("error: cannot write a checkpoint")
+    assert "File too large; make room and run the same command" in out
+    assert "Traceback" not in out
     process = start(path)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
