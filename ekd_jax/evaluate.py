@@ -1,7 +1,7 @@
 """Evaluation over every test example exactly once; also a command.
 
 python -m ekd_jax.evaluate --workdir=RUN [--step=N | --best] [--json]
-python -m ekd_jax.evaluate --student_dir=DIR [--json]
+python -m ekd_jax.evaluate --student_dir=DIR [--data_dir=DIR] [--manual_dir=DIR] [--json]
 """
 
 import json
@@ -33,6 +33,7 @@ from ekd_jax.writers import table
 FLAGS = flags.FLAGS
 Array = jax.Array
 Results = dict[str, float]
+Folders = dict[str, str]
 
 
 def predictions(ensemble: Ensemble, method: Method) -> Callable[[Variables, Array], Array]:
@@ -103,11 +104,21 @@ def results(sums: Array, examples: int, names: Sequence[str]) -> Results:
 
 
 def evaluate_run(
-    path: pathlib.Path, step: int | None = None, best: bool = False, manual_dir: str = ""
+    path: pathlib.Path, step: int | None = None, best: bool = False, folders: Folders | None = None
 ) -> tuple[int, Results]:
-    """Evaluates a checkpoint of a run on its test set: (step, results)."""
+    """Evaluates a checkpoint of a run on its test set.
+
+    Args:
+        path: of the run.
+        step: of the checkpoint; the latest if not given.
+        best: the kept checkpoint in which the ensemble did best, instead.
+        folders: `data_dir` and `manual_dir`, where they are no longer what the run used.
+
+    Returns:
+        The step, and `{"student_1/top1": per cent, ...}`.
+    """
     run = read(path)
-    config = with_manual_dir(run.config, manual_dir)
+    config = at(run.config, folders or {})
     method, ensemble = make_method(config), build(config, run.students["num_classes"])
     with checkpoint.opened(path) as checkpoints:
         step = checkpoints.choose(step, "ensemble/top1" if best else None)
@@ -117,11 +128,11 @@ def evaluate_run(
     return step, _evaluate(predictions(ensemble, method), variables, config, names)
 
 
-def evaluate_student(student: LoadedStudent, manual_dir: str = "") -> Results:
-    """Evaluates a student that was taken out on the test set it was made for."""
+def evaluate_student(student: LoadedStudent, folders: Folders | None = None) -> Results:
+    """Evaluates a student that was taken out on the test set it was made for, found in `folders`."""
     own = student.description
     data = {k: own["preprocessing"][k] for k in ("mean", "std")}
-    config = with_manual_dir(resolve({"data": {"name": own["provenance"]["data"], **data}}), manual_dir)
+    config = at(resolve({"data": {"name": own["provenance"]["data"], **data}}), folders or {})
 
     def predict(variables: Variables, images: Array) -> Array:
         return student.model.logits(variables, images)[None]
@@ -129,12 +140,10 @@ def evaluate_student(student: LoadedStudent, manual_dir: str = "") -> Results:
     return _evaluate(predict, student.variables, config, [f"student_{own['student']}"])
 
 
-def with_manual_dir(config: Any, manual_dir: str) -> Any:
-    """The configuration with archives looked for in `manual_dir`, if given."""
-    if not manual_dir:
-        return config
+def at(config: Any, folders: Folders) -> Any:
+    """The configuration with the data looked for elsewhere."""
     changed = ConfigDict(config)
-    changed.data.manual_dir = manual_dir
+    changed.data.update({name: folder for name, folder in folders.items() if folder})
     return FrozenConfigDict(changed)
 
 
@@ -164,10 +173,11 @@ def main() -> None:
         raise UserError("pass --workdir=RUN, or --student_dir=DIR for a student that was taken out")
     if FLAGS.step is not None and FLAGS.best:
         raise UserError("pass --step=N or --best, not both")
+    folders = {"data_dir": FLAGS.data_dir, "manual_dir": FLAGS.manual_dir}
     if FLAGS.student_dir:
-        found = evaluate_student(load_student(FLAGS.student_dir), FLAGS.manual_dir)
+        found = evaluate_student(load_student(FLAGS.student_dir), folders)
     else:
-        step, found = evaluate_run(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.best, FLAGS.manual_dir)
+        step, found = evaluate_run(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.best, folders)
         print(f"{FLAGS.workdir}, step {step:,}", file=sys.stderr)
     print(json.dumps(found, indent=2) if FLAGS.json else as_text(found))
 
@@ -175,7 +185,8 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "folder of a run")
     flags.DEFINE_string("student_dir", None, "folder that ekd_jax.extract wrote")
-    flags.DEFINE_string("manual_dir", "", "folder of archives, instead of the one the run used")
+    flags.DEFINE_string("data_dir", "", "where TFDS keeps prepared sets, if not where the run had them")
+    flags.DEFINE_string("manual_dir", "", "folder of archives, if not where the run had them")
     flags.DEFINE_integer("step", None, "step of the checkpoint; the latest if not given")
     flags.DEFINE_boolean("best", False, "the kept checkpoint in which the ensemble did best")
     flags.DEFINE_boolean("json", False, "print JSON")

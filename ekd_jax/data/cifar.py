@@ -124,7 +124,8 @@ def _prepare(builder: Any, manual_dir: str) -> None:
             ) from error
         raise UserError(
             f"{builder.name} is not in {builder.data_dir} and cannot be downloaded ({reason(error)}): "
-            f"run where {url} can be reached, or pass --config.data.manual_dir=FOLDER with {file} in it; "
+            f"run where {url} can be reached, or pass --config.data.manual_dir=FOLDER with {file} in it "
+            f"(to ekd_jax.evaluate --manual_dir=FOLDER); "
             f"configs/digits.py needs neither"
         ) from error
 
