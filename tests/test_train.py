@@ -117,6 +117,15 @@ def start(path, before=()):
     )
 
 
+def finish_and_compare(path, uninterrupted):
+    """The same command once more ends with the same bits and records; returns what it printed."""
+    process = start(path)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert_equal_runs(path, uninterrupted)
+    return out
+
+
 def wait_for_records(process, path, number):
     """Returns when metrics.jsonl has so many lines."""
     file, deadline = path / METRICS, time.monotonic() + 120
@@ -149,11 +158,7 @@ def test_killed_runs_end_with_the_same_bits(uninterrupted, tmp_path):
         wait_for_records(process, path, records)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    process = start(path)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    assert "going on from step" in out
-    assert_equal_runs(path, uninterrupted)
+    assert "going on from step" in finish_and_compare(path, uninterrupted)
     assert len(json.loads((path / "environment.json").read_text())) >= 3
 
 
@@ -167,10 +172,7 @@ def test_interrupted_runs_save_and_say_how_to_go_on(uninterrupted, tmp_path, num
     assert process.returncode == 128 + number
     assert "run the same command to go on" in out
     assert "Traceback" not in out
-    process = start(path)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    assert_equal_runs(path, uninterrupted)
+    finish_and_compare(path, uninterrupted)
 
 
 def test_only_one_process_at_a_time(tmp_path):
@@ -244,10 +246,7 @@ def test_a_full_disk_is_noticed_before_writing(uninterrupted, small_disk):
     assert "are free; make room and run the same command" in out
     assert "Traceback" not in out
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
-    process = start(path)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    assert_equal_runs(path, uninterrupted)
+    finish_and_compare(path, uninterrupted)
 
 
 def test_a_write_that_fails_half_way_loses_nothing(uninterrupted, tmp_path):
@@ -259,10 +258,7 @@ def test_a_write_that_fails_half_way_loses_nothing(uninterrupted, tmp_path):
     assert out.splitlines()[-1].startswith("error: cannot write a checkpoint")
     assert "File too large; make room and run the same command" in out
     assert "Traceback" not in out
-    process = start(path)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    assert_equal_runs(path, uninterrupted)
+    finish_and_compare(path, uninterrupted)
 
 
 def test_missing_data_leaves_nothing_behind(tmp_path):
