@@ -1,0 +1,273 @@
+"""RandAugment and TrivialAugment on the device, equal to torchvision's on PIL images bit for bit.
+
+An operation moves pixels, or mixes the image with a degenerate one, or replaces every level of grey by
+another. Each image passes through these three stages, all but one of which leave it as it is: of a
+branch for each of the 14 operations, `vmap` would compute all.
+
+What depends on an operation's strength is tabulated in double precision when the program is built, so
+that the arithmetic left for the device is exact: all devices give the same image, and it is PIL's.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Array = jax.Array
+
+OPERATIONS = (
+    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color",
+    "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
+)  # fmt: skip
+LEVELS = 31
+_GREYS = 256
+_LUMA = (19595, 38470, 7471)  # of red, green, blue, in 1/65536: ITU-R 601 as PIL rounds it
+
+
+class Space(NamedTuple):
+    """What the highest level means: slope, pixels, degrees, change of a factor, bits taken away."""
+
+    shear: float
+    translate_x: float
+    translate_y: float
+    rotate: float
+    enhance: float
+    posterize: int
+
+
+def randaugment_space(height: int, width: int) -> Space:
+    """Of `torchvision.transforms.RandAugment`."""
+    return Space(0.3, 150 / 331 * width, 150 / 331 * height, 30, 0.9, 4)
+
+
+TRIVIALAUGMENT_SPACE = Space(0.99, 32, 32, 135, 0.99, 6)  # of torchvision.transforms.TrivialAugmentWide
+
+
+class Strengths(NamedTuple):
+    """A space's levels, as the device needs them; index 1 of an axis of 2 is the negative sign.
+
+    Attributes:
+        maps: (14, 31, 2, 6) int32, `affine_map` of every operation.
+        products: (31, 2, 511) float32, factor times difference of two greys, from -255 on.
+        masks: (31,) uint8, bits that Posterize keeps.
+        thresholds: (31,) float32, the lowest grey that Solarize inverts.
+    """
+
+    maps: np.ndarray
+    products: np.ndarray
+    masks: np.ndarray
+    thresholds: np.ndarray
+
+
+def randaugment(key: Array, image: Array, operations: int, level: int) -> Array:
+    """So many random operations, one after another, all at the same level (Cubuk et al. 2020).
+
+    Args:
+        key: of this image.
+        image: (H, W, C) uint8, C 1 or 3.
+        operations: how many, N in the paper.
+        level: 0 to 30, M in the paper.
+
+    Returns:
+        (H, W, C) uint8.
+    """
+    size = image.shape[:2]
+    strengths = tabulate(randaugment_space(*size), *size)
+    for operation_key in jax.random.split(key, operations):
+        pick, sign = jax.random.split(operation_key)
+        operation = jax.random.randint(pick, (), 0, len(OPERATIONS))
+        image = apply(image, operation, level, jax.random.randint(sign, (), 0, 2), strengths)
+    return image
+
+
+def trivialaugment(key: Array, image: Array) -> Array:
+    """One random operation at a random level (TrivialAugment Wide, Müller & Hutter 2021).
+
+    Args:
+        key: of this image.
+        image: (H, W, C) uint8, C 1 or 3.
+
+    Returns:
+        (H, W, C) uint8.
+    """
+    strengths = tabulate(TRIVIALAUGMENT_SPACE, *image.shape[:2])
+    pick, strength, sign = jax.random.split(key, 3)
+    operation = jax.random.randint(pick, (), 0, len(OPERATIONS))
+    level = jax.random.randint(strength, (), 0, LEVELS)
+    return apply(image, operation, level, jax.random.randint(sign, (), 0, 2), strengths)
+
+
+def apply(
+    image: Array, operation: int | Array, level: int | Array, negative: int | Array, strengths: Strengths
+) -> Array:
+    """One operation.
+
+    Args:
+        image: (H, W, C) uint8, C 1 or 3.
+        operation: place in `OPERATIONS`.
+        level: 0 to 30; nothing to Identity, AutoContrast and Equalize.
+        negative: 1 for the negative sign of an operation that has one (ShearX to Sharpness).
+        strengths: of the levels.
+
+    Returns:
+        (H, W, C) uint8.
+    """
+    maps, products, masks, thresholds = map(jnp.asarray, strengths)
+    image = warp(image, maps[operation, level, negative])
+    image = _blend(_degenerate(image, operation), image, products[level, negative])
+    curve = _curve(image, operation, masks[level], thresholds[level])
+    return curve[image, jnp.arange(image.shape[-1])]
+
+
+def tabulate(space: Space, height: int, width: int) -> Strengths:
+    """Levels evenly from 0 to what `space` says, for images of this size."""
+
+    def signed(highest: float) -> np.ndarray:
+        magnitudes = np.linspace(0, highest, LEVELS, dtype=np.float32).astype(np.float64)
+        return np.stack([magnitudes, -magnitudes], axis=1)
+
+    maps = np.tile(affine_map(1, 0, 0, 0, 1, 0), (len(OPERATIONS), LEVELS, 2, 1))
+    for operation, found in {
+        "ShearX": affine_map(1, signed(space.shear), 0, 0, 1, 0),
+        "ShearY": affine_map(1, 0, 0, signed(space.shear), 1, 0),
+        "TranslateX": affine_map(1, 0, -np.trunc(signed(space.translate_x)), 0, 1, 0),
+        "TranslateY": affine_map(1, 0, 0, 0, 1, -np.trunc(signed(space.translate_y))),
+        "Rotate": rotation_map(signed(space.rotate), height, width),
+    }.items():
+        maps[OPERATIONS.index(operation)] = found
+    factors = (1 + signed(space.enhance)).astype(np.float32)
+    removed = np.round(np.linspace(0, space.posterize, LEVELS)).astype(int)
+    return Strengths(
+        maps=maps,
+        products=factors[..., None] * np.arange(1 - _GREYS, _GREYS, dtype=np.float32),
+        masks=(255 >> removed << removed).astype(np.uint8),
+        thresholds=np.linspace(255, 0, LEVELS, dtype=np.float32),
+    )
+
+
+# --- pixels move -----------------------------------------------------------------------------
+
+
+def affine_map(*matrix: np.ndarray | float) -> np.ndarray:
+    """Where in the image each place of the result comes from, rounded as in PIL's Geometry.c, affine_fixed.
+
+    Args:
+        *matrix: a, b, c, d, e, f of x' = ax + by + c, y' = dx + ey + f, of shapes that broadcast.
+
+    Returns:
+        (..., 6) int32 in 1/65536 pixel, c and f being those of the middle of the first pixel.
+    """
+    a, b, c, d, e, f = np.broadcast_arrays(*matrix)
+    middle = np.stack([a, b, c + 0.5 * a + 0.5 * b, d, e, f + 0.5 * d + 0.5 * e], axis=-1)
+    return np.floor(middle * 65536 + 0.5).astype(np.int32)
+
+
+def rotation_map(degrees: np.ndarray, height: int, width: int) -> np.ndarray:
+    """`affine_map` of a counterclockwise turn about the centre, like PIL's Image.rotate."""
+    angle = -np.radians(degrees)
+    cos, sin = np.round(np.cos(angle), 15), np.round(np.sin(angle), 15)
+    x, y = width / 2, height / 2
+    return affine_map(cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
+
+
+def warp(image: Array, affine: Array) -> Array:
+    """The nearest pixel of `image` (H, W, C) where `affine`, an `affine_map`, points; 0 outside."""
+    a, b, c, d, e, f = affine
+    y, x = jnp.indices(image.shape[:2])
+    from_y, from_x = (d * x + e * y + f) >> 16, (a * x + b * y + c) >> 16
+    return image.at[from_y, from_x].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+# --- the image is mixed with another ---------------------------------------------------------
+
+
+def _degenerate(image: Array, operation: int | Array) -> Array:
+    """What an image at factor 0 looks like (PIL's ImageEnhance), int32; the image itself for the others."""
+    image = image.astype(jnp.int32)
+    grey = image
+    if image.shape[-1] == 3:
+        grey = (image * jnp.asarray(_LUMA)).sum(-1, keepdims=True) + 32768 >> 16
+    chosen = {
+        "Brightness": jnp.zeros_like(image),
+        "Color": jnp.broadcast_to(grey, image.shape),
+        "Contrast": jnp.full_like(image, (2 * grey.sum() + grey.size) // (2 * grey.size)),
+        "Sharpness": _smooth(image),
+    }
+    return _select(operation, chosen, image)
+
+
+def _smooth(image: Array) -> Array:
+    """PIL's ImageFilter.SMOOTH, which leaves the border alone."""
+    height, width, _ = image.shape
+    windows = [image[y : height - 2 + y, x : width - 2 + x] for y in range(3) for x in range(3)]
+    weighted = sum(windows) + 4 * windows[4]
+    return image.at[1:-1, 1:-1].set((2 * weighted + 13) // 26)
+
+
+def _blend(degenerate: Array, image: Array, products: Array) -> Array:
+    """degenerate + factor * (image - degenerate), cut off to a level of grey.
+
+    The product comes from a table, since a compiler may fuse the two steps and round once, not twice.
+    """
+    return jnp.clip(degenerate + products[image - degenerate + 255], 0, 255).astype(jnp.uint8)
+
+
+# --- every level of grey is replaced ---------------------------------------------------------
+
+
+def _curve(image: Array, operation: int | Array, mask: Array, threshold: Array) -> Array:
+    """The grey (256, C) uint8 that takes the place of each (PIL's ImageOps)."""
+    greys = jnp.arange(_GREYS)[:, None]
+    chosen = {
+        "Posterize": greys & mask,
+        "Solarize": jnp.where(greys < threshold, greys, 255 - greys),
+        "AutoContrast": _autocontrast(image, greys),
+        "Equalize": _equalize(image, greys),
+    }
+    shape = (_GREYS, image.shape[-1])
+    chosen = {name: jnp.broadcast_to(curve, shape) for name, curve in chosen.items()}
+    return _select(operation, chosen, jnp.broadcast_to(greys, shape)).astype(jnp.uint8)
+
+
+def _autocontrast(image: Array, greys: Array) -> Array:
+    """From the darkest to the lightest grey of each channel, stretched to 0 to 255."""
+    low, high = (bound.astype(jnp.int32) for bound in (image.min((0, 1)), image.max((0, 1))))
+    extent = jnp.maximum(high - low, 1)
+    whole, rest = jnp.divmod((greys - low) * 255, extent)
+    # PIL subtracts two products in double precision, which may fall short of a whole number.
+    residues = jnp.asarray(_stretched_residues())
+    error = lax.bitcast_convert_type(residues[extent, greys] - residues[extent, low], jnp.int32)
+    spacing = 1 << 31 - lax.clz(jnp.maximum(whole - 1, 1))
+    short = (rest == 0) & (2 * error < -spacing)
+    return jnp.where(high > low, jnp.clip(whole - short, 0, 255), greys)
+
+
+def _stretched_residues() -> np.ndarray:
+    """(256, 256) uint32 of (extent, grey): the double grey * (255 / extent) in 1/2**52, modulo 2**32.
+
+    The difference of two of them is how far the difference of the doubles is from a whole number, given
+    that it is all but one; 2**-52 is the spacing of doubles from 1 on.
+    """
+    greys = np.arange(256.0)
+    products = greys * (255 / np.maximum(greys, 1))[:, None]
+    return np.fmod(products * 2.0**52, 2.0**32).astype(np.uint32)
+
+
+def _equalize(image: Array, greys: Array) -> Array:
+    """Each channel's greys spread so that all are about as frequent."""
+    pixels = image.reshape(-1, image.shape[-1])
+    histogram = (
+        jnp.zeros((_GREYS, pixels.shape[1]), jnp.int32).at[pixels, jnp.arange(pixels.shape[1])].add(1)
+    )
+    below = jnp.cumsum(histogram, axis=0) - histogram
+    step = below[pixels.max(0), jnp.arange(pixels.shape[1])] // 255
+    spread = (step // 2 + below) // jnp.maximum(step, 1)
+    return jnp.where(step > 0, jnp.clip(spread, 0, 255), greys)
+
+
+def _select(operation: int | Array, chosen: dict[str, Array], otherwise: Array) -> Array:
+    return jnp.select(
+        [operation == OPERATIONS.index(name) for name in chosen], [*chosen.values()], otherwise
+    )
