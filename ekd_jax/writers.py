@@ -114,6 +114,52 @@ class Progress:
             self._width = 0
 
 
+class TaskProgress:
+    """How much of some work is done: a line that renews itself on a terminal, one a minute elsewhere.
+
+    Args:
+        what: is done.
+        total: how much there is.
+        start: how much was done before.
+        unit: what is counted; "bytes" are shown as MB.
+    """
+
+    def __init__(self, what: str, total: int, start: int, unit: str):
+        self.what, self.total, self.start, self.unit = what, total, start, unit
+        self.done, self.began = start, time.monotonic()
+        self.terminal = sys.stderr.isatty()
+        self.next = self.began + 1
+
+    def add(self, amount: int) -> None:
+        self.done += amount
+        now = time.monotonic()
+        if now >= self.next:
+            self.next = now + (0.5 if self.terminal else 60)
+            speed = max(self.done - self.start, 1) / (now - self.began)
+            left = clock((self.total - self.done) / speed)
+            self._write(f"{self._count()}, {self._amount(speed)} a second, {left} left")
+
+    def end(self) -> None:
+        self._write(self._count(), "\n" if self.terminal else "")
+
+    def _count(self) -> str:
+        done = self._amount(self.done).removesuffix(f" {self.unit}")
+        return f"{self.what}: {done} of {self._amount(self.total)}"
+
+    def _amount(self, value: float) -> str:
+        return megabytes(value) if self.unit == "bytes" else f"{value:,.0f} {self.unit}"
+
+    def _write(self, text: str, after: str = "") -> None:
+        line = f"\r{text:<100}" if self.terminal else f"{text}\n"
+        sys.stderr.write(line + after)
+        sys.stderr.flush()
+
+
+def megabytes(count: float) -> str:
+    """12 MB"""
+    return f"{count / 1e6:,.0f} MB"
+
+
 def clock(seconds: float) -> str:
     """75 -> "0:01:15"."""
     whole = round(seconds)
