@@ -20,6 +20,9 @@ from absl import app, flags
 
 from ekd_jax import parallel
 from ekd_jax.config import default, make_method, resolve
+from ekd_jax.data.images import Reader
+from ekd_jax.data.resident import Resident
+from ekd_jax.data.sources import Data, Facts, Pixels
 from ekd_jax.optimizer import make_optimizer
 from ekd_jax.state import build, init_state
 from ekd_jax.step import make_train_steps, zero_metrics
@@ -56,12 +59,14 @@ class Setting:
         generator = np.random.default_rng(0)
         images = generator.integers(0, 255, (EXAMPLES, *SHAPE), dtype=np.uint8)
         labels = generator.integers(0, CLASSES, EXAMPLES).astype(np.int32)
-        self.data = parallel.replicate(mesh, (images, labels))
-        self.where = parallel.replicate(mesh, tuple(np.int32(n) for n in (0, 0, FLAGS.steps)))
+        noise = Pixels(images, labels, "noise")
+        facts = Facts("noise", SHAPE, tuple(map(str, range(CLASSES))), EXAMPLES, 0, 0)
+        feed = Resident(config, Data(facts, noise, None, noise, Reader(SHAPE)), mesh, "replicated")
+        self.batches = feed.at(0), parallel.replicate(mesh, np.int32(FLAGS.steps))
         self.carry = parallel.replicate(mesh, (state, sums))
-        train_steps = make_train_steps(config, ensemble, method, optimizer, EXAMPLES, mesh)
+        train_steps = make_train_steps(config, ensemble, method, optimizer, feed, CLASSES, mesh)
         began = time.perf_counter()
-        lowered = train_steps.lower(*self.carry, *self.data, *self.where)
+        lowered = train_steps.lower(*self.carry, *self.batches)
         self.trace_seconds = time.perf_counter() - began
         self.program = lowered.compile()
         self.compile_seconds = time.perf_counter() - began - self.trace_seconds
@@ -70,7 +75,7 @@ class Setting:
     def measure(self) -> float:
         """Seconds a step, over one dispatch."""
         began = time.perf_counter()
-        self.carry = jax.block_until_ready(self.program(*self.carry, *self.data, *self.where))
+        self.carry = jax.block_until_ready(self.program(*self.carry, *self.batches))
         return (time.perf_counter() - began) / FLAGS.steps
 
     def figures(self) -> dict[str, Any]:

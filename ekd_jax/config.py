@@ -43,6 +43,8 @@ _INCREASING: dict[str, Any] = {
     "must": "be increasing fractions between 0 and 1",
 }
 
+_MAGNITUDE: dict[str, Any] = {"allowed": lambda v: 0 <= v <= 30, "must": "be from 0 to 30"}
+
 _POSITIVE_STEP = {**_POSITIVE, "changes_result": False}
 _PLACE: dict[str, Any] = {"changes_result": False}
 
@@ -54,14 +56,59 @@ KNOBS: dict[str, Knob] = {
     "method.name": Knob(
         "oem", "how students learn; the fields of its class are its knobs", **_one_of(METHODS)
     ),
-    "data.name": Knob("cifar100", "data set", **_one_of(("digits", "cifar10", "cifar100"))),
-    "data.data_dir": Knob("", "where TFDS keeps prepared sets; empty: TFDS's own default", **_PLACE),
+    "data.name": Knob(
+        "cifar100", "digits, folder, cifar10, cifar100, svhn_cropped, imagenet2012, or any classes of TFDS"
+    ),
+    "data.data_dir": Knob(
+        "",
+        "where TFDS keeps prepared sets (empty: its own default); for folder, the folder itself",
+        **_PLACE,
+    ),
     "data.manual_dir": Knob("", "folder of archives to prepare from, instead of a download", **_PLACE),
+    "data.extra": Knob(False, "svhn_cropped: train on its 531,131 extra images, too"),
+    "data.test_split": Knob(
+        "", "TFDS split to measure on; empty: test, or validation where test has no labels"
+    ),
+    "data.validation_examples": Knob(
+        0, "training images held out, to choose by instead of by the test set", **_NOT_NEGATIVE
+    ),
     "data.train_examples": Knob(0, "train on the first so many examples; 0: all", **_NOT_NEGATIVE),
-    "data.crop_padding": Knob(4, "zero pixels around an image before the random crop", **_NOT_NEGATIVE),
+    "data.corrupt": Knob(
+        "fatal", "an image that cannot be read ends the run, or is left out", **_one_of(("fatal", "skip"))
+    ),
+    "data.fit": Knob(
+        "native",
+        "how images come to one size: as they are; stretched; or cropped (for training a random part, "
+        "resized; for evaluation the middle of the image resized to 256/224 of the size)",
+        **_one_of(("native", "stretch", "crop")),
+    ),
+    "data.image_size": Knob(0, "height and width of the network's input; 0: as stored", **_NOT_NEGATIVE),
+    "data.crop_padding": Knob(4, "pixels added around an image before the random crop", **_NOT_NEGATIVE),
+    "data.padding_mode": Knob("zero", "what they hold", **_one_of(("zero", "reflect"))),
+    "data.rotation": Knob(0.0, "degrees to either side, at most, before that crop", **_NOT_NEGATIVE),
     "data.flip": Knob(True, "flip half of the training images left to right"),
+    "data.policy": Knob(
+        "none", "further changes of shape and colour", **_one_of(("none", "randaugment", "trivialaugment"))
+    ),
+    "data.policy_operations": Knob(2, "randaugment: how many an image", **_POSITIVE),
+    "data.policy_magnitude": Knob(9, "randaugment: how strong, of 0 to 30", **_MAGNITUDE),
     "data.mean": Knob((0.0,), "subtracted from images scaled to [0, 1]; one value, or one a channel"),
     "data.std": Knob((1.0,), "divides them then", **_ALL_POSITIVE),
+    "data.cutout": Knob(0, "side of the square that is set to the mean; 0: none", **_NOT_NEGATIVE),
+    "data.mixup": Knob(0.0, "alpha of mixup; 0: none", **_NOT_NEGATIVE),
+    "data.label_smoothing": Knob(0.0, "share of every label given to all classes alike", **_FRACTION),
+    "data.placement": Knob(
+        "auto",
+        "training and test images on the devices, whole or cut over them, or streamed from disk; "
+        "auto: the first that fits",
+        **_one_of(("auto", "replicated", "sharded", "stream")),
+        changes_result=False,
+    ),
+    "data.device_share": Knob(
+        0.2, "share of a device's memory that images may take with placement=auto", **_POSITIVE_STEP
+    ),
+    "data.workers": Knob(-1, "processes that decode; 0: threads alone; -1: as many as pay", **_PLACE),
+    "data.threads": Knob(0, "threads in each of them; 0: as many as pay", **_NOT_NEGATIVE, **_PLACE),
     "optimizer.name": Knob("sgd", "or adam; with L2 decay as in PyTorch", **_one_of(("sgd", "adam"))),
     "optimizer.learning_rate": Knob(0.1, "to begin with", **_POSITIVE),
     "optimizer.momentum": Knob(0.9, "of sgd", **_FRACTION),

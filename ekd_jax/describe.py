@@ -15,7 +15,7 @@ from jax.extend.core import jaxprs_in_params
 
 from ekd_jax import commands
 from ekd_jax.config import make_method
-from ekd_jax.data import sources
+from ekd_jax.data.sources import known_facts
 from ekd_jax.errors import UserError
 from ekd_jax.models.ensemble import (
     Ensemble,
@@ -128,12 +128,12 @@ def count_macs(jaxpr: Any) -> int:
     return total
 
 
-def memory(config: Any, description: dict[str, Any], examples: int) -> dict[str, int]:
+def memory(config: Any, description: dict[str, Any], data: int) -> dict[str, int]:
     """Bytes of device memory that training needs, estimated before anything is compiled.
 
     `state` is parameters, their gradients and the optimiser's slots; `activations` what the
-    backward pass keeps of one batch (exact at the level of JAX, before XLA fuses); `data` the
-    training and test images.
+    backward pass keeps of one batch (exact at the level of JAX, before XLA fuses); `data` what the
+    images on a device take.
     """
     shape, classes = tuple(description["input_shape"]), description["num_classes"]
     ensemble, method = build(config, classes), make_method(config)
@@ -159,14 +159,14 @@ def memory(config: Any, description: dict[str, Any], examples: int) -> dict[str,
     return {
         "state": (2 + slots) * parameters,
         "activations": residuals - parameters,
-        "data": examples * math.prod(shape),
+        "data": data,
     }
 
 
 def main() -> None:
     """The command."""
     config = commands.config()
-    known = sources.info(config)
+    known = known_facts(config)
     if FLAGS.num_classes is not None and FLAGS.num_classes < 1:
         raise UserError(f"--num_classes={FLAGS.num_classes} must be at least 1")
     description = describe(config, known.input_shape, FLAGS.num_classes or known.num_classes)

@@ -1,6 +1,6 @@
 """Evaluation over every test example exactly once; also a command.
 
-python -m ekd_jax.evaluate --workdir=RUN [--step=N | --best] [--json]
+python -m ekd_jax.evaluate --workdir=RUN [--step=N | --best] [--split=validation] [--json]
 python -m ekd_jax.evaluate --student_dir=DIR [--data_dir=DIR] [--manual_dir=DIR] [--json]
 """
 
@@ -20,8 +20,10 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from ekd_jax import checkpoint, commands, parallel
 from ekd_jax.config import make_method, resolve
-from ekd_jax.data import sources
 from ekd_jax.data.augment import normalise
+from ekd_jax.data.feed import EvaluationSet, evaluation_set
+from ekd_jax.data.sources import open_data
+from ekd_jax.data.stream import evaluation_batch
 from ekd_jax.errors import UserError
 from ekd_jax.extract import LoadedStudent, load_student
 from ekd_jax.methods.base import Method
@@ -56,45 +58,58 @@ def predictor_names(students: int) -> list[str]:
 def make_evaluator(
     predict: Callable[[Variables, Array], Array], config: Any, examples: int, mesh: Mesh
 ) -> Any:
-    """A jitted function of (variables, images uint8, labels) that gives sums over all examples.
+    """A jitted function of (variables, images uint8, labels, number) that gives sums over examples.
 
-    The last batch is filled up with examples that count nothing, so that each example counts once
-    for any batch size and any number of devices.
+    Only the first `number` images count; what fills the last batch up does not. So each example
+    counts once for any batch size and any number of devices.
 
     Args:
         predict: (variables, images float normalised) -> logits (P, B, K).
         config: resolved; `data.mean`, `data.std` and `evaluate.batch_size` are read.
-        examples: N, number of images.
+        examples: how many there are in all.
         mesh: devices that share a batch.
 
     Returns:
         The function; its result is (3, P): how many were right, how many among the five likeliest,
         and the sum of the negative log likelihoods (nats).
     """
-    batch_size = -(-min(config.evaluate.batch_size, examples) // mesh.size) * mesh.size
+    batch_size = evaluation_batch(config, examples, mesh)
 
-    def evaluate(variables: Variables, images: Array, labels: Array) -> Array:
+    def evaluate(variables: Variables, images: Array, labels: Array, number: Array) -> Array:
+        def scores(images: Array, labels: Array, counts: Array) -> Array:
+            logits = predict(variables, normalise(images, config.data.mean, config.data.std))
+            wanted = jnp.broadcast_to(labels, logits.shape[:2])[..., None]
+            _, likeliest = lax.top_k(logits, min(5, logits.shape[-1]))
+            nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), wanted, -1)[..., 0]
+            each = jnp.stack([likeliest[..., 0] == wanted[..., 0], (likeliest == wanted).any(-1), nll])
+            return jnp.where(counts, each, 0).sum(-1)
+
         def body(i: Array, sums: Array) -> Array:
             place = i * batch_size + jnp.arange(batch_size)
             place = lax.with_sharding_constraint(place, parallel.split(mesh))
-            counts, place = place < examples, jnp.minimum(place, examples - 1)
-            logits = predict(variables, normalise(images[place], config.data.mean, config.data.std))
-            wanted = jnp.broadcast_to(labels[place], logits.shape[:2])[..., None]
-            _, likeliest = lax.top_k(logits, min(5, logits.shape[-1]))
-            nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), wanted, -1)[..., 0]
-            scores = jnp.stack([likeliest[..., 0] == wanted[..., 0], (likeliest == wanted).any(-1), nll])
-            return sums + jnp.where(counts, scores, 0).sum(-1)
+            counts, place = place < number, jnp.minimum(place, number - 1)
+            return sums + scores(images[place], labels[place], counts)
 
+        if len(images) == batch_size:  # as streamed batches are
+            return scores(images, labels, jnp.arange(batch_size) < number)
         predictors = jax.eval_shape(predict, variables, normalise(images[:1], (0.0,), (1.0,))).shape[0]
-        batches = -(-examples // batch_size)
-        return lax.fori_loop(0, batches, body, jnp.zeros((3, predictors), jnp.float32))
+        return lax.fori_loop(0, -(-number // batch_size), body, jnp.zeros((3, predictors), jnp.float32))
 
-    return jax.jit(evaluate)
+    return jax.jit(evaluate, out_shardings=parallel.replicated(mesh))
 
 
-def results(sums: Array, examples: int, names: Sequence[str]) -> Results:
+def measure(evaluate: Any, variables: Variables, examples: EvaluationSet, mesh: Mesh) -> np.ndarray:
+    """Sums over all examples, (3, P) float64, by a function that `make_evaluator` gave."""
+    sums = [
+        evaluate(variables, images, labels, parallel.replicate(mesh, np.int32(number)))
+        for images, labels, number in examples.chunks()
+    ]
+    return np.asarray(jax.device_get(sums), np.float64).sum(0)
+
+
+def results(sums: np.ndarray, examples: int, names: Sequence[str]) -> Results:
     """`{"student_1/top1": per cent, "student_1/top5": per cent, "student_1/nll": nats, ...}`."""
-    means = np.asarray(jax.device_get(sums), np.float64) / examples
+    means = sums / examples
     scale = {"top1": 100.0, "top5": 100.0, "nll": 1.0}
     return {
         f"{name}/{metric}": float(means[m, p] * scale[metric])
@@ -104,15 +119,20 @@ def results(sums: Array, examples: int, names: Sequence[str]) -> Results:
 
 
 def evaluate_run(
-    path: pathlib.Path, step: int | None = None, best: bool = False, folders: Folders | None = None
+    path: pathlib.Path,
+    step: int | None = None,
+    best: bool = False,
+    folders: Folders | None = None,
+    split: str = "test",
 ) -> tuple[int, Results]:
-    """Evaluates a checkpoint of a run on its test set.
+    """Evaluates a checkpoint of a run.
 
     Args:
         path: of the run.
         step: of the checkpoint; the latest if not given.
         best: the kept checkpoint in which the ensemble did best, instead.
         folders: `data_dir` and `manual_dir`, where they are no longer what the run used.
+        split: "test", or "validation": the images that the run held out.
 
     Returns:
         The step, and `{"student_1/top1": per cent, ...}`.
@@ -125,14 +145,15 @@ def evaluate_run(
         like = init_variables(ensemble, method, 0, tuple(run.students["input_shape"]))
         variables, _ = checkpoints.restore_variables(like, step)
     names = predictor_names(len(ensemble.students))
-    return step, _evaluate(predictions(ensemble, method), variables, config, names)
+    return step, _evaluate(predictions(ensemble, method), variables, config, names, split)
 
 
 def evaluate_student(student: LoadedStudent, folders: Folders | None = None) -> Results:
     """Evaluates a student that was taken out on the test set it was made for, found in `folders`."""
     own = student.description
-    data = {k: own["preprocessing"][k] for k in ("mean", "std")}
-    config = at(resolve({"data": {"name": own["provenance"]["data"], **data}}), folders or {})
+    data = {k: own["preprocessing"][k] for k in ("mean", "std", "fit", "image_size")}
+    data |= {"name": own["provenance"]["data"], "test_split": own["provenance"]["test_split"]}
+    config = at(resolve({"data": data}), folders or {})
 
     def predict(variables: Variables, images: Array) -> Array:
         return student.model.logits(variables, images)[None]
@@ -148,13 +169,19 @@ def at(config: Any, folders: Folders) -> Any:
 
 
 def _evaluate(
-    predict: Callable[[Variables, Array], Array], variables: Variables, config: Any, names: list[str]
+    predict: Callable[[Variables, Array], Array],
+    variables: Variables,
+    config: Any,
+    names: list[str],
+    split: str = "test",
 ) -> Results:
-    mesh, dataset = parallel.make_mesh(), sources.load(config)
-    examples = len(dataset.test_labels)
-    evaluate = make_evaluator(predict, config, examples, mesh)
-    arguments = parallel.replicate(mesh, (variables, dataset.test_images, dataset.test_labels))
-    return results(evaluate(*arguments), examples, names)
+    mesh, data = parallel.make_mesh(), open_data(config)
+    if split == "validation" and data.validation is None:
+        raise UserError("--split=validation: the run held no images out (data.validation_examples=0)")
+    examples = evaluation_set(config, data, mesh, split)
+    evaluate = make_evaluator(predict, config, examples.examples, mesh)
+    sums = measure(evaluate, parallel.replicate(mesh, variables), examples, mesh)
+    return results(sums, examples.examples, names)
 
 
 def as_text(found: Results) -> str:
@@ -164,7 +191,7 @@ def as_text(found: Results) -> str:
         [n, f"{found[n + '/top1']:.2f}", f"{found[n + '/top5']:.2f}", f"{found[n + '/nll']:.4f}"]
         for n in names
     ]
-    return table(rows, ["test set", "top-1 %", "top-5 %", "NLL"])
+    return table(rows, ["", "top-1 %", "top-5 %", "NLL"])
 
 
 def main() -> None:
@@ -177,7 +204,9 @@ def main() -> None:
     if FLAGS.student_dir:
         found = evaluate_student(load_student(FLAGS.student_dir), folders)
     else:
-        step, found = evaluate_run(pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.best, folders)
+        step, found = evaluate_run(
+            pathlib.Path(FLAGS.workdir), FLAGS.step, FLAGS.best, folders, FLAGS.split
+        )
         print(f"{FLAGS.workdir}, step {step:,}", file=sys.stderr)
     print(json.dumps(found, indent=2) if FLAGS.json else as_text(found))
 
@@ -189,5 +218,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("manual_dir", "", "folder of archives, if not where the run had them")
     flags.DEFINE_integer("step", None, "step of the checkpoint; the latest if not given")
     flags.DEFINE_boolean("best", False, "the kept checkpoint in which the ensemble did best")
+    flags.DEFINE_enum("split", "test", ["test", "validation"], "of a run: what to measure on")
     flags.DEFINE_boolean("json", False, "print JSON")
     commands.run(main)

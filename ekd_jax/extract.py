@@ -41,7 +41,7 @@ from ekd_jax.writers import read_metrics, write_json
 
 FLAGS = flags.FLAGS
 WEIGHTS, DESCRIPTION = "weights.safetensors", "student.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,11 @@ class LoadedStudent:
         """H, W, C."""
         h, w, c = self.description["architecture"]["input_shape"]
         return h, w, c
+
+    @property
+    def fit(self) -> str:
+        """How images of other sizes are brought to `input_shape`: as `data.fit`."""
+        return str(self.description["preprocessing"]["fit"])
 
     @cached_property
     def model(self) -> Student:
@@ -181,7 +186,10 @@ def extract(
             "formula": "(image / 255 - mean) / std",
             "mean": list(config.data.mean),
             "std": list(config.data.std),
+            "fit": config.data.fit,
+            "image_size": config.data.image_size,
         },
+        "evaluated_on": remembered["evaluated_on"],
         "metrics": {
             key.removeprefix(name): value
             for key, value in (remembered["evaluation"] or {}).items()
@@ -189,6 +197,7 @@ def extract(
         },
         "provenance": {
             **identity(config),
+            "test_split": config.data.test_split,
             "step": step,
             "epoch": remembered["epoch"],
             "ekd_jax": __version__,
@@ -210,8 +219,8 @@ def fitting_student(workdir: pathlib.Path, max_parameters: int) -> int:
     if not small:
         least = min(s["parameters"] for s in students)
         raise UserError(f"--max_parameters={max_parameters}: the smallest student has {least}")
-    tests = [record for record in read_metrics(workdir) if record["split"] == "test"]
-    last: dict[str, Any] = tests[-1] if tests else {}
+    records = {record["split"]: record for record in read_metrics(workdir)}  # the last of each
+    last: dict[str, Any] = records.get("validation", records.get("test", {}))
     best = max(small, key=lambda s: (last.get(f"student_{s['student']}/top1", 0.0), s["parameters"]))
     return int(best["student"])
 

@@ -1,6 +1,6 @@
 """Losses as pure functions, one formula each. Gradients are stopped by the caller, not here.
 
-Shapes: logits (..., B, K), labels (B,) integers; a leading axis (students) is kept.
+Shapes: logits (..., B, K), labels (B,) integers or (B, K) shares; a leading axis (students) is kept.
 """
 
 import jax
@@ -15,11 +15,14 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
     Args:
         logits: (..., B, K) floating.
-        labels: (B,) integers in [0, K).
+        labels: (B,) integers in [0, K), or (B, K) shares of the classes that sum to 1 (mixed images,
+            smoothed labels): -sum_k y_k log softmax(z)_k then.
 
     Returns:
         (...): one value for each leading index.
     """
+    if labels.ndim == 2:
+        return optax.softmax_cross_entropy(logits, labels).mean(-1)
     labels = jnp.broadcast_to(labels, logits.shape[:-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(-1)
 

@@ -10,7 +10,8 @@ from absl import flags
 
 from ekd_jax import commands, parallel, train
 from ekd_jax.config import fingerprint, to_dict
-from ekd_jax.data import sources
+from ekd_jax.data.feed import placements, resident_bytes
+from ekd_jax.data.sources import known_facts
 from ekd_jax.describe import as_text, describe, human, memory
 from ekd_jax.workdir import check
 
@@ -29,18 +30,23 @@ def main() -> None:
         )
         return
 
-    mesh = parallel.make_mesh()
-    train.check_batches(config, mesh)
+    mesh, known = parallel.make_mesh(), known_facts(config)
+    train.check_batches(config, mesh, known.train_examples)
     check(path, config)
-    info = sources.info(config)
-    description = describe(config, info.input_shape, info.num_classes)
-    needed = memory(config, description, info.train_examples + info.test_examples)
+    description = describe(config, known.input_shape, known.num_classes)
+    where = placements(config, known, mesh)
+    needed = memory(config, description, resident_bytes(config, known, mesh))
     print(json.dumps(to_dict(config), indent=2))
     print(as_text(description))
-    steps = train.steps_in(config.train.epochs, config, info.train_examples)
+    steps = train.steps_in(config.train.epochs, config, known.train_examples)
     print(f"fingerprint {fingerprint(config)}")
     print(f"{steps:,} steps of {config.train.batch_size} images, {config.train.epochs:g} epochs", end=" ")
-    print(f"of {info.train_examples:,}, on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    print(f"of {known.train_examples:,}, on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    held_out = f"{known.validation_examples:,} for validation, " if known.validation_examples else ""
+    print(
+        f"images: training set {where['train']}; {held_out}{known.test_examples:,} to test on, "
+        f"{where['evaluation']}"
+    )
     parts = ", ".join(f"{name} {human(size)}B" for name, size in needed.items())
     print(f"memory, estimated: {human(sum(needed.values()))}B ({parts})")
     print(f"files go to {path}; nothing was trained")

@@ -12,8 +12,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from ekd_jax import parallel
-from ekd_jax.data.augment import augment, normalise
-from ekd_jax.data.order import two_epochs
+from ekd_jax.data.augment import training_batch
+from ekd_jax.data.feed import Feed
 from ekd_jax.methods.base import Method, per_student
 from ekd_jax.models.ensemble import Ensemble, Outputs, Variables
 from ekd_jax.state import TrainState, forward_shapes
@@ -32,6 +32,8 @@ def objective(
     """
     (loss, terms), updated = method.apply(own, outputs, labels, mutable=["batch_stats"])
     ensemble_BxK: Any = method.apply({**own, **updated}, outputs, method="ensemble_logits")
+    if labels.ndim > 1:
+        labels = labels.argmax(-1)  # of mixed images the one with the greater share
     top1_S = 100 * (outputs.logits_SxBxK.argmax(-1) == labels).mean(-1)
     metrics = {
         "loss": loss,
@@ -48,8 +50,8 @@ def make_step(
     """One update from one batch.
 
     Returns:
-        A function of (state, images (B, H, W, C) float32 normalised, labels (B,) int32) that gives
-        the next state and the batch's metrics.
+        A function of (state, images (B, H, W, C) float32 normalised, labels (B,) int32 or shares (B, K))
+        that gives the next state and the batch's metrics.
     """
 
     def step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, Metrics]:
@@ -73,43 +75,34 @@ def make_train_steps(
     ensemble: Ensemble,
     method: Method,
     optimizer: optax.GradientTransformation,
-    examples: int,
+    feed: Feed,
+    num_classes: int,
     mesh: Mesh,
 ) -> Any:
-    """Many steps on a data set that lives on the device, as one jitted function.
+    """Many steps in one dispatch, as one jitted function.
 
     Args:
-        examples: in the training set.
+        feed: where batches come from.
+        num_classes: K.
 
     Returns:
-        A jitted function of (state, sums, images, labels, epoch, offset, number) that gives
-        (state, sums) after `number` steps, the first of which begins at `offset` in `epoch`. `sums`
-        are the metrics added up since they were last zero. State and sums are donated. `number` is
-        an argument of the compiled program, so that one program serves any number of steps and the
-        result does not depend on how training is cut into dispatches.
+        A jitted function of (state, sums, held, number) that gives (state, sums) after `number` steps
+        on the batches that the feed's `held` holds. `sums` are the metrics added up since they were
+        last zero. State and sums are donated. `number` is an argument of the compiled program, so
+        that one program serves any number of steps and the result does not depend on how training is
+        cut into dispatches.
     """
     step = make_step(ensemble, method, optimizer)
-    batch_size, data = config.train.batch_size, config.data
-    order_key, augment_key = jax.random.split(jax.random.key(config.seed))
+    augment_key = jax.random.key(config.seed)
 
     def train_steps(
-        state: TrainState,
-        sums: Metrics,
-        images: Array,
-        labels: Array,
-        epoch: Array,
-        offset: Array,
-        number: Array,
+        state: TrainState, sums: Metrics, held: Any, number: Array
     ) -> tuple[TrainState, Metrics]:
-        order = two_epochs(order_key, epoch, examples)
-
         def body(i: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, sums = carry
-            chosen = lax.dynamic_slice(order, (offset + i * batch_size,), (batch_size,))
-            chosen = lax.with_sharding_constraint(chosen, parallel.split(mesh))
             key = jax.random.fold_in(augment_key, state.step)
-            batch = augment(key, images[chosen], chosen, data.crop_padding, data.flip)
-            state, metrics = step(state, normalise(batch, data.mean, data.std), labels[chosen])
+            images, targets = training_batch(key, *feed.pick(held, i), num_classes, config.data)
+            state, metrics = step(state, images, targets)
             return state, jax.tree.map(jnp.add, sums, metrics)
 
         return lax.fori_loop(0, number, body, (state, sums))

@@ -1,6 +1,6 @@
 """The training loop: order of events, nothing else.
 
-    check the folder -> read the data -> build -> restore or initialise -> compile
+    check the folder -> open the data -> build -> restore or initialise -> place the data -> compile
     -> (steps -> record -> evaluate -> checkpoint)* -> summary
 
 What happens at which step depends on the configuration alone, and a dispatch's length is an argument
@@ -8,6 +8,7 @@ of the one compiled program. So a run that was killed and started again goes thr
 computations as one that was not, and ends with the same bits.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -26,11 +27,11 @@ from jax.sharding import Mesh
 from ekd_jax import parallel, workdir
 from ekd_jax.checkpoint import Checkpoints
 from ekd_jax.config import identity, make_method
-from ekd_jax.data import order, sources
-from ekd_jax.data.dataset import Dataset
+from ekd_jax.data.feed import EvaluationSet, Feed, evaluation_set, training_feed
+from ekd_jax.data.sources import Data, facts, open_data
 from ekd_jax.describe import describe, human
 from ekd_jax.errors import UserError, reason
-from ekd_jax.evaluate import make_evaluator, predictions, predictor_names, results
+from ekd_jax.evaluate import make_evaluator, measure, predictions, predictor_names, results
 from ekd_jax.methods.base import Method
 from ekd_jax.models.ensemble import Ensemble
 from ekd_jax.optimizer import make_optimizer
@@ -47,7 +48,7 @@ class Job:
 
     config: Any
     mesh: Mesh
-    dataset: Dataset
+    data: Data
     ensemble: Ensemble
     method: Method
     optimizer: optax.GradientTransformation
@@ -56,11 +57,16 @@ class Job:
 
     @property
     def examples(self) -> int:
-        return len(self.dataset.train_labels)
+        return len(self.data.train)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        return self.dataset.train_images.shape[1:]
+        return self.data.facts.input_shape
+
+    @property
+    def watched(self) -> str:
+        """What is measured while training, and decides which checkpoint is best."""
+        return "test" if self.data.validation is None else "validation"
 
     @property
     def names(self) -> list[str]:
@@ -72,20 +78,21 @@ class Job:
 
 
 def prepare(config: Any, mesh: Mesh) -> Job:
-    """Reads the data and builds everything, compiles nothing."""
-    dataset = sources.load(config)
-    classes = len(dataset.class_names)
-    steps = steps_in(config.train.epochs, config, len(dataset.train_labels))
+    """Opens the data and builds everything, compiles nothing."""
+    data = open_data(config)
+    classes = data.facts.num_classes
+    check_batches(config, mesh, len(data.train))
+    steps = steps_in(config.train.epochs, config, len(data.train))
     method = make_method(config)
-    students = describe(config, dataset.train_images.shape[1:], classes)
+    students = describe(config, data.facts.input_shape, classes)
     return Job(
         config=config,
         mesh=mesh,
-        dataset=dataset,
+        data=data,
         ensemble=build(config, classes),
         method=method,
         optimizer=make_optimizer(config, method, steps),
-        students={**students, "class_names": list(dataset.class_names)},
+        students={**students, "class_names": list(data.facts.class_names)},
         steps=steps,
     )
 
@@ -95,11 +102,10 @@ def steps_in(epochs: float, config: Any, examples: int) -> int:
     return max(1, round(epochs * examples / config.train.batch_size))
 
 
-def check_batches(config: Any, mesh: Mesh) -> None:
+def check_batches(config: Any, mesh: Mesh, examples: int | None) -> None:
     """Raises UserError for a batch that devices cannot share or that is larger than the data set."""
     parallel.check_divisible("train.batch_size", config.train.batch_size, mesh)
-    examples = sources.info(config).train_examples
-    if config.train.batch_size > examples:
+    if examples is not None and config.train.batch_size > examples:
         raise UserError(
             f"train.batch_size={config.train.batch_size} is above the {examples} training examples"
         )
@@ -141,7 +147,8 @@ def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None) -> dict[str, 
         SystemExit: SIGINT or SIGTERM came; a checkpoint was saved.
     """
     mesh = mesh or parallel.make_mesh()
-    check_batches(config, mesh)
+    known = facts(config)
+    check_batches(config, mesh, known.train_examples if known else None)
     workdir.check(path, config)
     if (path / workdir.SUMMARY).exists():
         print(f"{path} holds the complete run: nothing to train")
@@ -172,7 +179,20 @@ def _run(job: Job, path: pathlib.Path) -> dict[str, Any]:
     progress = Progress(job.steps, int(state.step))
     interrupt = Interrupt()
     try:
-        step = _loop(job, state, log, checkpoints, writer, progress, interrupt)
+        progress.line(
+            f"{'going on from' if state.step else 'training from'} step {state.step:,} of {job.steps:,}: "
+            f"{job.config.model.name}, {len(job.ensemble.students)} students, {job.config.method.name}, "
+            f"{job.data.facts.name} ({job.examples:,} images), "
+            f"{job.mesh.size} x {job.mesh.devices.flat[0].device_kind}"
+        )
+        progress.update(int(state.step), "reading")
+        started = time.monotonic()
+        watched = evaluation_set(job.config, job.data, job.mesh, job.watched)
+        with contextlib.closing(training_feed(job.config, job.data, job.mesh, job.steps)) as feed:
+            if state.step < job.steps:
+                feed.at(int(state.step))
+            log.seconds["read"] += time.monotonic() - started
+            step = _loop(job, feed, watched, state, log, checkpoints, writer, progress, interrupt)
         checkpoints.wait()
     finally:
         progress.clear()
@@ -195,18 +215,20 @@ class Log:
         sums: the metrics added up since the last training record; on the device while training.
         recorded: step of that record.
         window: seconds of training since then.
-        last: test metrics of the last evaluation.
-        best: name -> its best top-1 on the test set and the step of it.
+        waited: of these, for input.
+        last: test metrics of the finished run, or of the last evaluation if that was on the test set.
+        best: name -> its best top-1 of all evaluations and the step of it.
         seconds: wall-clock so far.
     """
 
     sums: Any
     recorded: int = 0
     window: float = 0.0
+    waited: float = 0.0
     last: dict[str, float] = dataclasses.field(default_factory=dict)
     best: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(
-        default_factory=lambda: {"compile": 0.0, "train": 0.0, "evaluate": 0.0}
+        default_factory=lambda: {"read": 0.0, "compile": 0.0, "train": 0.0, "evaluate": 0.0}
     )
 
     @classmethod
@@ -220,6 +242,8 @@ class Log:
 
 def _loop(
     job: Job,
+    feed: Feed,
+    watched: EvaluationSet,
     state: TrainState,
     log: Log,
     checkpoints: Checkpoints,
@@ -228,25 +252,20 @@ def _loop(
     interrupt: Interrupt,
 ) -> int:
     """Trains until the last step or an interruption; returns the step reached, which is saved."""
-    config, mesh, data = job.config, job.mesh, job.dataset
+    config, mesh = job.config, job.mesh
     batch_size, step = config.train.batch_size, int(state.step)
-    progress.line(
-        f"{'going on from' if step else 'training from'} step {step:,} of {job.steps:,}: "
-        f"{config.model.name}, {len(job.ensemble.students)} students, {config.method.name}, "
-        f"{config.data.name} ({job.examples:,} images), {mesh.size} x {mesh.devices.flat[0].device_kind}"
-    )
     zeros = jax.tree.map(np.zeros_like, log.sums)
-    train = parallel.replicate(mesh, (data.train_images, data.train_labels))
-    test = parallel.replicate(mesh, (data.test_images, data.test_labels))
     state, log.sums = parallel.replicate(mesh, (state, log.sums))
 
     started = time.monotonic()
     progress.update(step, "compiling")
-    place = parallel.replicate(mesh, (np.int32(0),) * 3)
-    train_steps = make_train_steps(config, job.ensemble, job.method, job.optimizer, job.examples, mesh)
-    train_steps = train_steps.lower(state, log.sums, *train, *place).compile()
-    evaluate = make_evaluator(predictions(job.ensemble, job.method), config, len(test[1]), mesh)
-    evaluate = evaluate.lower(state.variables, *test).compile()
+    one = parallel.replicate(mesh, np.int32(1))
+    classes = job.data.facts.num_classes
+    train_steps = make_train_steps(config, job.ensemble, job.method, job.optimizer, feed, classes, mesh)
+    train_steps = train_steps.lower(state, log.sums, feed.shapes, one).compile()
+    predict = predictions(job.ensemble, job.method)
+    evaluator = make_evaluator(predict, config, watched.examples, mesh)
+    evaluator = evaluator.lower(state.variables, *watched.shapes, one).compile()
     log.seconds["compile"] += time.monotonic() - started
 
     record_every = config.train.log_every_steps
@@ -257,11 +276,12 @@ def _loop(
     with jax.transfer_guard("disallow"):
         while step < job.steps and not interrupt.signal:
             due = min(job.steps, *((step // n + 1) * n for n in (record_every, evaluate_every, save_every)))
-            number = min(dispatch, due - step, job.examples // batch_size)
-            where = order.position(step, batch_size, job.examples)
-            place = parallel.replicate(mesh, tuple(np.int32(n) for n in (*where, number)))
+            number = min(dispatch, due - step, feed.most())
             started = time.monotonic()
-            state, log.sums = jax.block_until_ready(train_steps(state, log.sums, *train, *place))
+            held = feed.at(step)
+            log.waited += time.monotonic() - started
+            several = parallel.replicate(mesh, np.int32(number))
+            state, log.sums = jax.block_until_ready(train_steps(state, log.sums, held, several))
             took = time.monotonic() - started
             log.seconds["train"] += took
             log.window += took
@@ -279,22 +299,35 @@ def _loop(
                 steps = step - log.recorded
                 means = {name: value / steps for name, value in sums.items()}
                 means["images/s"] = round(steps * batch_size / log.window, 1)
+                means["input_wait"] = round(100 * log.waited / log.window, 2)
                 writer.write(step, epoch, "train", means)
                 progress.line(_train_line(job, step, means, progress))
-                log.sums, log.recorded, log.window = parallel.replicate(mesh, zeros), step, 0.0
+                log.sums, log.recorded = parallel.replicate(mesh, zeros), step
+                log.window = log.waited = 0.0
 
             evaluation = None
             near_the_end = job.steps - step < evaluate_every / 2  # the last evaluation follows soon
             if last_step or (step % evaluate_every == 0 and not near_the_end):
                 started = time.monotonic()
-                evaluation = results(evaluate(state.variables, *test), len(test[1]), job.names)
-                log.seconds["evaluate"] += time.monotonic() - started
-                log.last = evaluation
+                sums_3xP = measure(evaluator, state.variables, watched, mesh)
+                evaluation = results(sums_3xP, watched.examples, job.names)
                 _note_best(log.best, evaluation, step, job.names)
-                writer.write(step, epoch, "test", evaluation)
-                progress.line(_test_line(epoch, evaluation, job.names))
+                writer.write(step, epoch, watched.name, evaluation)
+                progress.line(_evaluation_line(watched.name, epoch, evaluation, job.names))
+                if watched.name == "test":
+                    log.last = evaluation
+                elif last_step:
+                    with jax.transfer_guard("allow"):
+                        test = evaluation_set(config, job.data, mesh, "test")
+                    evaluator = make_evaluator(predict, config, test.examples, mesh)
+                    sums_3xP = measure(evaluator, state.variables, test, mesh)
+                    log.last = results(sums_3xP, test.examples, job.names)
+                    writer.write(step, epoch, "test", log.last)
+                    progress.line(_evaluation_line("test", epoch, log.last, job.names))
+                log.seconds["evaluate"] += time.monotonic() - started
             if evaluation or step % save_every == 0 or interrupt.signal:
-                checkpoints.save(state, {"epoch": epoch, "log": log.as_json()}, evaluation)
+                remembered = {"epoch": epoch, "log": log.as_json(), "evaluated_on": watched.name}
+                checkpoints.save(state, remembered, evaluation)
     return step
 
 
@@ -326,9 +359,9 @@ def _train_line(job: Job, step: int, means: dict[str, float], progress: Progress
     )
 
 
-def _test_line(epoch: float, evaluation: dict[str, float], names: list[str]) -> str:
+def _evaluation_line(split: str, epoch: float, evaluation: dict[str, float], names: list[str]) -> str:
     top1 = "  ".join(f"{name} {evaluation[f'{name}/top1']:.2f}" for name in names)
-    return f"test, epoch {epoch:.2f}  top-1  {top1}"
+    return f"{split}, epoch {epoch:.2f}  top-1  {top1}"
 
 
 def _summary(job: Job, log: Log) -> dict[str, Any]:
@@ -342,6 +375,7 @@ def _summary(job: Job, log: Log) -> dict[str, Any]:
         "epochs": job.config.train.epochs,
         "seconds": {name: round(value, 1) for name, value in log.seconds.items()},
         "adaptation_parameters": job.students["adaptation_parameters"],
+        "best_on": job.watched,
         "students": [
             {**s, **top1(name)} for s, name in zip(job.students["students"], job.names, strict=False)
         ],
@@ -371,5 +405,6 @@ def summary_table(summary: dict[str, Any]) -> str:
     spent = ", ".join(f"{name} {clock(seconds)}" for name, seconds in summary["seconds"].items())
     return (
         f"{table(rows, header)}\n"
-        f"top-1: per cent of the test set, after the last epoch and at the best evaluation\n{spent}"
+        f"top-1: per cent of the test set, after the last epoch; and of the {summary['best_on']} set "
+        f"at the best evaluation\n{spent}"
     )

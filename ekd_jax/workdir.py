@@ -27,7 +27,10 @@ from ekd_jax.errors import UserError, reason
 from ekd_jax.writers import write_json
 
 CONFIG, STUDENTS, ENVIRONMENT, SUMMARY = "config.json", "students.json", "environment.json", "summary.json"
-PACKAGES = ("ekd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
+PACKAGES = (
+    *("ekd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets"),
+    *("grain", "pillow", "simplejpeg", "opencv-python-headless"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,216 +1,631 @@
-"""Order, augmentation, and sources: exact, and clear when something is wrong."""
+"""Which examples a run reads, in which order, and how they come to the devices: exact, and clear when
+something is wrong."""
 
-import hashlib
 import io
 import os
 import pathlib
-import tarfile
+import pickle
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import ROOT, command, one_device, plain_environment, tiny_config
+from PIL import Image
 
-from ekd_jax.data import cifar, sources
-from ekd_jax.data.augment import augment, normalise
-from ekd_jax.data.order import position, two_epochs
+from ekd_jax import parallel, train
+from ekd_jax.data import images, order, stream
+from ekd_jax.data.dataset import Example
+from ekd_jax.data.feed import evaluation_set, placements, training_feed
+from ekd_jax.data.images import CorruptImageError, Reader
+from ekd_jax.data.sources import DIGITS, Chosen, facts, known_facts, open_data
 from ekd_jax.errors import UserError
+from ekd_jax.writers import read_metrics
 
-KEY = jax.random.key(0)
+# --- order -----------------------------------------------------------------------------------
 
 
 def test_every_example_once_an_epoch_in_a_fresh_order():
-    order = np.asarray(two_epochs(KEY, 3, 101))
-    assert sorted(order[:101]) == sorted(order[101:]) == list(range(101))
-    assert list(order[:101]) != list(order[101:])
-    following = np.asarray(two_epochs(KEY, 4, 101))
-    np.testing.assert_array_equal(order[101:], following[:101])
+    one, two = (order.epoch_order(0, epoch, 101) for epoch in (3, 4))
+    assert sorted(one) == sorted(two) == list(range(101))
+    assert list(one) != list(two) != list(order.epoch_order(1, 4, 101))
 
 
-def test_batches_are_cut_from_one_stream():
-    """Batches of 32 from 50 examples straddle epochs; three epochs contain each example three times."""
-    seen = []
-    for step in range(150 // 30):
-        epoch, offset = position(step, 30, 50)
-        seen += list(np.asarray(two_epochs(KEY, epoch, 50))[offset : offset + 30])
-    assert sorted(seen) == sorted(list(range(50)) * 3)
-    assert sorted(seen[50:100]) == list(range(50))
+def test_the_order_is_the_same_for_ever():
+    """A run goes on after an upgrade: the order is fixed, not only a function of its arguments."""
+    assert order.epoch_order(7, 2, 10).tolist() == [6, 7, 8, 4, 0, 1, 5, 3, 9, 2]
+    assert order.held_out_last(10).tolist() == [7, 9, 8, 5, 0, 2, 4, 3, 6, 1]
 
 
-@pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("padding", [0, 1, 4])
-def test_augmentation_is_a_padded_crop_and_a_flip(padding, flip):
-    """Every result is one of the crops and flips that NumPy makes, and all of them occur."""
-    images = np.random.default_rng(0).integers(1, 255, (400, 6, 6, 3), dtype=np.uint8)
-    out = np.asarray(augment(KEY, images, np.arange(400), padding, flip))
-    places = set()
-    for image, found in zip(images, out, strict=True):
-        padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
-        fits = [
-            (top, left, mirrored)
-            for top in range(2 * padding + 1)
-            for left in range(2 * padding + 1)
-            for mirrored in (False, True)[: 1 + flip]
-            if np.array_equal(padded[top : top + 6, left : left + 6][:, :: -1 if mirrored else 1], found)
-        ]
-        assert len(fits) == 1
-        places |= set(fits)
-    possible = (2 * padding + 1) ** 2 * (1 + flip)
-    assert len(places) > 0.85 * possible
+def test_draws_differ_by_seed_and_place():
+    draws = np.array([order.draws(seed, place) for seed in range(3) for place in (*range(100), 10**12)])
+    assert len(np.unique(draws)) == draws.size
+    assert 0 <= draws.min() < 0.001 < 0.999 < draws.max() < 1
+    assert abs(draws.mean() - 0.5) < 0.01
+    assert order.draws(3, 1000)[:2] == pytest.approx([0.017808506364409338, 0.44281142770993964])
 
 
-def test_augmentation_depends_on_key_and_example_alone():
-    images = np.random.default_rng(0).integers(0, 255, (16, 8, 8, 3), dtype=np.uint8)
-    numbers = np.arange(16) * 7
-    out = np.asarray(augment(KEY, images, numbers, 2, True))
-    shuffled = np.random.default_rng(1).permutation(16)
-    np.testing.assert_array_equal(augment(KEY, images[shuffled], numbers[shuffled], 2, True), out[shuffled])
-    assert not np.array_equal(augment(jax.random.key(1), images, numbers, 2, True), out)
+# --- feeds -----------------------------------------------------------------------------------
 
 
-def test_normalisation():
-    images = np.array([[[[0, 128, 255]]]], np.uint8)
-    found = normalise(images, (0.1, 0.2, 0.3), (0.5, 0.25, 2.0))
-    np.testing.assert_allclose(found[0, 0, 0], [-0.2, (128 / 255 - 0.2) * 4, 0.35], rtol=1e-6)
+def batches(config, steps, mesh=None, start=0):
+    """Images, labels and numbers of the training batches, as numpy arrays."""
+    mesh = mesh or one_device()
+    feed = training_feed(config, open_data(config), mesh, start + steps)
+    pick = jax.jit(feed.pick)
+    zero = parallel.replicate(mesh, np.int32(0))
+    try:
+        return [jax.device_get(pick(feed.at(step), zero)) for step in range(start, start + steps)]
+    finally:
+        feed.close()
+
+
+def assert_same_batches(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Ten batches of 48 from 200 digits, which straddle epochs, from a set on one device."""
+    config = tiny_config(train__batch_size=48, data__placement="replicated")
+    data = open_data(config)
+    found = batches(config, 10)
+    for batch in found:
+        for image, label, number in zip(*batch, strict=True):
+            example = data.train[number]
+            np.testing.assert_array_equal(image, example.image)
+            assert label == example.label
+    return found
+
+
+def test_three_epochs_hold_each_example_three_times():
+    numbers = np.concatenate([n for *_, n in batches(tiny_config(train__batch_size=40), 15)])
+    for epoch in np.split(numbers, 3):
+        assert sorted(epoch) == list(range(200))
+
+
+@pytest.mark.parametrize("placement", ["replicated", "sharded", "stream"])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_placement_and_devices_do_not_change_batches(reference, placement, devices):
+    mesh = parallel.make_mesh(jax.devices()[:devices])
+    config = tiny_config(train__batch_size=48, data__placement=placement)
+    assert_same_batches(batches(config, 10, mesh), reference)
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(0, 1), (0, 4), (2, 2)])
+def test_workers_do_not_change_batches(reference, workers, threads):
+    config = tiny_config(
+        train__batch_size=48, data__placement="stream", data__workers=workers, data__threads=threads
+    )
+    assert_same_batches(batches(config, 10), reference)
+
+
+@pytest.mark.parametrize("placement", ["replicated", "stream"])
+def test_a_batch_does_not_need_those_before_it(reference, placement):
+    config = tiny_config(train__batch_size=48, data__placement=placement)
+    assert_same_batches(batches(config, 3, start=7), reference[7:])
+
+
+PROCESS = """
+import os, sys, jax, numpy as np
+process, processes, port, placement, output = *map(int, sys.argv[1:4]), *sys.argv[4:]
+sys.path.insert(0, "tests")
+from conftest import tiny_config
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
+from ekd_jax import parallel
+from ekd_jax.data.feed import training_feed, evaluation_set
+from ekd_jax.data.sources import open_data
+config = tiny_config(train__batch_size=48, data__placement=placement, evaluate__batch_size=100)
+mesh, data = parallel.make_mesh(), open_data(config)
+opened = type(data.train).__getitem__
+read = set()
+def remembering(self, index):
+    read.add(index)
+    return opened(self, index)
+type(data.train).__getitem__ = remembering
+feed = training_feed(config, data, mesh, 3)
+split = parallel.split(mesh)
+pick = jax.jit(lambda held: feed.pick(held, 0), out_shardings=(split,) * 3)
+def own(array):
+    shards = sorted(array.addressable_shards, key=lambda s: s.index[0].start)
+    return np.concatenate([s.data for s in shards])
+found = [[own(x) for x in pick(feed.at(step))] for step in range(3)]
+tests = evaluation_set(config, data, mesh, "test")
+total = jax.jit(lambda labels, n: (labels * (jax.numpy.arange(len(labels)) < n)).sum())
+labels = sum(int(total(labels, n)) for _, labels, n in tests.chunks())
+arrays = {f"{i}{j}": x for i, b in enumerate(found) for j, x in enumerate(b)}
+np.savez(output, labels=labels, read=len(read), **arrays)
+feed.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("processes", "placement"), [(2, "replicated"), (2, "sharded"), (2, "stream"), (4, "stream")]
+)
+def test_processes_share_the_same_batches(reference, processes, placement, tmp_path):
+    """Each reads its own part, and together they have the batches that one process has."""
+    port = 20_000 + os.getpid() % 10_000 + processes * 7 + len(placement)
+    environment = plain_environment()
+    started = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                PROCESS,
+                *map(str, (k, processes, port, placement, tmp_path / f"{k}.npz")),
+            ],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for k in range(processes)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors[-2000:]
+    parts = [np.load(tmp_path / f"{k}.npz") for k in range(processes)]
+    joined = [[np.concatenate([p[f"{i}{j}"] for p in parts]) for j in range(3)] for i in range(3)]
+    assert_same_batches(joined, reference[:3])
+    expected = sum(open_data(tiny_config()).test[i].label for i in range(898))
+    assert [int(p["labels"]) for p in parts] == [expected] * processes
+    if placement == "stream":
+        assert all(p["read"] < 200 * 0.75 for p in parts), "a process reads its part alone"
+    if placement == "sharded":
+        assert all(p["read"] <= 898 // 2 + 4 for p in parts)
+
+
+@pytest.mark.parametrize("batch_size", [7, 100, 898, 5000])
+@pytest.mark.parametrize("placement", ["replicated", "sharded", "stream"])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_evaluation_sees_each_example_once(batch_size, placement, devices):
+    config = tiny_config(data__placement=placement, evaluate__batch_size=batch_size)
+    data = open_data(config)
+    examples = evaluation_set(config, data, parallel.make_mesh(jax.devices()[:devices]), "test")
+    seen = [np.asarray(images)[:number] for images, _, number in examples.chunks()]
+    labels = [np.asarray(labels)[:number] for _, labels, number in examples.chunks()]
+    assert np.concatenate(labels).tolist() == [data.test[i].label for i in range(898)]
+    np.testing.assert_array_equal(np.concatenate(seen), [data.test[i].image for i in range(898)])
+
+
+def test_streamed_and_resident_runs_are_the_same(finished, tmp_path):
+    """Training, evaluation and summary, not only batches."""
+    path, _ = finished
+    train.run(tiny_config(data__placement="stream"), tmp_path / "run", one_device())
+    for found, expected in zip(read_metrics(tmp_path / "run"), read_metrics(path), strict=True):
+        for name in found.keys() - {"images/s", "input_wait"}:
+            assert found[name] == expected[name] or found[name] == pytest.approx(
+                expected[name], rel=1e-5
+            ), name
+
+
+@pytest.mark.parametrize(
+    ("share", "fit", "expected"),
+    [
+        (0.5, "stretch", ("replicated", "replicated")),
+        (3e-6, "stretch", ("replicated", "sharded")),
+        (5e-7, "stretch", ("sharded", "stream")),
+        (1e-9, "stretch", ("stream", "stream")),
+        (0.5, "crop", ("stream", "replicated")),
+    ],
+)
+def test_images_live_where_they_fit(monkeypatch, share, fit, expected):
+    """200 and 898 images of 64 bytes, 13 and 57 kB, on four devices of 16 GB."""
+    monkeypatch.setattr(parallel, "device_memory", lambda mesh: 16 * 10**9)
+    config = tiny_config(data__device_share=share, data__fit=fit, data__image_size=8, data__name="digits")
+    chosen = placements(config, known_facts(config), parallel.make_mesh(jax.devices()[:4]))
+    assert (chosen["train"], chosen["evaluation"]) == expected
+
+
+def test_what_is_cut_anew_cannot_stay_on_the_device():
+    config = tiny_config(data__placement="replicated", data__fit="crop", data__image_size=8)
+    with pytest.raises(UserError, match="placement=stream"):
+        training_feed(config, open_data(config), one_device(), 1)
+
+
+# --- what a run reads ------------------------------------------------------------------------
 
 
 def test_digits_are_what_the_package_says():
-    dataset = sources.load(tiny_config(data__train_examples=0))
-    info = sources.INFO["digits"]
-    assert dataset.train_images.shape == (info.train_examples, *info.input_shape)
-    assert dataset.test_images.shape == (info.test_examples, *info.input_shape)
-    assert dataset.train_images.dtype == np.uint8
-    assert (dataset.train_images.min(), dataset.train_images.max()) == (0, 255)
-    assert np.bincount(np.concatenate([dataset.train_labels, dataset.test_labels])).tolist() == [
-        178, 182, 177, 183, 181, 182, 181, 179, 174, 180,
-    ]  # fmt: skip
-    assert len(sources.load(tiny_config(data__train_examples=30)).train_labels) == 30
+    data = open_data(tiny_config(data__train_examples=0))
+    assert (len(data.train), len(data.test)) == (DIGITS.train_examples, DIGITS.test_examples) == (899, 898)
+    pixels = np.stack([data.train[i].image for i in range(899)])
+    assert pixels.shape[1:] == DIGITS.image_shape == data.facts.input_shape
+    assert (pixels.dtype, pixels.min(), pixels.max()) == (np.uint8, 0, 255)
+    labels = [examples[i].label for examples in (data.train, data.test) for i in range(len(examples))]
+    assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert len(open_data(tiny_config(data__train_examples=30)).train) == 30
+
+
+def test_images_are_held_out_for_validation():
+    """The same for every seed, apart from training, and training is what is left."""
+    data = [
+        open_data(tiny_config(seed=seed, data__validation_examples=199, data__train_examples=0))
+        for seed in (0, 1)
+    ]
+    everything = open_data(tiny_config(data__train_examples=0)).train
+
+    def pixels(examples):
+        return sorted(examples[i].image.tobytes() for i in range(len(examples)))
+
+    assert (len(data[0].train), len(data[0].validation)) == (700, 199)
+    assert pixels(data[0].validation) == pixels(data[1].validation)
+    assert sorted(pixels(data[0].train) + pixels(data[0].validation)) == pixels(everything)
+    assert open_data(tiny_config()).validation is None
+
+
+def test_a_run_with_validation_chooses_by_it_and_tests_once(tmp_path):
+    config = tiny_config(data__validation_examples=99, train__epochs=2)
+    summary = train.run(config, tmp_path / "run", one_device())
+    records = read_metrics(tmp_path / "run")
+    assert [r["split"] for r in records if r["split"] != "train"] == ["validation", "validation", "test"]
+    validation = [r for r in records if r["split"] == "validation"]
+    (test,) = (r for r in records if r["split"] == "test")
+    assert summary["best_on"] == "validation"
+    assert summary["ensemble"]["top1_best"] == max(r["ensemble/top1"] for r in validation)
+    assert summary["ensemble"]["top1_last"] == test["ensemble/top1"]
+    for split, expected in (("validation", validation[-1]), ("test", test)):
+        done = command("evaluate", f"--workdir={tmp_path / 'run'}", f"--split={split}", "--json")
+        assert done.returncode == 0, done.stderr
+        found = eval(done.stdout)
+        assert found["student_1/nll"] == pytest.approx(expected["student_1/nll"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"data__train_examples": 5000}, "digits has 899 training examples"),
+        ({"data__train_examples": 800, "data__validation_examples": 100}, "digits has 799 .* beside those"),
+        ({"data__validation_examples": 899}, "leaves nothing to train on"),
         ({"data__mean": (0.1, 0.2, 0.3)}, "one value or 1"),
+        ({"data__image_size": 16}, "fit=stretch or crop"),
+        ({"data__extra": True}, "digits has no extra images"),
+        ({"data__name": "cifar01"}, "did you mean 'cifar10'"),
+        ({"data__name": "folder", "data__data_dir": "/nowhere"}, "is no folder"),
     ],
 )
 def test_impossible_data(changes, message):
-    with pytest.raises(UserError, match=message):
-        sources.info(tiny_config(**changes))
+    with pytest.raises(UserError, match=message) as error:
+        facts(tiny_config(**changes))
+    assert "\n" not in str(error.value)
 
 
-# --- CIFAR from an archive -------------------------------------------------------------------
+# --- a folder of images ----------------------------------------------------------------------
 
 
-def write_archive(folder: pathlib.Path, name: str, seed: int = 0) -> dict[str, np.ndarray]:
-    """A small archive in the layout of the published one; returns what is in it."""
+def picture(seed, height=40, width=60):
+    """An image with structure at several scales, (height, width, 3) uint8."""
     generator = np.random.default_rng(seed)
-    folder.mkdir(exist_ok=True)
-    coarse = name == "cifar100"
-    prefix = "cifar-100-binary" if coarse else "cifar-10-batches-bin"
-    if coarse:
-        files = {"train.bin": 30, "test.bin": 10}
-        texts = {
-            "fine_label_names.txt": [f"fine{i}" for i in range(100)],
-            "coarse_label_names.txt": [f"coarse{i}" for i in range(20)],
-        }
-    else:
-        files = {**{f"data_batch_{i}.bin": 6 for i in range(1, 6)}, "test_batch.bin": 10}
-        texts = {"batches.meta.txt": [f"class{i}" for i in range(10)]}
-    contents, digest = {}, hashlib.sha256()
-    with tarfile.open(folder / f"{'cifar-100' if coarse else 'cifar-10'}-binary.tar.gz", "w:gz") as tar:
-        for file in sorted(files):
-            images = generator.integers(0, 256, (files[file], 32, 32, 3), dtype=np.uint8)
-            labels = generator.integers(0, 100 if coarse else 10, files[file], dtype=np.uint8)
-            planes = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
-            columns = [labels[:, None] // 5, labels[:, None]] if coarse else [labels[:, None]]
-            data = np.concatenate([*columns, planes], axis=1).tobytes()
-            contents[file] = (images, labels)
-            digest.update(data)
-            add(tar, f"{prefix}/{file}", data)
-        for file, names in texts.items():
-            add(tar, f"{prefix}/{file}", ("\n".join(names) + "\n").encode())
-    return contents, digest.hexdigest()
+    small = generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def add(tar, name, data):
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
+def encoded(pixels, kind="jpeg", **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
 
 
-@pytest.fixture(params=["cifar10", "cifar100"])
-def archive(request, tmp_path, monkeypatch):
-    """(name, folder, contents) of an archive that counts as the published one."""
-    name, folder = request.param, tmp_path / "manual"
-    contents, digest = write_archive(folder, name)
-    monkeypatch.setitem(cifar.DIGESTS, name, ("0" * 64, digest))
-    return name, folder, contents
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes of ten images of different sizes."""
+    for name in ("cat", "dog", "owl"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = picture(hash_of(name) + i, 40 + i, 60 - 2 * i)
+            (tmp_path / "images" / name / f"{i}.jpg").write_bytes(encoded(pixels, quality=95))
+    return tmp_path / "images"
 
 
-def as_set(images, labels):
-    return sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
+def hash_of(name):
+    return sum(map(ord, name))
 
 
-def test_cifar_from_an_archive_and_from_what_was_prepared(archive, tmp_path):
-    name, folder, contents = archive
-    for manual in (str(folder), ""):  # the second time nothing but the prepared set is there
-        dataset = cifar.load(name, str(tmp_path / "tfds"), manual, 30)
-        train = [v for k, v in contents.items() if "test" not in k]
-        test = [v for k, v in contents.items() if "test" in k]
-        joined = [
-            [np.concatenate(column) for column in zip(*split, strict=True)] for split in (train, test)
-        ]
-        assert as_set(dataset.train_images, dataset.train_labels) == as_set(*joined[0])
-        assert as_set(dataset.test_images, dataset.test_labels) == as_set(*joined[1])
-        assert dataset.class_names[3] == ("fine3" if name == "cifar100" else "class3")
-    assert len(cifar.load(name, str(tmp_path / "tfds"), "", 7).train_labels) == 7
+def folder_config(folder, **changes):
+    own = {
+        "data__name": "folder",
+        "data__data_dir": str(folder),
+        "data__fit": "stretch",
+        "data__image_size": 16,
+        "data__train_examples": 0,
+        "train__batch_size": 8,
+    }
+    return tiny_config(**(own | changes))
 
 
-def test_truncated_and_changed_archives(archive, tmp_path):
-    name, folder, _ = archive
-    file = next(folder.iterdir())
-    whole = file.read_bytes()
-    for damaged, message in (
-        (whole[: len(whole) // 2], "truncated or damaged"),
-        (b"not an archive", "damaged"),
+def test_a_folder_of_class_folders(folder):
+    config = folder_config(folder)
+    known, data = facts(config), open_data(config)
+    assert known == data.facts
+    assert (known.class_names, known.train_examples, known.test_examples) == (("cat", "dog", "owl"), 24, 6)
+    names = [e[i].name for e in (data.train, data.test) for i in range(len(e))]
+    assert len(set(names)) == 30
+    labels = [data.train[i].label for i in range(24)]
+    assert labels != sorted(labels), "the order has nothing to do with classes"
+    for i in range(24):
+        assert pathlib.Path(data.train[i].name).parent.name == known.class_names[labels[i]]
+    pickle.loads(pickle.dumps(data.train))
+
+
+def test_a_folder_with_train_and_test(folder):
+    inner = folder / "train"
+    inner.mkdir()
+    for name in ("cat", "dog", "owl"):
+        (folder / name).rename(inner / name)
+    (folder / "val" / "dog").mkdir(parents=True)
+    (inner / "dog" / "0.jpg").rename(folder / "val" / "dog" / "x.JPEG")
+    data = open_data(folder_config(folder))
+    assert (len(data.train), len(data.test), data.test[0].label) == (29, 1, 1)
+    (folder / "val" / "newt").mkdir()
+    with pytest.raises(UserError, match="newt is a class that"):
+        open_data(folder_config(folder))
+
+
+def test_folders_that_do_not_do(folder):
+    for message, spoil in (
+        ("class folder .*ant holds no image", lambda: (folder / "ant").mkdir()),
+        ("differ in size", None),
+        ("holds no class folders", None),
     ):
-        file.write_bytes(damaged)
+        config = folder_config(folder)
+        if message == "differ in size":
+            config = folder_config(folder, data__image_size=0, data__fit="native")
+        if message == "holds no class folders":
+            config = folder_config(folder / "cat")
+        if spoil:
+            spoil()
         with pytest.raises(UserError, match=message) as error:
-            cifar.load(name, str(tmp_path / "tfds"), str(folder), 30)
-        assert str(file) in str(error.value)
+            open_data(config)
+        if spoil:
+            (folder / "ant").rmdir()
         assert "\n" not in str(error.value)
-    write_archive(folder, name, seed=1)
-    with pytest.raises(UserError, match="contents differ"):
-        cifar.load(name, str(tmp_path / "tfds"), str(folder), 30)
-    assert not list((tmp_path / "tfds" / name).glob("*")), "nothing that a later run takes for complete"
-    file.write_bytes(whole)
-    assert len(cifar.load(name, str(tmp_path / "tfds"), str(folder), 30).train_labels) == 30
 
 
-def test_missing_archive_and_no_network(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="holds no cifar-10-binary.tar.gz"):
-        cifar.load("cifar10", str(tmp_path), str(tmp_path / "nowhere"), 1)
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
-    with pytest.raises(UserError) as error:
-        cifar.load("cifar10", str(tmp_path), "", 1)
-    for way in ("cannot be downloaded", "--config.data.manual_dir=", "configs/digits.py"):
-        assert way in str(error.value)
+def test_a_run_on_a_folder(folder, tmp_path):
+    """Streamed, cut at random, by worker processes; and the student that comes out of it predicts."""
+    flags = [f"--config={ROOT}/configs/digits.py"]
+    flags += [
+        f"--config.{k.replace('__', '.')}={v}"
+        for k, v in {
+            "data__name": "folder", "data__data_dir": folder, "data__fit": "crop", "data__image_size": 16,
+            "data__mean": 0.5, "data__std": 0.25, "data__workers": 1, "model__students": "(1,0.5)",
+            "train__batch_size": 8, "train__epochs": 2, "evaluate__batch_size": 4,
+        }.items()
+    ]  # fmt: skip
+    run = tmp_path / "run"
+    done = command("main", *flags, f"--workdir={run}")
+    assert done.returncode == 0, done.stderr
+    assert "leaked" not in done.stderr
+    done = command("extract", f"--workdir={run}", "--student=2", f"--output={tmp_path / 's'}")
+    assert done.returncode == 0, done.stderr
+    done = command("evaluate", f"--student_dir={tmp_path / 's'}", f"--data_dir={folder}", "--json")
+    assert done.returncode == 0, done.stderr
+    (test,) = (r for r in read_metrics(run)[-1:] if r["split"] == "test")
+    assert eval(done.stdout)["student_2/nll"] == pytest.approx(test["student_2/nll"], rel=1e-5)
+    done = command("predict", f"--student_dir={tmp_path / 's'}", f"--image={folder}/owl/3.jpg")
+    assert done.returncode == 0, done.stderr
+    assert {line.split()[0] for line in done.stdout.splitlines()} == {"cat", "dog", "owl"}
 
 
-# --- the full sets, where they are -----------------------------------------------------------
-
-FULL = os.environ.get("EKD_JAX_MANUAL_DIR", "")
+# --- images ----------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not FULL, reason="EKD_JAX_MANUAL_DIR names no folder with the CIFAR archives")
-@pytest.mark.parametrize(("name", "classes", "mean"), [
-    ("cifar10", 10, (0.4914, 0.4822, 0.4465)),
-    ("cifar100", 100, (0.5071, 0.4865, 0.4409)),
-])  # fmt: skip
-def test_the_whole_of_cifar(name, classes, mean, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / "tfds"
-    dataset = cifar.load(name, str(folder), FULL, 50_000)
-    assert np.bincount(dataset.train_labels).tolist() == [50_000 // classes] * classes
-    assert np.bincount(dataset.test_labels).tolist() == [10_000 // classes] * classes
-    np.testing.assert_allclose(dataset.train_images.mean((0, 1, 2)) / 255, mean, atol=6e-5)
+def test_colour_models_come_to_rgb_and_grey():
+    pixels = picture(1)
+    grey = np.asarray(Image.fromarray(pixels).convert("L"))
+    files = {
+        "png": encoded(pixels, "png"),
+        "jpeg": encoded(pixels, quality=100, subsampling=0),
+        "progressive": encoded(pixels, quality=100, subsampling=0, progressive=True),
+        "cmyk": _saved(Image.fromarray(pixels).convert("CMYK"), "jpeg", quality=100),
+        "palette": _saved(Image.fromarray(pixels).quantize(256), "png"),
+        "alpha": _saved(Image.fromarray(pixels).convert("RGBA"), "png"),
+    }
+    for name, file in files.items():
+        found = images.decode(file, 3)
+        limit = {"png": 0, "alpha": 0, "palette": 12}.get(name, 4)
+        assert found.shape == pixels.shape, name
+        assert np.abs(found.astype(int) - pixels).mean() <= limit, name
+    for file in (
+        encoded(grey),
+        encoded(grey, "png"),
+        _saved(Image.fromarray(grey.astype(np.uint16) * 257), "png"),
+    ):
+        assert images.decode(file, 3).shape == pixels.shape
+        found = images.decode(file, 1)
+        assert found.shape == (40, 60, 1)
+        assert np.abs(found[..., 0].astype(int) - grey).mean() < 2
+
+
+def _saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("pillow_only", [False, True])
+def test_images_are_upright(orientation, pillow_only, monkeypatch):
+    """As Pillow's exif_transpose turns them; also their size before they are decoded."""
+    from PIL import ImageOps
+
+    if pillow_only:
+        monkeypatch.setattr(images, "simplejpeg", None)
+        monkeypatch.setattr(images, "cv2", None)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = encoded(picture(2), quality=95, exif=exif.tobytes())
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(file))))
+    found = images.decode(file, 3)
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected).max() <= 2
+    assert images._size(file) == expected.shape[:2]
+
+
+def test_the_middle_of_an_image_is_what_torchvision_takes():
+    """Resize(256), CenterCrop(224), written with Pillow as torchvision does."""
+    for height, width in ((300, 500), (500, 300), (224, 224), (100, 90)):
+        pixels = picture(3, height, width)
+        short = 256
+        size = (
+            (short, int(short * height / width))
+            if width <= height
+            else (int(short * width / height), short)
+        )
+        resized = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
+        left, top = round((size[0] - 224) / 2), round((size[1] - 224) / 2)
+        expected = np.asarray(resized.crop((left, top, left + 224, top + 224)))
+        found = Reader((224, 224, 3), "crop")(Example(pixels, 0, ""))
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_random_parts_have_the_area_and_proportions_of_the_recipe():
+    parts = np.array([images.part(375, 500, order.draws(0, i)) for i in range(4000)])
+    top, left, height, width = parts.T
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + height <= 375).all()
+    assert (left + width <= 500).all()
+    area, ratio = height * width / (375 * 500), width / height
+    assert 0.078 < area.min() < 0.09
+    assert area.max() > 0.97
+    assert 0.73 < ratio.min() < 0.77
+    assert 1.3 < ratio.max() < 1.37
+    # Of the parts that area and proportions name, those that fit.
+    generator = np.random.default_rng(0)
+    areas, ratios = (
+        generator.uniform(0.08, 1, 10**5),
+        np.exp(generator.uniform(*np.log([3 / 4, 4 / 3]), 10**5)),
+    )
+    fits = (areas * 375 * 500 * ratios <= 500**2) & (areas * 375 * 500 / ratios <= 375**2)
+    assert abs(area.mean() - areas[fits].mean()) < 0.01
+    assert images.part(10, 1000, order.draws(0, 0))[2:] == (10, 13), "the middle of a long image"
+
+
+@pytest.mark.parametrize("pillow_only", [False, True])
+def test_a_random_part_is_cut_and_resized(pillow_only, monkeypatch):
+    """Against Pillow's crop of the whole image; what is left is interpolation."""
+    if pillow_only:
+        monkeypatch.setattr(images, "simplejpeg", None)
+        monkeypatch.setattr(images, "cv2", None)
+    pixels = picture(4, 700, 900)
+    file = encoded(pixels, quality=95)
+    factors = set()
+    for place in range(12):
+        top, left, h, w = images.part(700, 900, order.draws(0, place))
+        factors.add(min(h, w) // 128)
+        cut = Image.fromarray(pixels).crop((left, top, left + w, top + h))
+        expected = np.asarray(cut.resize((128, 128), Image.Resampling.BILINEAR))
+        for image in (file, pixels):
+            found = Reader((128, 128, 3), "crop")(Example(image, 0, ""), order.draws(0, place))
+            assert np.abs(found.astype(int) - expected).mean() < 2.5
+    assert max(factors) >= 4, "some were decoded at a fraction of their size"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"progressive": True}, {"restart_marker_rows": 1}]
+)
+def test_a_jpeg_cut_short_decodes_to_the_same_pixels(options):
+    file = encoded(picture(6, 375, 500), quality=90, **options)
+    whole = images.decode(file, 3, fast=True)
+    for rows in (1, 8, 100, 201, 375):
+        short = images._shortened(file, rows)
+        assert (short == file) == (rows == 375 or "progressive" in options)
+        np.testing.assert_array_equal(images.decode(short, 3, fast=True)[:rows], whole[:rows])
+    assert images._shortened(file[:-100], 8) == file[:-100], "it may be truncated"
+
+
+@pytest.mark.parametrize(
+    "file",
+    [b"", b"no image", encoded(picture(5))[:700], encoded(picture(5), "png")[:500]],
+    ids=["empty", "text", "short jpeg", "short png"],
+)
+@pytest.mark.parametrize("fit", ["native", "stretch", "crop"])
+def test_corrupt_images_are_named(file, fit):
+    for draws in (None, order.draws(0, 0)):
+        with pytest.raises(CorruptImageError, match=r"owl/3.jpg cannot be read .*corrupt=skip") as error:
+            Reader((40, 60, 3), fit)(Example(file, 0, "owl/3.jpg"), draws)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("placement", ["replicated", "stream"])
+def test_a_corrupt_image_ends_the_run_or_is_left_out(folder, placement, monkeypatch, tmp_path, capfd):
+    config = folder_config(folder, data__placement=placement)
+    victims = [pathlib.Path(open_data(config).train[i].name) for i in (3, 11)]
+    for victim in victims:
+        victim.write_bytes(victim.read_bytes()[:500])
+    with pytest.raises(UserError, match=f"({victims[0]}|{victims[1]}) cannot be read"):
+        batches(config, 6)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = folder_config(folder, data__placement=placement, data__corrupt="skip")
+    for _ in range(2):  # found, and remembered
+        numbers = np.concatenate([n for *_, n in batches(config, 11)])  # 88 = 4 x 22
+        assert np.bincount(numbers).tolist() == [4] * 22
+        said = capfd.readouterr().err
+        assert "left out 2 of 24 images" in said
+        assert all(str(victim) in said for victim in victims)
+
+
+def test_a_corrupt_image_in_a_worker_is_one_line(folder):
+    victim = pathlib.Path(open_data(folder_config(folder)).train[3].name)
+    victim.write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be read") as error:
+        batches(folder_config(folder, data__placement="stream", data__workers=2), 6)
+    assert str(victim) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("placement", ["replicated", "stream"])
+def test_labels_out_of_range_are_named(placement, monkeypatch):
+    config = tiny_config(data__placement=placement)
+    read = type(open_data(config).train).__getitem__
+
+    def wrong(self, index):
+        example = read(self, index)
+        return Example(example.image, 10, example.name) if index == 5 else example
+
+    monkeypatch.setattr(Chosen, "__getitem__", wrong)
+    with pytest.raises(UserError, match=r"label of digits train\[5\] is 10, but digits has 10 classes"):
+        batches(config, 7)
+
+
+@pytest.mark.parametrize(
+    ("cores", "asked", "expected"),
+    [(1, {}, (0, 1)), (2, {}, (0, 2)), (8, {}, (0, 8)), (9, {}, (2, 5)), (96, {}, (12, 8)),
+     (8, {"data__workers": 4}, (4, 2)), (8, {"data__workers": 0, "data__threads": 3}, (0, 3))],
+)  # fmt: skip
+def test_workers_are_as_many_as_pay(cores, asked, expected, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert stream.workers_and_threads(tiny_config(**asked)) == expected
+
+
+# --- the commands ----------------------------------------------------------------------------
+
+
+def test_preview_draws_what_the_model_sees(tmp_path):
+    config = f"--config={ROOT}/configs/digits.py"
+    done = command("data.preview", config, f"--output={tmp_path}/grid.png", "--examples=3", "--epochs=2")
+    assert done.returncode == 0, done.stderr
+    grid = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
+    data = open_data(tiny_config(data__train_examples=0))
+    for row, number in enumerate(order.epoch_order(0, 0, 899)[:3]):
+        stored = data.train[number].image[..., 0].repeat(16, 0).repeat(16, 1)
+        top = 21 + row * (128 + 21)
+        np.testing.assert_array_equal(grid[top : top + 128, 6:134], stored)
+        # moved by at most one place, so most of the ink is still there
+        seen = grid[top : top + 128, 140:268]
+        assert seen.sum() > 0.7 * stored.sum()
+    done = command("data.preview", config, f"--output={tmp_path}/grid.jpg")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_prepare_says_what_is_ready():
+    done = command(
+        "data.prepare", f"--config={ROOT}/configs/digits.py", "--config.data.validation_examples=100"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "799 images to train on, 100 for validation, 898 to test on, 10 classes" in done.stdout

@@ -12,8 +12,8 @@ from conftest import tiny_config
 import ekd_jax
 from ekd_jax.checkpoint import opened
 from ekd_jax.config import make_method
-from ekd_jax.data import sources
 from ekd_jax.data.augment import normalise
+from ekd_jax.data.sources import open_data
 from ekd_jax.errors import UserError
 from ekd_jax.evaluate import evaluate_run, evaluate_student
 from ekd_jax.extract import extract, fitting_student
@@ -45,7 +45,8 @@ def test_weights_and_logits_are_those_of_the_branch(finished, ensemble, tmp_path
         ):
             jax.tree.map(np.testing.assert_array_equal, loaded.variables[kind][part], own)
 
-    images = sources.load(tiny_config()).test_images[:64]
+    test = open_data(tiny_config()).test
+    images = np.stack([test[i].image for i in range(64)])
     config = tiny_config()
     outputs, _ = network.apply(variables, normalise(images, config.data.mean, config.data.std), train=False)
     expected = outputs.logits_SxBxK[student - 1]

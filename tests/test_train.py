@@ -17,10 +17,10 @@ from conftest import ROOT, one_device, plain_environment, tiny_config, tiny_flag
 from ekd_jax import parallel, train
 from ekd_jax.checkpoint import opened
 from ekd_jax.config import make_method
-from ekd_jax.data import sources
 from ekd_jax.data.augment import normalise
+from ekd_jax.data.resident import ResidentEvaluation
 from ekd_jax.errors import UserError
-from ekd_jax.evaluate import evaluate_run, make_evaluator, results
+from ekd_jax.evaluate import evaluate_run, make_evaluator, measure, results
 from ekd_jax.state import build, init_variables
 from ekd_jax.writers import METRICS, MetricWriter, read_metrics
 
@@ -42,7 +42,10 @@ def assert_equal_runs(a, b):
     assert step_a == step_b
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
-    timeless = [[{k: v for k, v in r.items() if k != "images/s"} for r in read_metrics(p)] for p in (a, b)]
+    timeless = [
+        [{k: v for k, v in r.items() if k not in ("images/s", "input_wait")} for r in read_metrics(p)]
+        for p in (a, b)
+    ]
     assert timeless[0] == timeless[1]
 
 
@@ -55,12 +58,12 @@ def test_what_a_run_writes(finished):
         assert record["epoch"] == pytest.approx(record["step"] * 32 / 200, abs=1e-4)
         wanted = {f"{n}/{m}" for n in NAMES for m in ("top1", "top5", "nll")}
         if record["split"] == "train":
-            wanted = {f"{n}/top1" for n in NAMES} | {"loss", "images/s"}
+            wanted = {f"{n}/top1" for n in NAMES} | {"loss", "images/s", "input_wait"}
             wanted |= {f"student_{i}/loss_{t}" for i in (1, 2) for t in ("ce", "intermediate", "kd")}
         assert wanted <= record.keys()
     assert summary == json.loads((path / "summary.json").read_text())
     assert summary["seed"] == 0
-    assert summary["seconds"].keys() == {"compile", "train", "evaluate"}
+    assert summary["seconds"].keys() == {"read", "compile", "train", "evaluate"}
     tests = [r for r in records if r["split"] == "test"]
     for row, name in zip([*summary["students"], summary["ensemble"]], NAMES, strict=True):
         assert row["top1_last"] == tests[-1][f"{name}/top1"]
@@ -104,9 +107,10 @@ def test_one_and_eight_devices_give_equal_losses(tmp_path):
     np.testing.assert_allclose([r["loss"] for r in one], [r["loss"] for r in eight], rtol=1e-5)
 
 
-def start(path, before=()):
-    """A run in a process of its own that logs every step."""
-    flags = tiny_flags(train__log_every_steps=1, train__checkpoint_every_epochs=0.2, train__epochs=6)
+def start(path, before=(), **changes):
+    """A run in a process, and process group, of its own that logs every step."""
+    frequent = {"train__log_every_steps": 1, "train__checkpoint_every_epochs": 0.2, "train__epochs": 6}
+    flags = tiny_flags(**(frequent | changes))
     return subprocess.Popen(
         [*before, sys.executable, "-m", "ekd_jax.main", *flags, f"--workdir={path}"],
         cwd=ROOT,
@@ -114,6 +118,7 @@ def start(path, before=()):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -173,6 +178,33 @@ def test_interrupted_runs_save_and_say_how_to_go_on(uninterrupted, tmp_path, num
     assert "run the same command to go on" in out
     assert "Traceback" not in out
     finish_and_compare(path, uninterrupted)
+
+
+def test_streamed_runs_end_with_the_same_bits(tmp_path):
+    """Ctrl-C, which worker processes get, too; SIGKILL; and another number of workers each time."""
+    path, streamed = tmp_path / "run", {"data__placement": "stream", "train__epochs": 4}
+    whole = start(tmp_path / "whole", **streamed)
+    out, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, out
+
+    process = start(path, **streamed, data__workers=1)
+    wait_for_records(process, path, 4)
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "run the same command to go on" in out
+    assert "Traceback" not in out
+    assert "leaked" not in out
+
+    process = start(path, **streamed, data__workers=2)
+    wait_for_records(process, path, 12)
+    process.kill()
+    process.communicate()
+    process = start(path, **streamed)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert "going on from step" in out
+    assert_equal_runs(path, tmp_path / "whole")
 
 
 def test_only_one_process_at_a_time(tmp_path):
@@ -317,7 +349,9 @@ def test_evaluation_counts_every_example_once(devices, batch_size):
 
     mesh = parallel.make_mesh(jax.devices()[:devices])
     evaluate = make_evaluator(predict, config, 101, mesh)
-    found = results(evaluate(*parallel.replicate(mesh, (weights, images, labels))), 101, ["student_1"])
+    placed = parallel.replicate(mesh, (weights, images, labels))
+    sums_3xP = measure(evaluate, placed[0], ResidentEvaluation("test", 101, *placed[1:]), mesh)
+    found = results(sums_3xP, 101, ["student_1"])
 
     x = np.asarray(normalise(images, config.data.mean, config.data.std)).reshape(101, -1)
     logits = x.astype(np.float64) @ weights
@@ -337,4 +371,3 @@ def test_a_checkpoint_evaluates_to_what_the_run_recorded(finished):
     last = [r for r in read_metrics(path) if r["split"] == "test"][-1]
     assert step == summary["steps"]
     assert found == pytest.approx({k: last[k] for k in found}, rel=1e-5)
-    assert sources.load(tiny_config()).test_labels.shape == (898,)

@@ -25,7 +25,7 @@ class Method(nn.Module):
 
         Args:
             outputs: of all students.
-            labels: (B,) integers.
+            labels: (B,) integers, or (B, K) shares of the classes.
 
         Returns:
             The scalar that is minimised, and the unweighted terms it is made of, scalars named
