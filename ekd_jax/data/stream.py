@@ -1,7 +1,10 @@
 """A data set that is read from disk while it is used, through Grain."""
 
 import gc
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -110,9 +113,8 @@ class Batches:
         if workers:
             if not flags.FLAGS.is_parsed():  # Grain asks for a flag of its own, also outside of commands
                 flags.FLAGS.mark_as_parsed()
-            read = read.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
-            )
+            several = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
+            read = read.mp_prefetch(several, _live_and_die_with_the_run)
         placed = read.map(to_devices)
         self._iterator = iter(
             grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=AHEAD)
@@ -206,6 +208,20 @@ class StreamedEvaluation:
 def evaluation_batch(config: Any, examples: int, mesh: Mesh) -> int:
     """Examples of a batch of evaluation that all devices share alike."""
     return -(-min(config.evaluate.batch_size, examples) // mesh.size) * mesh.size
+
+
+def _live_and_die_with_the_run(worker: int, workers: int) -> None:
+    """In a worker process, which gets a terminal's Ctrl-C, too, but not the SIGKILL of its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _shapes(mesh: Mesh, batch_size: int, input_shape: tuple[int, ...], numbers: bool) -> Any:
