@@ -5,7 +5,8 @@
 Ours against tf.data and PyTorch's DataLoader with Pillow, as far as they are installed. Each measures in
 a process of its own that is held to one core, in turn, round after round. All read the same JPEGs, 500x375
 like ImageNet's average: mosaics of the images of FOLDER (so their detail is real), or noise with the
-spectrum of natural images. Random horizontal flips are left out: ours happens on the device.
+spectrum of natural images. Random horizontal flips are left out, except in tf.data_flip: ours happen on
+the device, elsewhere they are the host's.
 """
 
 import json
@@ -27,7 +28,9 @@ flags.DEFINE_string("source", None, "a folder of images, at any depth; noise if 
 flags.DEFINE_integer("images", 600, "JPEGs that are made")
 flags.DEFINE_integer("batches", 30, "batches measured a round, after two that do not count")
 flags.DEFINE_integer("rounds", 5, "times each pipeline is measured")
-flags.DEFINE_list("pipelines", ["ekd_jax", "ekd_jax_pillow", "tf.data", "torch"], "which, in this order")
+flags.DEFINE_list(
+    "pipelines", ["ekd_jax", "ekd_jax_pillow", "tf.data", "tf.data_flip", "torch"], "in this order"
+)
 flags.DEFINE_string("json", None, "file to write the figures to")
 flags.DEFINE_string("measure", None, "of a child process: the pipeline")
 flags.DEFINE_string("folder", None, "of a child process: the JPEGs")
@@ -113,7 +116,7 @@ def ekd_jax_pillow(folder: str) -> Iterator[np.ndarray]:
     return ekd_jax(folder, pillow=True)
 
 
-def tf_data(folder: str) -> Iterator[np.ndarray]:
+def tf_data(folder: str, flip: bool = False) -> Iterator[np.ndarray]:
     """The usual ImageNet pipeline of TensorFlow: only the part that is cut out is decoded."""
     import tensorflow as tf
 
@@ -130,11 +133,18 @@ def tf_data(folder: str) -> Iterator[np.ndarray]:
         )
         window = tf.stack([begin[0], begin[1], size[0], size[1]])
         pixels = tf.image.decode_and_crop_jpeg(file, window, channels=3)
+        if flip:
+            pixels = tf.image.random_flip_left_right(pixels)
         return tf.cast(tf.image.resize(pixels, (SIZE, SIZE)), tf.uint8)
 
     dataset = tf.data.Dataset.list_files(f"{folder}/*/*.jpg").cache().shuffle(10_000).repeat()
     dataset = dataset.map(read, tf.data.AUTOTUNE).batch(BATCH).prefetch(tf.data.AUTOTUNE)
     return iter(dataset.as_numpy_iterator())
+
+
+def tf_data_flip(folder: str) -> Iterator[np.ndarray]:
+    """The same and flips, as training needs them."""
+    return tf_data(folder, flip=True)
 
 
 def torch_pillow(folder: str) -> Iterator[np.ndarray]:
@@ -167,6 +177,7 @@ PIPELINES: dict[str, Callable[[str], Iterator[np.ndarray]]] = {
     "ekd_jax": ekd_jax,
     "ekd_jax_pillow": ekd_jax_pillow,
     "tf.data": tf_data,
+    "tf.data_flip": tf_data_flip,
     "torch": torch_pillow,
 }
 

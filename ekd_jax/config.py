@@ -37,6 +37,7 @@ def _one_of(choices: Iterable[str]) -> dict[str, Any]:
 _POSITIVE: dict[str, Any] = {"allowed": lambda v: v > 0, "must": "be above 0"}
 _NOT_NEGATIVE: dict[str, Any] = {"allowed": lambda v: v >= 0, "must": "not be negative"}
 _FRACTION: dict[str, Any] = {"allowed": lambda v: 0 <= v < 1, "must": "be at least 0 and below 1"}
+_BELOW_ONE: dict[str, Any] = {"allowed": lambda v: v < 1, "must": "be below 1"}
 _ALL_POSITIVE: dict[str, Any] = {"allowed": lambda v: all(s > 0 for s in v), "must": "be above 0"}
 _INCREASING: dict[str, Any] = {
     "allowed": lambda v: all(a < b for a, b in zip((0.0, *v), (*v, 1.0), strict=True)),
@@ -52,7 +53,32 @@ KNOBS: dict[str, Knob] = {
     "seed": Knob(0, "initial values, order of examples, augmentation", **_NOT_NEGATIVE),
     "model.name": Knob("resnet20", "network", **_one_of(MODELS)),
     "model.students": Knob(5, "number of students, or a tuple of their width multipliers"),
-    "model.no_blocks": Knob(3, "how many blocks of a branch are compressed, from the last", **_POSITIVE),
+    "model.no_blocks": Knob(
+        0, "how many stages of a branch are compressed, from the last; 0: all", **_NOT_NEGATIVE
+    ),
+    "model.shared_stages": Knob(-1, "how many stages the base block has; -1: as in the paper"),
+    "model.last_map": Knob(
+        "",
+        "of the maps that students are compared by the last: of the last stage, or the one that is pooled "
+        "for the classifier; empty: as in the official code",
+        **_one_of(("", "stage", "pooled")),
+    ),
+    "model.dropout": Knob(-1.0, "rate before the classifier; -1: the network's own", **_BELOW_ONE),
+    "model.stochastic_depth": Knob(
+        -1.0, "rate at which residual blocks are left out; -1: the network's own", **_BELOW_ONE
+    ),
+    "model.padding": Knob(
+        "",
+        "of efficientnet_*: even, as torchvision's, or same, as TensorFlow's; empty: the official code's",
+        **_one_of(("", "even", "same")),
+    ),
+    "model.initial_weights": Knob(
+        "", "folder of a student that base block and student 1 begin with; its classifier if classes agree"
+    ),
+    "model.batch_norm": Knob(
+        "global", "statistics of the whole batch, or of each device's part", **_one_of(("global", "local"))
+    ),
+    "model.batch_norm_epsilon": Knob(1e-5, "added to the variance", **_POSITIVE),
     "method.name": Knob(
         "oem", "how students learn; the fields of its class are its knobs", **_one_of(METHODS)
     ),
@@ -195,9 +221,19 @@ def resolve(config: Mapping[str, Any], overridden: Iterable[str] = ()) -> Frozen
         _check(path, values[path])
     complete = FrozenConfigDict(_nest(values))
     make_method(complete)
-    model = complete.model
-    build(model.name, parse_students(model.students), model.no_blocks, num_classes=1)
+    build(
+        complete.model.name,
+        parse_students(complete.model.students),
+        num_classes=1,
+        **network_options(complete),
+    )
     return complete
+
+
+def network_options(config: Any) -> dict[str, Any]:
+    """What `models.build` is told about the network beside its name and its students."""
+    others = ("name", "students", "batch_norm", "initial_weights")
+    return {name: value for name, value in config.model.to_dict().items() if name not in others}
 
 
 def make_method(config: Any) -> Any:

@@ -1,40 +1,59 @@
-"""PyTorch state dicts of the official code as variables of ours.
+"""PyTorch weights as a student of ours; also a command.
 
-    variables = official_variables(ensemble, method, base_state, student_states, adaptation)
+    python -m ekd_jax.convert --model=resnet50 --weights=resnet50.safetensors --output=DIR
+    python -m ekd_jax.convert --model=efficientnet_b0 --weights=tf_efficientnet_b0.pth --output=DIR \\
+        --padding=same --batch_norm_epsilon=0.001
 
-State dicts are mappings from PyTorch names to anything `numpy.asarray` takes (CPU tensors, arrays).
+Reads state dicts of torchvision's and timm's networks, of RepDistiller's CIFAR ResNets and of the ensemble
+method's official ones, from .safetensors or, where PyTorch is installed, .pt and .pth. The folder is like
+those that `ekd_jax.extract` writes: for `evaluate` and `predict`, as a teacher, or to begin from
+(`--config.model.initial_weights=DIR`).
 """
 
+import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax
 import numpy as np
+import safetensors
+import safetensors.numpy
+from absl import flags
 
-from ekd_jax.errors import UserError, nearest
-from ekd_jax.models.ensemble import Ensemble, Variables
+from ekd_jax import commands, models
+from ekd_jax.describe import count, student_cost
+from ekd_jax.errors import UserError, nearest, reason
+from ekd_jax.extract import check_output, write_student
+from ekd_jax.models.ensemble import Ensemble, Variables, student_variables
+from ekd_jax.torch_names import Rules, sources, torch_name
 
+FLAGS = flags.FLAGS
 Arrays = Mapping[str, Any]
+SHOWN = 8  # problems that an error names; the others are counted
+_TRANSPOSED = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,), 0: ()}  # OIHW -> HWIO, (out, in) -> (in, out)
 
-# Our name -> the official one, for the parts of a path (models/ResNet_cifar.py).
-_MODULES = {
-    "conv": "conv1",
-    "bn": "bn1",
-    "shortcut_conv": "shortcut.0",
-    "shortcut_bn": "shortcut.1",
-    "head": "linear",
-    "stage1": "layer1",
-    "stage2": "layer2",
-    "stage3": "layer3",
-}
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
+
+def student_from_torch(like: Variables, state: Arrays, rules: Rules, dtype: Any = np.float32) -> Variables:
+    """A student's variables with the values of a PyTorch network.
+
+    Args:
+        like: `{"params": {"base", "branch"}, "batch_stats": same}` of arrays or shapes.
+        state: `state_dict()`: names to what `numpy.asarray` takes (CPU tensors, arrays).
+        rules: substitutions that make its names of ours.
+        dtype: of the result.
+
+    Returns:
+        A tree like `like`, numpy.
+
+    Raises:
+        UserError: what is missing, left over or of another shape, in one line.
+    """
+    variables, problems = _convert(like, state, rules, dtype)
+    if problems:
+        raise _misfit(problems)
+    return variables
 
 
 def official_variables(
@@ -44,7 +63,7 @@ def official_variables(
     students: Sequence[Arrays],
     adaptation: Arrays | None = None,
 ) -> Variables:
-    """Variables with every value replaced by the official model's.
+    """An ensemble's variables with every value replaced by the official code's model's.
 
     Args:
         ensemble: a CIFAR ResNet with as many students as there are state dicts.
@@ -58,70 +77,223 @@ def official_variables(
         A tree like `seed_variables`, numpy float32.
 
     Raises:
-        UserError: what is missing, left over or of another shape, all of it in one line.
+        UserError: what is missing, left over or of another shape, in one line.
     """
     if len(students) != len(ensemble.students):
         raise UserError(f"{len(students)} state dicts for a network of {len(ensemble.students)} students")
-    sources = {"base": _plain(base), **{str(i): _plain(s) for i, s in enumerate(students, 1)}}
-    used: dict[str, set[str]] = {where: set() for where in sources}
+    rules = sources("resnet20")[0].rules
     problems: list[str] = []
-
-    def take(where: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        used[where].add(name)
-        source = sources[where]
-        label = "base" if where == "base" else f"student {where}"
-        if name not in source:
-            problems.append(f"{label} has no {name}{nearest(name, source)}")
-            return np.zeros(shape, np.float32)
-        value = _to_ours(source[name])
-        if value.shape != shape:
-            problems.append(f"{label}: {name} becomes {value.shape}, the network needs {shape}")
-            return np.zeros(shape, np.float32)
-        return value
-
-    def convert(path: Any, leaf: Any) -> np.ndarray:
-        _, *parts = (key.key for key in path)  # collection, then base/... or students/<i>/...
-        where = parts.pop(0)
-        if where == "method":
-            return np.asarray(leaf)
-        if where == "students":
-            where = parts.pop(0)
-        *modules, last = parts
-        if "rest" not in modules:  # not stacked
-            return take(where, _official_name(modules, last, 0), leaf.shape)
-        return np.stack(
-            [
-                take(where, _official_name(modules, last, 1 + k), leaf.shape[1:])
-                for k in range(leaf.shape[0])
-            ]
-        )
-
-    variables: Variables = jax.tree_util.tree_map_with_path(convert, seed_variables)
-    for where, source in sources.items():
-        left = [n for n in source if n not in used[where] and not n.endswith("num_batches_tracked")]
-        problems += [f"{where}: {name} has no place in the network" for name in left]
+    variables: Variables = {
+        kind: {"students": {}, "method": jax.tree.map(np.asarray, tree["method"])}
+        for kind, tree in seed_variables.items()
+    }
+    for number, student in enumerate(students, 1):
+        own, found = _convert(student_variables(seed_variables, number), {**base, **student}, rules)
+        problems += [f"student {number}: {problem}" for problem in found]
+        for kind, tree in own.items():
+            variables[kind]["base"] = tree["base"]
+            variables[kind]["students"][str(number)] = tree["branch"]
     if adaptation is not None:
         layers = variables["params"]["method"]["adaptation_layers"]
         for name, layer in layers.items():
-            block, student = map(int, re.findall(r"\d+", name))
-            key = f"b{block - 1}_s{student - 1}"
+            block, number = map(int, re.findall(r"\d+", name))
+            key = f"b{block - 1}_s{number - 1}"
             layer["kernel"] = _to_ours(adaptation[f"{key}/w"])
             layer["bias"] = _to_ours(adaptation[f"{key}/b"])
     if problems:
-        raise UserError("the state dicts do not fit: " + "; ".join(problems))
+        raise _misfit(problems)
     return variables
 
 
-def _official_name(modules: Sequence[str], leaf: str, block: int) -> str:
-    parts = [str(block) if m in ("first", "rest") else _MODULES.get(m, m) for m in modules]
-    return ".".join([*parts, _LEAVES[leaf]])
+def _convert(
+    like: Variables, state: Arrays, rules: Rules, dtype: Any = np.float32
+) -> tuple[Variables, list[str]]:
+    """The variables, zeros where something is wrong, and what is wrong."""
+    used: set[str] = set()
+    problems: list[str] = []
+
+    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        theirs = torch_name(name, rules)
+        used.add(theirs)
+        if theirs not in state:
+            problems.append(f"{theirs} is missing")
+            return np.zeros(shape, dtype)
+        value = _to_ours(state[theirs], dtype)
+        if value.shape != shape:
+            problems.append(f"{theirs} becomes {value.shape}, the network needs {shape}")
+            return np.zeros(shape, dtype)
+        return value
+
+    def leaf(path: Any, leaf: Any) -> np.ndarray:
+        values = [take(name, shape) for name, shape in _names(path, leaf.shape)]
+        return values[0] if _stacked(path) is None else np.stack(values)
+
+    variables = jax.tree_util.tree_map_with_path(leaf, like)
+    left = [name for name in state if name not in used and not name.endswith("num_batches_tracked")]
+    return variables, problems + [f"{name} has no place in the network" for name in left]
 
 
-def _plain(state: Arrays) -> dict[str, np.ndarray]:
-    return {name: np.asarray(value, np.float32) for name, value in state.items()}
+def _names(path: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of what a leaf of (collection, base or branch, ...) holds: of each block."""
+    _, _, *parts = (key.key for key in path)
+    at = _stacked(path)
+    if at is None:
+        yield ".".join("0" if part == "first" else part for part in parts), shape
+        return
+    for block in range(shape[0]):
+        yield ".".join(str(block + 1) if part == "rest" else part for part in parts), shape[1:]
 
 
-def _to_ours(value: Any) -> np.ndarray:
-    """OIHW -> HWIO, (out, in) -> (in, out), vectors as they are."""
-    value = np.asarray(value, np.float32)
-    return value.transpose({4: (2, 3, 1, 0), 2: (1, 0), 1: (0,), 0: ()}[value.ndim])
+def _stacked(path: Any) -> int | None:
+    names = [key.key for key in path]
+    return names.index("rest") if "rest" in names else None
+
+
+def _to_ours(value: Any, dtype: Any = np.float32) -> np.ndarray:
+    value = np.asarray(value, dtype)
+    return value.transpose(_TRANSPOSED[value.ndim])
+
+
+def _misfit(problems: Sequence[str]) -> UserError:
+    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return UserError("the weights do not fit: " + "; ".join(problems[:SHOWN]) + more)
+
+
+def convert(
+    model: str, state: Arrays, input_shape: tuple[int, ...], options: Mapping[str, Any]
+) -> tuple[Variables, dict[str, Any]]:
+    """The network `model`, as a student of width 1, with the values of a state dict.
+
+    Of the libraries that have such a network the one is taken whose names fit best; how many classes there
+    are follows from the classifier.
+
+    Args:
+        model: a key of `models.MODELS`.
+        state: `state_dict()`.
+        input_shape: H, W, C.
+        options: of `models.build`, stronger than what the library's networks need.
+
+    Returns:
+        The student's variables, and what `extract.write_student` wants to know of the network.
+
+    Raises:
+        UserError: no library has the network; what does not fit, in one line.
+    """
+    known = sources(model)
+    if not known:
+        raise UserError(
+            f"--model={model}: there are no rules to convert its weights (ekd_jax/torch_names.py)"
+        )
+    best: tuple[Variables, list[str]] | None = None
+    for source in known:
+        classifier = state.get(torch_name("head.linear.kernel", source.rules))
+        classes = 1 if classifier is None else len(classifier)
+        own = {**source.options, **options}
+        ensemble = models.build(model, (Fraction(1),), classes, **own)
+        shapes = ensemble.init(None, input_shape)
+        variables, problems = _convert(student_variables(shapes, 1), state, source.rules)
+        if best is None or len(problems) < len(best[1]):
+            best = variables, problems
+            cost = student_cost(ensemble, shapes, 1, input_shape)
+            architecture = {
+                "name": model,
+                "width": "1",
+                "num_classes": classes,
+                "input_shape": list(input_shape),
+                "dtype": "float32",
+                "options": own,
+            }
+    assert best is not None
+    variables, problems = best
+    if problems:
+        raise _misfit(problems)
+    return variables, {
+        "architecture": architecture,
+        "parameters": count(variables["params"]),
+        "macs": cost.macs,
+    }
+
+
+def read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of a .safetensors, .pt or .pth file.
+
+    Raises:
+        UserError: not such a file, or PyTorch is not installed.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return dict(safetensors.numpy.load_file(path))
+        if path.suffix not in (".pt", ".pth"):
+            raise UserError(f"--weights={path}: a .safetensors, .pt or .pth file is wanted")
+        import torch
+    except ImportError:
+        raise UserError(
+            f"--weights={path}: PyTorch is needed to read it (pip install torch), or save it as "
+            f".safetensors"
+        ) from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"--weights={path} cannot be read: {reason(error)}") from error
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch raise many kinds
+        raise UserError(f"--weights={path} cannot be read: {reason(error)}") from error
+    found = found.get("state_dict", found.get("model", found))
+    return {name.removeprefix("module."): value.numpy() for name, value in found.items()}
+
+
+def main() -> None:
+    """The command."""
+    if FLAGS.model not in models.MODELS:
+        raise UserError(f"--model={FLAGS.model} is unknown{nearest(FLAGS.model, models.MODELS)}")
+    output = pathlib.Path(FLAGS.output)
+    check_output(output)
+    weights = pathlib.Path(FLAGS.weights)
+    flagged = {"padding": FLAGS.padding, "batch_norm_epsilon": FLAGS.batch_norm_epsilon}
+    options = {name: value for name, value in flagged.items() if value is not None}
+    shape = (FLAGS.image_size, FLAGS.image_size, 3)
+    variables, description = convert(FLAGS.model, read_state_dict(weights), shape, options)
+    classes = description["architecture"]["num_classes"]
+    names = [str(i) for i in range(classes)]
+    if FLAGS.class_names:
+        names = pathlib.Path(FLAGS.class_names).read_text().splitlines()
+        if len(names) != classes:
+            raise UserError(
+                f"--class_names={FLAGS.class_names} has {len(names)} lines, the network {classes} classes"
+            )
+    write_student(
+        output,
+        variables,
+        {
+            **description,
+            "student": 1,
+            "class_names": names,
+            "preprocessing": {
+                "formula": "(image / 255 - mean) / std",
+                "mean": [float(v) for v in FLAGS.mean],
+                "std": [float(v) for v in FLAGS.std],
+                "fit": FLAGS.fit,
+                "image_size": FLAGS.image_size,
+            },
+            "evaluated_on": "test",
+            "metrics": {},
+            "provenance": {"converted_from": weights.name, "data": FLAGS.data, "test_split": ""},
+        },
+    )
+    print(
+        f"{weights} -> {output}: {FLAGS.model}, {classes} classes, {description['parameters']:,} parameters"
+    )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", None, "our name of the network", required=True)
+    flags.DEFINE_string("weights", None, "state dict: .safetensors, .pt or .pth", required=True)
+    flags.DEFINE_string("output", None, "new folder to write", required=True)
+    flags.DEFINE_string("class_names", None, "text file, a line a class")
+    flags.DEFINE_string("data", "imagenet2012", "the set that it was trained for")
+    flags.DEFINE_integer("image_size", 224, "height and width of its input")
+    flags.DEFINE_enum("fit", "crop", ["native", "stretch", "crop"], "how images come to that size")
+    flags.DEFINE_list("mean", ["0.485", "0.456", "0.406"], "subtracted from images scaled to [0, 1]")
+    flags.DEFINE_list("std", ["0.229", "0.224", "0.225"], "divides them then")
+    flags.DEFINE_enum("padding", None, ["even", "same"], "of EfficientNet; even unless given")
+    flags.DEFINE_float("batch_norm_epsilon", None, "1e-5, or 1e-3 for torchvision's B5 to B7, unless given")
+    commands.run(main)

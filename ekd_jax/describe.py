@@ -5,7 +5,8 @@ python -m ekd_jax.describe --config=configs/resnet_cifar100.py [--num_classes=K]
 
 import json
 import math
-from typing import Any
+import operator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from ekd_jax.models.ensemble import (
     student_paths,
     student_variables,
 )
-from ekd_jax.state import build, init_variables
+from ekd_jax.state import build, forward_shapes, init_variables
 from ekd_jax.step import objective
 from ekd_jax.writers import table
 
@@ -40,17 +41,19 @@ def describe(config: Any, input_shape: tuple[int, ...], num_classes: int) -> dic
 
     Returns:
         `{"model", "num_classes", "input_shape", "base_parameters", "adaptation_parameters",
-        "students": [{"student", "width", "widths", "parameters", "macs", "ratio"}]}`. Parameters
-        include the base block and not the adaptation layers; macs are multiply-accumulates of
-        convolutions and matrix products for one image; ratio is of student 1's parameters.
+        "students": [{"student", "width", "widths", "parameters", "macs", "activations", "ratio"}]}`.
+        Parameters include the base block and not the adaptation layers; widths are the channels of the
+        maps that students are compared by; macs are multiply-accumulates of convolutions and matrix
+        products for one image, activations the numbers that these give (Dollar et al. 2021, "Fast and
+        accurate model scaling"); ratio is of student 1's parameters.
     """
     ensemble = build(config, num_classes)
-    variables = init_variables(ensemble, make_method(config), config.seed, input_shape)
+    variables = init_variables(ensemble, make_method(config), None, input_shape)
     params = variables["params"]
+    costs = [student_cost(ensemble, variables, i + 1, input_shape) for i in range(len(ensemble.students))]
 
-    def count(tree: Any) -> int:
-        return int(parameter_overview.count_parameters(tree))
-
+    outputs = forward_shapes(ensemble, variables, input_shape)
+    widths = [[row[i].shape[-1] for row in outputs.features] for i in range(len(ensemble.students))]
     sizes = [count(student_paths(params, i + 1)) for i in range(len(ensemble.students))]
     return {
         "model": config.model.name,
@@ -62,14 +65,20 @@ def describe(config: Any, input_shape: tuple[int, ...], num_classes: int) -> dic
             {
                 "student": i + 1,
                 "width": round(float(width), 4),
-                "widths": list(ensemble.branches[i].widths),  # type: ignore[attr-defined]
+                "widths": widths[i],
                 "parameters": sizes[i],
-                "macs": student_macs(ensemble, variables, i + 1, input_shape),
+                "macs": costs[i].macs,
+                "activations": costs[i].activations,
                 "ratio": round(sizes[i] / sizes[0], 6),
             }
             for i, width in enumerate(ensemble.students)
         ],
     }
+
+
+def count(tree: Any) -> int:
+    """How many parameters are in a tree of arrays or shapes."""
+    return int(parameter_overview.count_parameters(tree))
 
 
 def as_text(description: dict[str, Any]) -> str:
@@ -82,12 +91,13 @@ def as_text(description: dict[str, Any]) -> str:
             f"{s['parameters']:,}",
             f"{100 * s['ratio']:.2f}",
             human(s["macs"]),
+            human(s["activations"]),
         ]
         for s in description["students"]
     ]
     return "\n".join(
         [
-            table(rows, ["student", "width", "channels", "parameters", "% of 1", "MACs"]),
+            table(rows, ["student", "width", "channels", "parameters", "% of 1", "MACs", "activations"]),
             f"base block: {description['base_parameters']:,} parameters, counted in every student",
             f"adaptation layers: {description['adaptation_parameters']:,} parameters, in training only",
         ]
@@ -102,29 +112,44 @@ def human(count: float) -> str:
     return f"{count:.0f}"
 
 
-def student_macs(
+class Cost(NamedTuple):
+    """Of one image: multiply-accumulates of convolutions and matrix products, and numbers they give."""
+
+    macs: int = 0
+    activations: int = 0
+
+    def __add__(self, other: tuple[Any, ...]) -> "Cost":
+        return Cost(*map(operator.add, self, other))
+
+
+def student_cost(
     ensemble: Ensemble, variables: Variables, student: int, input_shape: tuple[int, ...]
-) -> int:
-    """Multiply-accumulates of one image through base block and branch."""
+) -> Cost:
+    """What one image costs that goes through base block and branch."""
     images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     alone = student_variables(variables, student)
-    return count_macs(jax.make_jaxpr(ensemble.student(student).logits)(alone, images).jaxpr)
+    return count_cost(jax.make_jaxpr(ensemble.student(student).logits)(alone, images).jaxpr)
 
 
-def count_macs(jaxpr: Any) -> int:
-    """Multiply-accumulates of the convolutions and matrix products in a jaxpr, loops included."""
-    total = 0
+def count_cost(jaxpr: Any) -> Cost:
+    """The cost of a jaxpr, loops included."""
+    total = Cost()
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "conv_general_dilated":
-            kernel, out_axis = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec[0]
-            total += eqn.outvars[0].aval.size * math.prod(kernel) // kernel[out_axis]
-        elif eqn.primitive.name == "dot_general":
+        name = eqn.primitive.name
+        given: Any = eqn.outvars[0].aval if eqn.outvars else None
+        if name == "conv_general_dilated" or eqn.params.get("name") == "grouped_convolution":
+            kernel = eqn.invars[1].aval.shape
+            numbers = eqn.params.get("dimension_numbers")
+            outputs = kernel[numbers.rhs_spec[0] if numbers else -1]
+            total += Cost(given.size * math.prod(kernel) // outputs, given.size)
+        elif name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
-            total += eqn.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+            total += Cost(given.size * math.prod(shape[axis] for axis in contracted), given.size)
         else:
-            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-            total += times * sum(count_macs(inner) for inner in jaxprs_in_params(eqn.params))
+            times = eqn.params["length"] if name == "scan" else 1
+            inner = [count_cost(part) for part in jaxprs_in_params(eqn.params)]
+            total += Cost(*(times * sum(part) for part in zip(*inner, strict=True))) if inner else Cost()
     return total
 
 
@@ -137,15 +162,15 @@ def memory(config: Any, description: dict[str, Any], data: int) -> dict[str, int
     """
     shape, classes = tuple(description["input_shape"]), description["num_classes"]
     ensemble, method = build(config, classes), make_method(config)
-    variables = init_variables(ensemble, method, config.seed, shape)
+    variables = init_variables(ensemble, method, None, shape)
     slots = {"sgd": 1 if config.optimizer.momentum else 0, "adam": 2}[config.optimizer.name]
     images = jax.ShapeDtypeStruct((config.train.batch_size, *shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((config.train.batch_size,), jnp.int32)
 
-    def kept(params: Any, images: Any, labels: Any) -> Any:
+    def kept(params: Any, batch_stats: Any, images: Any, labels: Any) -> Any:
         def loss(params: Any) -> Any:
-            full = {"params": params, "batch_stats": variables["batch_stats"]}
-            outputs, _ = ensemble.apply(full, images, train=True)
+            full = {"params": params, "batch_stats": batch_stats}
+            outputs, _ = ensemble.apply(full, images, train=True, key=jax.random.key(0))
             own = {kind: tree["method"] for kind, tree in full.items()}
             return objective(method, own, outputs, labels)[0]
 
@@ -155,7 +180,7 @@ def memory(config: Any, description: dict[str, Any], data: int) -> dict[str, int
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
     parameters = size(variables["params"])
-    residuals = size(jax.eval_shape(kept, variables["params"], images, labels))
+    residuals = size(jax.eval_shape(kept, variables["params"], variables["batch_stats"], images, labels))
     return {
         "state": (2 + slots) * parameters,
         "activations": residuals - parameters,

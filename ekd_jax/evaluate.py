@@ -142,7 +142,7 @@ def evaluate_run(
     method, ensemble = make_method(config), build(config, run.students["num_classes"])
     with checkpoint.opened(path) as checkpoints:
         step = checkpoints.choose(step, "ensemble/top1" if best else None)
-        like = init_variables(ensemble, method, 0, tuple(run.students["input_shape"]))
+        like = init_variables(ensemble, method, None, tuple(run.students["input_shape"]))
         variables, _ = checkpoints.restore_variables(like, step)
     names = predictor_names(len(ensemble.students))
     return step, _evaluate(predictions(ensemble, method), variables, config, names, split)

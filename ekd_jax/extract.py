@@ -25,7 +25,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ekd_jax import __version__, checkpoint, commands, models
-from ekd_jax.config import identity, make_method
+from ekd_jax.config import identity, make_method, network_options
 from ekd_jax.data.augment import normalise
 from ekd_jax.errors import UserError, reason
 from ekd_jax.models.ensemble import (
@@ -41,7 +41,7 @@ from ekd_jax.writers import read_metrics, write_json
 
 FLAGS = flags.FLAGS
 WEIGHTS, DESCRIPTION = "weights.safetensors", "student.json"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class LoadedStudent:
         """The network, as base block and branch."""
         own = self.description["architecture"]
         width = parse_students([own["width"]])
-        ensemble = models.build(own["name"], width, own["no_blocks"], own["num_classes"], own["dtype"])
+        ensemble = models.build(own["name"], width, own["num_classes"], own["dtype"], **own["options"])
         return ensemble.student(1)
 
     def logits(self, images: Any) -> jax.Array:
@@ -157,26 +157,23 @@ def extract(
     shapes = init_variables(
         build(config, run.students["num_classes"]),
         make_method(config),
-        0,
+        None,
         tuple(run.students["input_shape"]),
     )
     with checkpoint.opened(workdir) as checkpoints:
         step = checkpoints.choose(step, f"student_{student}/top1" if best else None)
         like = {kind: student_paths(tree, student) for kind, tree in shapes.items()}
         restored, remembered = checkpoints.restore_variables(like, step)
-    flat = flatten_dict(student_variables(restored, student), sep="/")
-    weights = safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in flat.items()})
     own, name = students[student - 1], f"student_{student}/"
     description = {
-        "format": FORMAT,
         "architecture": {
             "name": config.model.name,
             "width": str(parse_students(config.model.students)[student - 1]),
             "channels": own["widths"],
-            "no_blocks": config.model.no_blocks,
             "num_classes": run.students["num_classes"],
             "input_shape": run.students["input_shape"],
             "dtype": config.train.dtype,
+            "options": network_options(config),
         },
         "student": student,
         "parameters": own["parameters"],
@@ -202,10 +199,8 @@ def extract(
             "epoch": remembered["epoch"],
             "ekd_jax": __version__,
         },
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
-    _write_folder(output, weights, description)
-    return description
+    return write_student(output, student_variables(restored, student), description)
 
 
 def fitting_student(workdir: pathlib.Path, max_parameters: int) -> int:
@@ -234,8 +229,25 @@ def check_output(output: pathlib.Path) -> None:
         raise UserError(f"--output={output}: {parent} is not a writable folder: choose another")
 
 
-def _write_folder(output: pathlib.Path, weights: bytes, description: dict[str, Any]) -> None:
-    """The folder appears with both files or not at all."""
+def write_student(
+    output: pathlib.Path, variables: Variables, description: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes a student to the new folder `output`, which appears with both files or not at all.
+
+    Args:
+        output: checked by `check_output`.
+        variables: `{"params": {"base", "branch"}, "batch_stats": same}`.
+        description: what student.json is to say, but for its format and the weights' SHA-256.
+
+    Returns:
+        What student.json says.
+
+    Raises:
+        UserError: `output` cannot be written.
+    """
+    flat = flatten_dict(variables, sep="/")
+    weights = safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in flat.items()})
+    description = {"format": FORMAT, **description, "weights_sha256": hashlib.sha256(weights).hexdigest()}
     partial = output.absolute().with_name(f".{output.name}.{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -246,6 +258,7 @@ def _write_folder(output: pathlib.Path, weights: bytes, description: dict[str, A
         raise UserError(f"cannot write --output={output}: {reason(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return description
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from ekd_jax import parallel
-from ekd_jax.data.augment import training_batch
+from ekd_jax.data.augment import Purpose, training_batch
 from ekd_jax.data.feed import Feed
 from ekd_jax.methods.base import Method, per_student
 from ekd_jax.models.ensemble import Ensemble, Outputs, Variables
@@ -46,18 +46,20 @@ def objective(
 
 def make_step(
     ensemble: Ensemble, method: Method, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Array, Array], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """One update from one batch.
 
     Returns:
-        A function of (state, images (B, H, W, C) float32 normalised, labels (B,) int32 or shares (B, K))
-        that gives the next state and the batch's metrics.
+        A function of (state, images (B, H, W, C) float32 normalised, labels (B,) int32 or shares (B, K),
+        key of what the network drops, if anything) that gives the next state and the batch's metrics.
     """
 
-    def step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, images: Array, labels: Array, key: Array | None = None
+    ) -> tuple[TrainState, Metrics]:
         def loss_of(params: Any) -> tuple[Array, tuple[Metrics, Any]]:
             variables = {"params": params, "batch_stats": state.batch_stats}
-            outputs, stats = ensemble.apply(variables, images, train=True)
+            outputs, stats = ensemble.apply(variables, images, train=True, key=key)
             own = {kind: tree["method"] for kind, tree in variables.items()}
             loss, (metrics, stats["method"]) = objective(method, own, outputs, labels)
             return loss, (metrics, stats)
@@ -93,16 +95,16 @@ def make_train_steps(
         cut into dispatches.
     """
     step = make_step(ensemble, method, optimizer)
-    augment_key = jax.random.key(config.seed)
+    run_key = jax.random.key(config.seed)
 
     def train_steps(
         state: TrainState, sums: Metrics, held: Any, number: Array
     ) -> tuple[TrainState, Metrics]:
         def body(i: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, sums = carry
-            key = jax.random.fold_in(augment_key, state.step)
+            key = jax.random.fold_in(run_key, state.step)
             images, targets = training_batch(key, *feed.pick(held, i), num_classes, config.data)
-            state, metrics = step(state, images, targets)
+            state, metrics = step(state, images, targets, jax.random.fold_in(key, Purpose.NETWORK))
             return state, jax.tree.map(jnp.add, sums, metrics)
 
         return lax.fori_loop(0, number, body, (state, sums))

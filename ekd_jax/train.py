@@ -32,10 +32,11 @@ from ekd_jax.data.sources import Data, facts, open_data
 from ekd_jax.describe import describe, human
 from ekd_jax.errors import UserError, reason
 from ekd_jax.evaluate import make_evaluator, measure, predictions, predictor_names, results
+from ekd_jax.extract import load_student
 from ekd_jax.methods.base import Method
 from ekd_jax.models.ensemble import Ensemble
 from ekd_jax.optimizer import make_optimizer
-from ekd_jax.state import TrainState, build, init_state
+from ekd_jax.state import TrainState, begin_with, build, init_state
 from ekd_jax.step import make_train_steps, zero_metrics
 from ekd_jax.writers import MetricWriter, Progress, clock, table, write_json
 
@@ -89,7 +90,7 @@ def prepare(config: Any, mesh: Mesh) -> Job:
         config=config,
         mesh=mesh,
         data=data,
-        ensemble=build(config, classes),
+        ensemble=build(config, classes, mesh.size),
         method=method,
         optimizer=make_optimizer(config, method, steps),
         students={**students, "class_names": list(data.facts.class_names)},
@@ -169,6 +170,8 @@ def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None) -> dict[str, 
 def _run(job: Job, path: pathlib.Path) -> dict[str, Any]:
     """Trains in a folder that is ours: restores or initialises, goes through the loop, sums up."""
     state = init_state(job.ensemble, job.method, job.optimizer, job.config.seed, job.input_shape)
+    if source := job.config.model.initial_weights:
+        state = begin_with(state, load_student(source).variables, source)
     log = Log(zero_metrics(job.ensemble, job.method, state, job.input_shape))
     checkpoints = Checkpoints(path)
     if checkpoints.steps():

@@ -74,7 +74,7 @@ def test_the_folder_stands_alone(finished, tmp_path):
         description["metrics"], rel=1e-5
     )
     names = safetensors.numpy.load_file(tmp_path / "student" / "weights.safetensors")
-    assert "params/branch/head/kernel" in names
+    assert "params/branch/head/linear/kernel" in names
     assert not any("method" in name for name in names)
 
 

@@ -77,7 +77,9 @@ def test_base_block_learns_from_the_pseudo_teacher_alone(batch):
             blocked["students"][name],
             everyone["students"][name],
         )
-    assert not np.allclose(blocked["base"]["conv"]["kernel"], everyone["base"]["conv"]["kernel"])
+    assert not np.allclose(
+        blocked["base"]["stem"]["conv"]["kernel"], everyone["base"]["stem"]["conv"]["kernel"]
+    )
 
 
 def test_one_student_is_the_baseline(batch):
@@ -147,7 +149,8 @@ def test_adaptation_layers_learn_at_their_own_rate(batch):
     assert not layer(deltas[0.0]).any()
     assert np.abs(layer(deltas[1.0])).max() > 1e-4
     np.testing.assert_array_equal(
-        deltas[0.0]["students"]["2"]["head"]["kernel"], deltas[1.0]["students"]["2"]["head"]["kernel"]
+        deltas[0.0]["students"]["2"]["head"]["linear"]["kernel"],
+        deltas[1.0]["students"]["2"]["head"]["linear"]["kernel"],
     )
 
 

@@ -24,6 +24,7 @@ class Purpose(enum.IntEnum):
     POLICY = 3
     CUTOUT = 4
     MIXUP = 5
+    NETWORK = 6  # what the network drops
 
 
 def training_batch(

@@ -205,7 +205,7 @@ def _facts(config: Any, info: Info) -> Facts:
     size = data.image_size
     if not size and (height is None or width is None):
         raise UserError(
-            f"images of {info.name} differ in size: say what the network takes, for example "
+            f"images of {info.name} may differ in size: say what the network takes, for example "
             f"--config.data.image_size=224 --config.data.fit=crop (or stretch)"
         )
     stored = (height or size, width or size)

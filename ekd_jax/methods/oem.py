@@ -13,7 +13,7 @@ from ekd_jax import losses
 from ekd_jax.errors import UserError, nearest
 from ekd_jax.methods.base import Method, Terms, label_terms, per_student
 from ekd_jax.models.ensemble import Features, Outputs
-from ekd_jax.models.layers import BatchNorm, Linear, constant, torch_default
+from ekd_jax.models.layers import BatchNorm, Linear, Mode, constant, torch_default
 
 Array = jax.Array
 
@@ -59,7 +59,7 @@ class Gate(nn.Module):
         """(S, B)"""
         pooled = outputs.base.mean((1, 2), dtype=jnp.float32)
         scores = Linear(len(outputs.logits_SxBxK), torch_default, name="linear")(pooled)
-        return nn.softmax(nn.relu(BatchNorm(name="bn")(scores, train))).T
+        return nn.softmax(nn.relu(BatchNorm(name="bn")(scores, Mode(train)))).T
 
 
 WEIGHTINGS = {"uniform": UniformWeights, "learned": LearnedWeights, "gated": Gate}

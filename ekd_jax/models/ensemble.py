@@ -6,7 +6,6 @@ therefore two path slices of each, and can be restored without the others.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -18,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ekd_jax.errors import UserError
-from ekd_jax.models.layers import Array, initialise
+from ekd_jax.models.blocks import Part
+from ekd_jax.models.layers import Array, Mode, initialise
 
 Variables = dict[str, Any]
 Features = tuple[tuple[Array, ...], ...]
@@ -39,17 +39,41 @@ class Outputs:
     base: Array
 
 
+class Branch(nn.Module):
+    """Base map -> logits (B, K) float32 and the maps of its stages, (B, H_b, W_b, C_b) each.
+
+    Attributes:
+        stages: with their names.
+        head: the classifier.
+        pooled: the last map is the one that the head pools, instead of the last stage's.
+    """
+
+    stages: tuple[tuple[str, Part], ...]
+    head: Part
+    pooled: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, mode: Mode) -> tuple[Array, tuple[Array, ...]]:
+        maps = []
+        for name, stage in self.stages:
+            x = stage(name=name)(x, mode)
+            maps.append(x)
+        logits, last = self.head(name="head")(x, mode)
+        return logits, (*maps[:-1], last if self.pooled else x)
+
+
 @dataclasses.dataclass(frozen=True)
 class Student:
     """One student on its own: variables `{"params": {"base", "branch"}, "batch_stats": same}`."""
 
     base: nn.Module
     branch: nn.Module
+    mode: Mode
 
     def logits(self, variables: Variables, images: Array) -> Array:
         """(B, H, W, C) float normalised -> (B, K) float32, in evaluation mode."""
         base, branch = ({k: tree[part] for k, tree in variables.items()} for part in ("base", "branch"))
-        z: Array = self.branch.apply(branch, self.base.apply(base, images, train=False), train=False)[0]
+        z: Array = self.branch.apply(branch, self.base.apply(base, images, self.mode), self.mode)[0]
         return z
 
 
@@ -59,61 +83,71 @@ class Ensemble:
 
     Attributes:
         base: module, images -> map.
-        branches: modules, map -> (logits (B, K), maps of its blocks).
+        branches: modules, map -> (logits (B, K), maps of its stages).
         students: width multipliers, one a branch.
-        compressed: indices of the blocks whose width the multipliers change.
+        compressed: indices of the stages whose width the multipliers change.
         base_gradients: "all" students train the base block, or the "pseudo_teacher" alone (METHODS.md 1.3).
+        mode: of evaluation.
     """
 
     base: nn.Module
     branches: tuple[nn.Module, ...]
     students: tuple[Fraction, ...]
     compressed: tuple[int, ...]
-    base_gradients: str = "all"
+    base_gradients: str
+    mode: Mode
 
     def student(self, number: int) -> Student:
         """Student `number`, from 1."""
-        return Student(self.base, self.branches[number - 1])
+        return Student(self.base, self.branches[number - 1], self.mode)
 
-    def init(self, seed: int, input_shape: Sequence[int]) -> Variables:
-        """Initial variables for images of `input_shape` (H, W, C), as numpy arrays."""
+    def init(self, seed: int | None, input_shape: Sequence[int]) -> Variables:
+        """Initial variables for images of `input_shape` (H, W, C), as numpy arrays.
+
+        With None for a seed their shapes and dtypes alone: nothing is drawn.
+        """
         images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-        base = initialise(self.base, seed, images, name="base", train=False)
-        x = jax.eval_shape(lambda v, x: self.base.apply(v, x, train=False), base, images)
+        base = initialise(self.base, seed, images, self.mode, name="base")
+        x = jax.eval_shape(lambda v, x: self.base.apply(v, x, self.mode), base, images)
         students = {
-            str(i): initialise(branch, seed, x, name=f"students/{i}", train=False)
+            str(i): initialise(branch, seed, x, self.mode, name=f"students/{i}")
             for i, branch in enumerate(self.branches, 1)
         }
         return {
-            kind: {"base": base[kind], "students": {i: s[kind] for i, s in students.items()}}
+            kind: {"base": base.get(kind, {}), "students": {i: s[kind] for i, s in students.items()}}
             for kind in ("params", "batch_stats")
         }
 
-    def apply(self, variables: Variables, images: Array, train: bool) -> tuple[Outputs, Any]:
+    def apply(
+        self, variables: Variables, images: Array, train: bool, key: Array | None = None
+    ) -> tuple[Outputs, Any]:
         """Runs base block and branches, each branch in turn.
 
         Args:
             variables: as `init` returns them.
             images: (B, H, W, C) float, normalised.
-            train: use the batch's statistics, and update the running ones.
+            train: use the batch's statistics, update the running ones, drop out.
+            key: of what is dropped in this step; networks that drop nothing need none.
 
         Returns:
             The outputs and the new batch statistics (the old ones unless `train`).
         """
+        mode = dataclasses.replace(self.mode, train=train)
 
-        def call(module: nn.Module, path: tuple[str, ...], x: Array) -> tuple[Any, Any]:
+        def call(module: nn.Module, path: tuple[str, ...], x: Array, number: int) -> tuple[Any, Any]:
             own = {kind: _at(tree, path) for kind, tree in variables.items()}
             if not train:
-                return module.apply(own, x, train=False), own["batch_stats"]
-            out, updated = module.apply(own, x, train=True, mutable=["batch_stats"])
-            return out, updated["batch_stats"]
+                return module.apply(own, x, mode), own["batch_stats"]
+            rngs = None if key is None else {"drop": jax.random.fold_in(key, number)}
+            out, updated = module.apply(own, x, mode, mutable=["batch_stats"], rngs=rngs)
+            return out, updated.get("batch_stats", {})
 
-        base, base_stats = call(self.base, ("base",), images)
+        base, base_stats = call(self.base, ("base",), images, 0)
         logits, maps, stats = [], [], {}
         for i, branch in enumerate(self.branches, 1):
             blocked = i > 1 and self.base_gradients == "pseudo_teacher"
             x = lax.stop_gradient(base) if blocked else base
-            (z, m), stats[str(i)] = call(branch, ("students", str(i)), x)
+            (z, m), stats[str(i)] = call(branch, ("students", str(i)), x, i)
             logits.append(z)
             maps.append(m)
         features = tuple(tuple(m[b] for m in maps) for b in self.compressed)
@@ -159,22 +193,3 @@ def parse_students(value: Any) -> tuple[Fraction, ...]:
     if min(widths) <= 0:
         raise UserError(f"{problem}, each above 0")
     return widths
-
-
-def scaled_widths(channels: Sequence[int], width: Fraction, no_blocks: int) -> tuple[int, ...]:
-    """floor(channels * width) for the last `no_blocks` blocks, the others at full width.
-
-    Raises:
-        UserError: a width that leaves a block without a channel, or `no_blocks` out of range.
-    """
-    if not 1 <= no_blocks <= len(channels):
-        raise UserError(f"model.no_blocks={no_blocks} must be between 1 and {len(channels)}")
-    kept = len(channels) - no_blocks
-    widths = [c if b < kept else math.floor(c * width) for b, c in enumerate(channels)]
-    if 0 in widths:
-        smallest = min(channels[kept:])
-        raise UserError(
-            f"model.students: width {float(width):g} leaves a block of {smallest} channels with none; "
-            f"the smallest usable width is {1 / smallest:g}"
-        )
-    return tuple(widths)

@@ -1,7 +1,7 @@
-"""The layers every family is built from: convolution, batch norm, linear.
+"""The layers every family is built from: convolution, batch norm, linear, dropout, pooling.
 
-Arrays are NHWC and kernels HWIO throughout. Parameters are float32; `dtype` is what convolutions
-compute in (float32 or bfloat16). Batch statistics and the classifier's logits are float32 always.
+Arrays are NHWC and kernels HWIO throughout. Parameters, batch statistics and the classifier's logits
+are float32 always, whatever convolutions compute in.
 
 Initial values are drawn on the host, one numpy generator a parameter (`initialise`). Every
 parameter carries the rule that draws it as metadata, so that nothing has to be compiled to get a
@@ -12,18 +12,21 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 from jax import lax
 
+from ekd_jax.models.convolution import convolution
+
 Array = jax.Array
 Initializer = Callable[[Any, tuple[int, ...], Any], Any]  # (unused key, shape, dtype) -> boxed zeros
+Activation = Callable[[Array], Array]
 
 
 # --- initial values --------------------------------------------------------------------------
@@ -88,13 +91,30 @@ def xavier_normal(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
     return Ruled(jnp.zeros(shape, dtype), Rule("normal", math.sqrt(2 / fans)))
 
 
+def kaiming_fan_out(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
+    """N(0, 2 / (k k O)) for a kernel (k, k, I, O): PyTorch's kaiming_normal_(mode="fan_out"); also
+    written sqrt(2 / n) with n = k k O."""
+    fan_out = math.prod(shape[:-2]) * shape[-1]
+    return Ruled(jnp.zeros(shape, dtype), Rule("normal", math.sqrt(2 / fan_out)))
+
+
+def kaiming_fan_in(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
+    """N(0, 2 / (k k I)) for a kernel (k, k, I, O): PyTorch's kaiming_normal_ as it is."""
+    return Ruled(jnp.zeros(shape, dtype), Rule("normal", math.sqrt(2 / math.prod(shape[:-1]))))
+
+
+def normal(std: float) -> Initializer:
+    """N(0, std^2)."""
+    return lambda key, shape, dtype: Ruled(jnp.zeros(shape, dtype), Rule("normal", std))
+
+
 def torch_default(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
     """U(-b, b), b = 1/sqrt(fan_in), for a kernel (..., I, O): PyTorch's default for conv and linear."""
     bound = 1 / math.sqrt(math.prod(shape[:-1]))
     return Ruled(jnp.zeros(shape, dtype), Rule("uniform", bound))
 
 
-def initialise(module: nn.Module, seed: int, *args: Any, name: str = "", **kwargs: Any) -> Any:
+def initialise(module: nn.Module, seed: int | None, *args: Any, name: str = "") -> Any:
     """The initial variables of `module`, as numpy arrays in plain nested dicts.
 
     Every value depends on `seed`, on its own path and on `name` (where the module stands in the
@@ -102,16 +122,18 @@ def initialise(module: nn.Module, seed: int, *args: Any, name: str = "", **kwarg
 
     Args:
         module: a Linen module whose parameters are made with the initialisers of this file.
-        seed: any non-negative integer.
-        *args, **kwargs: what the module is called with; arrays or `jax.ShapeDtypeStruct`.
+        seed: any non-negative integer; None: only shapes and dtypes are wanted.
+        *args: what the module is called with; arrays or `jax.ShapeDtypeStruct`.
         name: prefix of the paths, for example "students/2".
 
     Returns:
         `{"params": ..., "batch_stats": ...}`, empty collections left out.
     """
-    shapes = jax.eval_shape(lambda *a: module.init(jax.random.key(0), *a, **kwargs), *args)
+    shapes = jax.eval_shape(lambda *a: module.init(jax.random.key(0), *a), *args)
 
-    def draw(path: Any, leaf: Any) -> np.ndarray:
+    def draw(path: Any, leaf: Any) -> Any:
+        if seed is None:
+            return leaf.value
         rule, shape = (leaf.rule, leaf.value) if isinstance(leaf, Ruled) else (None, leaf)
         if rule is None:
             raise TypeError(f"{jax.tree_util.keystr(path)} was not made by an initialiser of layers.py")
@@ -122,143 +144,151 @@ def initialise(module: nn.Module, seed: int, *args: Any, name: str = "", **kwarg
     return jax.tree_util.tree_map_with_path(draw, shapes, is_leaf=is_ruled)
 
 
-# --- convolution -----------------------------------------------------------------------------
-
-_LAYOUT = ("NHWC", "HWIO", "NHWC")
-
-
-def convolution(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
-    """2-D convolution padded like PyTorch's `padding=(k-1)//2`.
-
-    On CPU the gradient is written out as two convolutions in the layouts XLA is fast at: inside
-    loops it does not bring them there by itself, and steps take 15 to 30 times longer.
-
-    Args:
-        x: (B, H, W, C).
-        kernel: (h, w, C // groups, K), h and w odd.
-        stride: of both axes.
-        groups: feature groups.
-
-    Returns:
-        (B, ceil(H / stride), ceil(W / stride), K) in x's dtype.
-    """
-    if groups == 1 and jax.default_backend() == "cpu":
-        return _canonical_convolution(x, kernel, stride)
-    return _convolution(x, kernel, stride, groups)
-
-
-def _convolution(x: Array, kernel: Array, stride: int, groups: int) -> Array:
-    padding = [((k - 1) // 2, (k - 1) // 2) for k in kernel.shape[:2]]
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=_LAYOUT, feature_group_count=groups
-    )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _canonical_convolution(x: Array, kernel: Array, stride: int) -> Array:
-    return _convolution(x, kernel, stride, groups=1)
-
-
-def _forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
-    return _canonical_convolution(x, kernel, stride), (x, kernel)
-
-
-def _backward(stride: int, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    sizes = [
-        (k, n, (m - 1) * stride + 1)
-        for k, n, m in zip(kernel.shape, x.shape[1:3], g.shape[1:3], strict=False)
-    ]
-    # d/dx: the gradient, spread by the stride, with the kernel turned round.
-    low = [k - 1 - (k - 1) // 2 for k, _, _ in sizes]
-    dx = lax.conv_general_dilated(
-        g,
-        jnp.flip(kernel, (0, 1)).swapaxes(2, 3),
-        (1, 1),
-        [(p, n + k - 1 - p - m) for p, (k, n, m) in zip(low, sizes, strict=True)],
-        lhs_dilation=(stride, stride),
-        dimension_numbers=_LAYOUT,
-    )
-    # d/dkernel: x as C,H,W,B against the gradient as H,W,B,K.
-    low = [(k - 1) // 2 for k, _, _ in sizes]
-    dkernel = lax.conv_general_dilated(
-        x.transpose(3, 1, 2, 0),
-        g.transpose(1, 2, 0, 3),
-        (1, 1),
-        [(p, k - 1 + m - n - p) for p, (k, n, m) in zip(low, sizes, strict=True)],
-        rhs_dilation=(stride, stride),
-        dimension_numbers=_LAYOUT,
-    )
-    return dx, dkernel.transpose(1, 2, 0, 3)
-
-
-_canonical_convolution.defvjp(_forward, _backward)
-
-
 # --- modules ---------------------------------------------------------------------------------
 
 
+@flax.struct.dataclass
+class Mode:
+    """How a forward pass is computed; the same for every layer of a network.
+
+    Attributes:
+        train: use the batch's statistics and update the running ones, drop out.
+        dtype: what convolutions compute in, float32 or bfloat16.
+        groups: batch norm takes the statistics of so many parts of the batch apart from each other.
+        epsilon: added to batch norm's variance.
+    """
+
+    train: bool = flax.struct.field(pytree_node=False, default=False)
+    dtype: Any = flax.struct.field(pytree_node=False, default=jnp.float32)
+    groups: int = flax.struct.field(pytree_node=False, default=1)
+    epsilon: float = flax.struct.field(pytree_node=False, default=1e-5)
+
+
 class Conv(nn.Module):
-    """k x k convolution without bias; kernel (k, k, C, features)."""
+    """k x k convolution; kernel (k, k, C // groups, features), and a bias (features,) if it has a rule."""
 
     features: int
     size: int = 3
     stride: int = 1
     groups: int = 1
-    dtype: Any = jnp.float32
-    kernel_init: Initializer = xavier_normal
+    padding: str = "even"
+    kernel_init: Initializer = kaiming_fan_out
+    bias_init: Initializer | None = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        return convolution(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32).astype(mode.dtype)
+        x = convolution(x.astype(mode.dtype), kernel, self.stride, self.groups, self.padding)
+        if self.bias_init is None:
+            return x
+        return x + self.param("bias", self.bias_init, (self.features,), jnp.float32).astype(mode.dtype)
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over all axes but the last, as PyTorch's: eps 1e-5, running variance unbiased.
+    """Batch norm over all axes but the last, as PyTorch's: running variance unbiased.
 
-    The statistics are those of the global batch: under `jax.jit` over a mesh the means below run
-    over all devices. Computes in float32 and returns x's dtype.
+    Under `jax.jit` over a mesh the statistics are those of the global batch: the means below run over
+    all devices. With `mode.groups` parts, one a device, each part has its own, no device waits for
+    another, and the running values move towards the parts' mean. Computes in float32 and returns x's
+    dtype.
     """
 
     momentum: float = 0.9  # of the old running value; PyTorch calls 0.1 the momentum
-    epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         shape = (x.shape[-1],)
         scale = self.param("scale", constant(1.0), shape, jnp.float32)
         bias = self.param("bias", constant(0.0), shape, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", constant(0.0), None, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", constant(1.0), None, shape, jnp.float32)
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if train:
-            axes = tuple(range(x.ndim - 1))
-            mean = y.mean(axes)
-            var = jnp.maximum((y * y).mean(axes) - mean * mean, 0.0)  # one pass over y
-            if not self.is_initializing():
-                count = math.prod(x.shape[:-1])
-                keep, unbiased = self.momentum, count / max(count - 1, 1)
-                running_mean.value = keep * running_mean.value + (1 - keep) * mean
-                running_var.value = keep * running_var.value + (1 - keep) * unbiased * var
-        else:
+        if not mode.train:
             mean, var = running_mean.value, running_var.value
-        gain = scale * lax.rsqrt(var + self.epsilon)
-        return (y * gain + (bias - mean * gain)).astype(x.dtype)
+        else:
+            y = y.reshape(mode.groups, -1, *x.shape[1:])
+            axes = tuple(range(1, y.ndim - 1))
+            mean = y.mean(axes, keepdims=True)
+            var = jnp.maximum((y * y).mean(axes, keepdims=True) - mean * mean, 0.0)  # one pass over y
+            if not self.is_initializing():
+                count = math.prod(y.shape[1:-1])
+                keep, unbiased = self.momentum, count / max(count - 1, 1)
+                means, variances = (v.reshape(mode.groups, -1).mean(0) for v in (mean, var))
+                running_mean.value = keep * running_mean.value + (1 - keep) * means
+                running_var.value = keep * running_var.value + (1 - keep) * unbiased * variances
+        gain = scale * lax.rsqrt(var + mode.epsilon)
+        return (y * gain + (bias - mean * gain)).reshape(x.shape).astype(x.dtype)
+
+
+class ConvNorm(nn.Module):
+    """Convolution, batch norm, activation."""
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    groups: int = 1
+    padding: str = "even"
+    kernel_init: Initializer = kaiming_fan_out
+    activation: Activation = nn.relu
+
+    @nn.compact
+    def __call__(self, x: Array, mode: Mode) -> Array:
+        conv = Conv(
+            self.features, self.size, self.stride, self.groups, self.padding, self.kernel_init, name="conv"
+        )
+        return self.activation(BatchNorm(name="bn")(conv(x, mode), mode))
 
 
 class Linear(nn.Module):
-    """Linear layer with bias on the last axis; kernel (C, features), bias U(+-1/sqrt(C))."""
+    """Linear layer with bias on the last axis; kernel (C, features)."""
 
     features: int
-    kernel_init: Initializer = xavier_normal
+    kernel_init: Initializer = torch_default
+    bias_init: Initializer | None = None  # U(+-1/sqrt(C)), PyTorch's default, if not given
     dtype: Any = None  # to compute in; float32 (or float64 for float64 input) if not given
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         fan_in = x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (fan_in, self.features), jnp.float32)
-        bias = self.param("bias", uniform(1 / math.sqrt(fan_in)), (self.features,), jnp.float32)
+        bias_init = self.bias_init or uniform(1 / math.sqrt(fan_in))
+        bias = self.param("bias", bias_init, (self.features,), jnp.float32)
         dtype = self.dtype or jnp.promote_types(x.dtype, jnp.float32)
         return x.astype(dtype) @ kernel.astype(dtype) + bias.astype(dtype)
+
+
+class Drop(nn.Module):
+    """Sets values to zero at `rate` in training and scales the rest up by 1 / (1 - rate).
+
+    Dropout, or stochastic depth with whole=True: an example as a whole (Huang et al. 2016). Which ones
+    is a function of (seed, step, student, place in the network), by the key that `Ensemble.apply` gets.
+    """
+
+    rate: float
+    whole: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, mode: Mode) -> Array:
+        if not mode.train or self.rate == 0 or self.is_initializing():
+            return x
+        shape = (x.shape[0], *[1] * (x.ndim - 1)) if self.whole else x.shape
+        kept = jax.random.bernoulli(self.make_rng("drop"), 1 - self.rate, shape)
+        return jnp.where(kept, x / (1 - self.rate), jnp.zeros((), x.dtype))
+
+
+def max_pool(x: Array, size: int, stride: int) -> Array:
+    """(B, H, W, C), padded like PyTorch's `padding=(size-1)//2`."""
+    pad = ((size - 1) // 2,) * 2
+    return nn.max_pool(x, (size, size), (stride, stride), (pad, pad))
+
+
+def average_pool(x: Array, size: int, stride: int) -> Array:
+    """(B, H, W, C), padded likewise with zeros that count."""
+    pad = ((size - 1) // 2,) * 2
+    return nn.avg_pool(x, (size, size), (stride, stride), (pad, pad))
+
+
+def global_pool(x: Array) -> Array:
+    """(B, H, W, C) -> (B, C), the mean in float32."""
+    return x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,90 @@
+"""MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381), and the stages that EfficientNet shares with it.
+
+`mobilenet_v2`: torchvision's, for ImageNet; widths are rounded to multiples of 8 as MobileNets are.
+`mobilenet_v2_cifar`: RepDistiller's for 32x32 images, at half the width (`mobile_half`).
+Base block: the stem. Branch: the inverted residuals up to 1/8, to 1/16 and to 1/32 of the image, and a 1x1
+convolution to 1280 channels before the classifier, which the width multiplies, too (ours: published
+MobileNets keep 1280 below width 1).
+"""
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from functools import partial
+
+import flax.linen as nn
+
+from ekd_jax.models.blocks import Block, Chain, Head, InvertedResidual, Part, Stage, Stem
+from ekd_jax.models.family import Architecture, Family, Options, rounded, scaled
+from ekd_jax.models.layers import ConvNorm, constant, normal
+
+# Of each stage: expansion, channels, blocks, stride, kernel size.
+Settings = tuple[tuple[tuple[int, int, int, int, int], ...], ...]
+IMAGENET: Settings = (
+    ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 32, 3, 2, 3)),
+    ((6, 64, 4, 2, 3), (6, 96, 3, 1, 3)),
+    ((6, 160, 3, 2, 3), (6, 320, 1, 1, 3)),
+)
+CIFAR: Settings = (((1, 16, 1, 1, 3), (6, 24, 2, 1, 3), (6, 32, 3, 2, 3)), *IMAGENET[1:])
+
+
+def inverted_residual_stages(
+    settings: Settings, widths: Sequence[Fraction], channels: Callable[[int, Fraction], int], block: Block
+) -> list[Part]:
+    """Stages of inverted residuals.
+
+    Args:
+        settings: of each stage.
+        widths: multiplier of each stage.
+        channels: (at full width, multiplier) -> how many channels.
+        block: an `InvertedResidual` without what `settings` say.
+    """
+    stages: list[Part] = []
+    number = 0
+    for rows, width in zip(settings, widths, strict=True):
+        parts = []
+        for expand, full, blocks, stride, size in rows:
+            number += 1
+            one = partial(block, channels(full, width), expand=expand, size=size)
+            parts.append((f"mb{number}", partial(Stage, one, blocks, stride)))
+        stages.append(partial(Chain, tuple(parts)))
+    return stages
+
+
+def mobilenet_v2(widths: Sequence[Fraction], options: Options) -> Architecture:
+    """As torchvision's at width 1."""
+    block = partial(InvertedResidual, stochastic_depth=options.stochastic_depth_or(0.0))
+    before = partial(ConvNorm, rounded(1280 * widths[-1]), 1, activation=nn.relu6)
+    return Architecture(
+        stem=partial(Stem, 32, stride=2, activation=nn.relu6),
+        stages=inverted_residual_stages(IMAGENET, widths, lambda c, width: rounded(c * width), block),
+        head=partial(
+            Head,
+            options.num_classes,
+            before,
+            options.dropout_or(0.2),
+            kernel_init=normal(0.01),
+            bias_init=constant(0.0),
+        ),
+    )
+
+
+def mobilenet_v2_cifar(widths: Sequence[Fraction], options: Options) -> Architecture:
+    """RepDistiller's `mobile_half` at width 1: half the channels, ReLU, every block expands."""
+    block = partial(
+        InvertedResidual,
+        activation=nn.relu,
+        always_expand=True,
+        stochastic_depth=options.stochastic_depth_or(0.0),
+    )
+    before = partial(ConvNorm, scaled(1280, widths[-1]), 1)
+    return Architecture(
+        stem=partial(Stem, 16, stride=2),
+        stages=inverted_residual_stages(CIFAR, widths, lambda c, width: scaled(c, width / 2), block),
+        head=partial(Head, options.num_classes, before, options.dropout_or(0.0)),
+    )
+
+
+MODELS = {
+    "mobilenet_v2": Family(mobilenet_v2, stages=3),
+    "mobilenet_v2_cifar": Family(mobilenet_v2_cifar, stages=3),
+}

@@ -1,0 +1,50 @@
+"""ImageNet ResNets (He et al. 2015), ResNeXt (Xie et al. 2017), Wide-ResNet-2 (Zagoruyko et al. 2016).
+
+As torchvision's, which the official code starts from (models/Resnet.py, METHODS.md 1.5 b). Base block:
+7x7/2 convolution, 3x3/2 max pooling, stage 1. Branch: stages 2 to 4 of floor((128, 256, 512) * width)
+planes. The groups of a ResNeXt stay 32 for every student; their width shrinks.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import partial
+
+from ekd_jax.models.blocks import BasicBlock, Block, Bottleneck, Head, Stage, Stem
+from ekd_jax.models.family import Architecture, Family, Options, scaled
+
+PLANES = (64, 128, 256, 512)
+
+
+def resnet(
+    widths: Sequence[Fraction], options: Options, *, block: Block, blocks: tuple[int, ...]
+) -> Architecture:
+    """Four stages of so many blocks."""
+    return Architecture(
+        stem=partial(Stem, PLANES[0], size=7, stride=2, pool=True),
+        stages=[
+            partial(Stage, partial(block, scaled(planes, width)), number, 1 if i == 0 else 2)
+            for i, (planes, width, number) in enumerate(zip(PLANES, widths, blocks, strict=True))
+        ],
+        head=partial(Head, options.num_classes, dropout=options.dropout_or(0.0)),
+    )
+
+
+def _family(block: Block, *blocks: int) -> Family:
+    return Family(partial(resnet, block=block, blocks=blocks), stages=4, shared=1)
+
+
+def _grouped(groups: int, base_width: int) -> Block:
+    return partial(Bottleneck, groups=groups, base_width=base_width)
+
+
+MODELS = {
+    "resnet18": _family(BasicBlock, 2, 2, 2, 2),
+    "resnet34": _family(BasicBlock, 3, 4, 6, 3),
+    "resnet50": _family(Bottleneck, 3, 4, 6, 3),
+    "resnet101": _family(Bottleneck, 3, 4, 23, 3),
+    "resnet152": _family(Bottleneck, 3, 8, 36, 3),
+    "resnext50_32x4d": _family(_grouped(32, 4), 3, 4, 6, 3),
+    "resnext101_32x8d": _family(_grouped(32, 8), 3, 4, 23, 3),
+    "wide_resnet50_2": _family(_grouped(1, 128), 3, 4, 6, 3),
+    "wide_resnet101_2": _family(_grouped(1, 128), 3, 4, 23, 3),
+}

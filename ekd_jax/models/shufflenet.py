@@ -1,0 +1,130 @@
+"""ShuffleNet V1 (Zhang et al. 2018, arXiv 1707.01083) and V2 (Ma et al. 2018, arXiv 1807.11164).
+
+`shufflenet_v2_x1_0` and its other sizes: torchvision's, for ImageNet. `shufflenet_v1_cifar` (3 groups) and
+`shufflenet_v2_cifar`: RepDistiller's for 32x32 images, a 1x1 convolution for a stem.
+Base block: the stem. Branch: three stages, each of a block with stride 2 and equal ones after it.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ekd_jax.errors import UserError
+from ekd_jax.models.blocks import Block, Head, Part, Stage, Stem
+from ekd_jax.models.family import Architecture, Family, Options, scaled
+from ekd_jax.models.layers import Array, BatchNorm, Conv, ConvNorm, Mode, average_pool
+
+BLOCKS = (4, 8, 4)
+
+
+def shuffle(x: Array, groups: int) -> Array:
+    """Channels of g groups in turn: the first of every group, the second of every group, ..."""
+    return x.reshape(*x.shape[:-1], groups, -1).swapaxes(-1, -2).reshape(x.shape)
+
+
+class BlockV1(nn.Module):
+    """Grouped 1x1, shuffle, depthwise, grouped 1x1; added to x, or with stride 2 appended to pooled x.
+
+    The first convolution of the network's first block is not grouped.
+    """
+
+    features: int
+    stride: int = 1
+    groups: int = 3
+    first_groups: int = 3
+
+    @nn.compact
+    def __call__(self, x: Array, mode: Mode) -> Array:
+        features = self.features - x.shape[-1] if self.stride == 2 else self.features
+        middle = features // 4
+        groups = self.first_groups if self.stride == 2 else self.groups
+        y = ConvNorm(middle, 1, groups=groups, name="reduce")(x, mode)
+        y = ConvNorm(middle, 3, self.stride, middle, name="depthwise")(shuffle(y, groups), mode)
+        y = Conv(features, 1, groups=self.groups, name="conv")(y, mode)
+        y = BatchNorm(name="bn")(y, mode)
+        if self.stride == 1:
+            return nn.relu(x + y)
+        return nn.relu(jnp.concatenate([y, average_pool(x, 3, 2)], -1))
+
+
+class BlockV2(nn.Module):
+    """1x1, depthwise, 1x1 on half of the channels; with stride 2 on all, beside depthwise, 1x1."""
+
+    features: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array, mode: Mode) -> Array:
+        half = self.features // 2
+        if self.stride == 1:
+            left, y = jnp.split(x, 2, -1)
+        else:
+            left = self._depthwise(x, mode, "left_depthwise")
+            left, y = ConvNorm(half, 1, name="left_expand")(left, mode), x
+        y = ConvNorm(half, 1, name="reduce")(y, mode)
+        y = ConvNorm(half, 1, name="expand")(self._depthwise(y, mode, "depthwise"), mode)
+        return shuffle(jnp.concatenate([left, y], -1), 2)
+
+    def _depthwise(self, x: Array, mode: Mode, name: str) -> Array:
+        width = x.shape[-1]
+        return ConvNorm(width, 3, self.stride, width, activation=lambda y: y, name=name)(x, mode)
+
+
+def _stages(blocks: Sequence[Block]) -> list[Part]:
+    return [partial(Stage, block, number, 2) for block, number in zip(blocks, BLOCKS, strict=True)]
+
+
+def shufflenet_v2(
+    widths: Sequence[Fraction], options: Options, *, channels: Sequence[int], stem: Part
+) -> Architecture:
+    """Three stages and a 1x1 convolution of these channels times the width, even numbers."""
+    *stages, last = channels
+    return Architecture(
+        stem=stem,
+        stages=_stages([partial(BlockV2, scaled(c, w, 2)) for c, w in zip(stages, widths, strict=True)]),
+        head=partial(
+            Head,
+            options.num_classes,
+            partial(ConvNorm, scaled(last, widths[-1]), 1),
+            options.dropout_or(0.0),
+        ),
+    )
+
+
+def shufflenet_v1(widths: Sequence[Fraction], options: Options) -> Architecture:
+    """3 groups; 240, 480, 960 channels times the width, multiples of 12 so that groups are equal."""
+    stem, groups = 24, 3
+    numbers = [scaled(c, w, 4 * groups) for c, w in zip((240, 480, 960), widths, strict=True)]
+    for before, after in zip((stem, *numbers), numbers, strict=False):
+        if after <= before:
+            raise UserError(
+                f"model.students: a width leaves a stage of shufflenet_v1_cifar {after} channels, {before} "
+                f"of them of the stage before: the smallest usable width is {36 / 240:g}"
+            )
+    blocks = [
+        partial(BlockV1, c, groups=groups, first_groups=1 if i == 0 else groups)
+        for i, c in enumerate(numbers)
+    ]
+    head = partial(Head, options.num_classes, dropout=options.dropout_or(0.0))
+    return Architecture(partial(Stem, stem, size=1), _stages(blocks), head)
+
+
+imagenet = partial(Stem, 24, stride=2, pool=True)
+MODELS = {
+    "shufflenet_v1_cifar": Family(shufflenet_v1, stages=3),
+    "shufflenet_v2_cifar": Family(
+        partial(shufflenet_v2, channels=(116, 232, 464, 1024), stem=partial(Stem, 24, size=1)), stages=3
+    ),
+    **{
+        f"shufflenet_v2_{size}": Family(partial(shufflenet_v2, channels=channels, stem=imagenet), stages=3)
+        for size, channels in {
+            "x0_5": (48, 96, 192, 1024),
+            "x1_0": (116, 232, 464, 1024),
+            "x1_5": (176, 352, 704, 1024),
+            "x2_0": (244, 488, 976, 2048),
+        }.items()
+    },
+}

@@ -1,0 +1,53 @@
+"""Wide ResNets WRN-d-k for CIFAR (Zagoruyko, Komodakis 2016, arXiv 1605.07146), d = 6n + 4.
+
+Base block: 3x3 convolution to 16 channels. Branch: three stages of n pre-activation blocks with
+floor(k * (16, 32, 64) * width) channels, batch norm, ReLU, classifier.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import partial
+
+import flax.linen as nn
+
+from ekd_jax.models.blocks import Head, Norm, Stage
+from ekd_jax.models.family import Architecture, Family, Options, scaled
+from ekd_jax.models.layers import Array, BatchNorm, Conv, Drop, Mode
+
+
+class PreActivationBlock(nn.Module):
+    """BN-ReLU-conv-BN-ReLU-(dropout)-conv, plus x, or a 1x1 convolution of the activated x if the
+    number of channels changes."""
+
+    features: int
+    stride: int = 1
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array, mode: Mode) -> Array:
+        y = nn.relu(BatchNorm(name="bn1")(x, mode))
+        if x.shape[-1] != self.features or self.stride != 1:
+            x = Conv(self.features, 1, self.stride, name="shortcut_conv")(y, mode)
+        y = Conv(self.features, 3, self.stride, name="conv1")(y, mode)
+        y = Drop(self.dropout, name="drop")(nn.relu(BatchNorm(name="bn2")(y, mode)), mode)
+        return x + Conv(self.features, 3, name="conv2")(y, mode)
+
+
+def wide_resnet(widths: Sequence[Fraction], options: Options, *, depth: int, times: int) -> Architecture:
+    """Three stages of (depth - 4) / 6 blocks, `times` as wide as a ResNet's."""
+    block = partial(PreActivationBlock, dropout=options.dropout_or(0.0))
+    return Architecture(
+        stem=partial(Conv, 16),
+        stages=[
+            partial(Stage, partial(block, scaled(times * c, width)), (depth - 4) // 6, stride)
+            for c, width, stride in zip((16, 32, 64), widths, (1, 2, 2), strict=True)
+        ],
+        head=partial(Head, options.num_classes, before=Norm),
+    )
+
+
+SIZES = ((10, 1), (16, 1), (16, 2), (16, 4), (16, 8), (28, 2), (28, 4), (28, 10), (40, 1), (40, 2), (40, 4))
+MODELS = {
+    f"wrn_{depth}_{times}": Family(partial(wide_resnet, depth=depth, times=times), 3)
+    for depth, times in SIZES
+}

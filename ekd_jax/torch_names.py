@@ -1,0 +1,214 @@
+"""How PyTorch's libraries name what is ours.
+
+A name of ours becomes one of theirs by substitutions, applied in turn: every family needs a few lines, and
+nothing is listed twice.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
+
+# Ours -> theirs, applied in turn to names such as "stage1.0.conv1.weight": blocks are numbered from 0.
+_LEAVES: Rules = (
+    (r"\.(kernel|scale)$", ".weight"),
+    (r"\.mean$", ".running_mean"),
+    (r"\.var$", ".running_var"),
+)
+_RESNET: Rules = (
+    (r"^stem\.conv", "conv1"),
+    (r"^stem\.bn", "bn1"),
+    (r"^stage", "layer"),
+)
+_CIFAR_RESNET: Rules = (
+    *_RESNET,
+    (r"shortcut_conv", "shortcut.0"),
+    (r"shortcut_bn", "shortcut.1"),
+    (r"^head\.linear", "linear"),
+)
+_TORCHVISION_RESNET: Rules = (
+    *_RESNET,
+    (r"shortcut_conv", "downsample.0"),
+    (r"shortcut_bn", "downsample.1"),
+    (r"^head\.linear", "fc"),
+)
+_DENSENET: Rules = (
+    (r"^stem\.conv", "features.conv0"),
+    (r"^stem\.bn", "features.norm0"),
+    (r"^stage(\d)\.layer(\d+)_", r"features.denseblock\1.denselayer\2."),
+    (r"^stage(\d)\.transition_", r"features.transition\1."),
+    (r"(layer\d+\.|transition\d\.)bn", r"\1norm"),
+    (r"^head\.before\.bn", "features.norm5"),
+    (r"^head\.linear", "classifier"),
+)
+_SEQUENCE: Rules = (  # a convolution and its batch norm as .0 and .1
+    (r"\.conv\.(weight|bias)$", r".0.\1"),
+    (r"\.bn\.", ".1."),
+)
+_EFFICIENTNET: Rules = (
+    (r"^stem", "features.0"),
+    (r"^stage\d\.mb(\d)\.(\d+)\.", r"features.\1.\2.block."),
+    (r"^(features\.1\.\d+\.block)\.depthwise", r"\1.0"),  # the first ones do not expand
+    (r"^(features\.1\.\d+\.block)\.squeeze", r"\1.1"),
+    (r"^(features\.1\.\d+\.block)\.project", r"\1.2"),
+    (r"block\.expand\.(conv|bn)", r"block.0.\1"),
+    (r"block\.depthwise", "block.1"),
+    (r"block\.squeeze", "block.2"),
+    (r"block\.project", "block.3"),
+    (r"\.reduce\.", ".fc1."),
+    (r"\.expand\.", ".fc2."),
+    (r"^head\.before", "features.8"),
+    *_SEQUENCE,
+    (r"^head\.linear", "classifier.1"),
+)
+_TIMM: Rules = (  # EfficientNet and MobileNetV2; blocks.0 does not expand
+    (r"^stem\.conv", "conv_stem"),
+    (r"^stem\.bn", "bn1"),
+    (r"^head\.before\.conv", "conv_head"),
+    (r"^head\.before\.bn", "bn2"),
+    (r"^stage\d\.mb(\d)\.", lambda found: f"blocks.{int(found[1]) - 1}."),
+    (r"^(blocks\.0\.\d+)\.depthwise\.bn", r"\1.bn1"),
+    (r"^(blocks\.0\.\d+)\.project\.conv", r"\1.conv_pw"),
+    (r"^(blocks\.0\.\d+)\.project\.bn", r"\1.bn2"),
+    (r"\.squeeze\.reduce", ".se.conv_reduce"),
+    (r"\.squeeze\.expand", ".se.conv_expand"),
+    (r"\.expand\.conv", ".conv_pw"),
+    (r"\.expand\.bn", ".bn1"),
+    (r"\.depthwise\.conv", ".conv_dw"),
+    (r"\.depthwise\.bn", ".bn2"),
+    (r"\.project\.conv", ".conv_pwl"),
+    (r"\.project\.bn", ".bn3"),
+    (r"^head\.linear", "classifier"),
+)
+_MOBILENET: Rules = (
+    (r"^stem", "features.0"),
+    (r"^head\.before", "features.18"),
+    (r"^head\.linear", "classifier.1"),
+    (r"^stage\d\.mb1\.0\.depthwise", "features.1.conv.0"),
+    (r"^stage\d\.mb1\.0\.project\.conv", "features.1.conv.1"),
+    (r"^stage\d\.mb1\.0\.project\.bn", "features.1.conv.2"),
+    (
+        r"^stage\d\.mb(\d)\.(\d+)\.",  # blocks are numbered through
+        lambda found: f"features.{(0, 0, 2, 4, 7, 11, 14, 17)[int(found[1])] + int(found[2])}.conv.",
+    ),
+    (r"\.expand\.", ".0."),
+    (r"\.depthwise\.", ".1."),
+    (r"\.project\.conv", ".2"),
+    (r"\.project\.bn", ".3"),
+    *_SEQUENCE,
+)
+_SHUFFLENET_V2: Rules = (
+    (r"^stem", "conv1"),
+    (r"^stage(\d)", lambda found: f"stage{int(found[1]) + 1}"),
+    (r"\.left_depthwise\.conv", ".branch1.0"),
+    (r"\.left_depthwise\.bn", ".branch1.1"),
+    (r"\.left_expand\.conv", ".branch1.2"),
+    (r"\.left_expand\.bn", ".branch1.3"),
+    (r"\.reduce\.conv", ".branch2.0"),
+    (r"\.reduce\.bn", ".branch2.1"),
+    (r"\.depthwise\.conv", ".branch2.3"),
+    (r"\.depthwise\.bn", ".branch2.4"),
+    (r"\.expand\.conv", ".branch2.5"),
+    (r"\.expand\.bn", ".branch2.6"),
+    (r"^head\.before", "conv5"),
+    *_SEQUENCE,
+    (r"^head\.linear", "fc"),
+)
+_WIDE_RESNET: Rules = (
+    (r"^stem\.", "conv1."),
+    (r"^stage(\d)", r"block\1.layer"),
+    (r"shortcut_conv", "convShortcut"),
+    (r"^head\.before\.bn", "bn1"),
+    (r"^head\.linear", "fc"),
+)
+_VGG: Rules = (
+    (r"^stem", "block0"),
+    (r"^stage", "block"),
+    (r"\.conv(\d)", lambda found: f".{3 * int(found[1]) - 3}"),
+    (r"\.bn(\d)", lambda found: f".{3 * int(found[1]) - 2}"),
+    (r"^head\.linear", "classifier"),
+)
+_MOBILENET_CIFAR: Rules = (
+    (r"^stem", "conv1"),
+    (r"^head\.before", "conv2"),
+    (r"^head\.linear", "classifier.0"),
+    (r"^stage\d\.mb(\d)\.(\d+)", lambda found: f"blocks.{int(found[1]) - 1}.{found[2]}.conv"),
+    (r"\.expand\.conv", ".0"),
+    (r"\.expand\.bn", ".1"),
+    (r"\.depthwise\.conv", ".3"),
+    (r"\.depthwise\.bn", ".4"),
+    (r"\.project\.conv", ".6"),
+    (r"\.project\.bn", ".7"),
+    *_SEQUENCE,
+)
+_SHUFFLENET_V1_CIFAR: Rules = (
+    *_RESNET,
+    (r"\.reduce\.(conv|bn)", r".\g<1>1"),
+    (r"\.depthwise\.(conv|bn)", r".\g<1>2"),
+    (r"(layer\d\.\d+)\.(conv|bn)\.", r"\1.\g<2>3."),
+    (r"^head\.linear", "linear"),
+)
+_SHUFFLENET_V2_CIFAR: Rules = (
+    *_RESNET,
+    (r"^(layer\d\.0)\.left_depthwise\.(conv|bn)", r"\1.\g<2>1"),  # the first block has two paths
+    (r"^(layer\d\.0)\.left_expand\.(conv|bn)", r"\1.\g<2>2"),
+    (r"^(layer\d\.0)\.reduce\.(conv|bn)", r"\1.\g<2>3"),
+    (r"^(layer\d\.0)\.depthwise\.(conv|bn)", r"\1.\g<2>4"),
+    (r"^(layer\d\.0)\.expand\.(conv|bn)", r"\1.\g<2>5"),
+    (r"\.reduce\.(conv|bn)", r".\g<1>1"),
+    (r"\.depthwise\.(conv|bn)", r".\g<1>2"),
+    (r"\.expand\.(conv|bn)", r".\g<1>3"),
+    (r"^head\.before\.(conv|bn)", r"\g<1>2"),
+    (r"^head\.linear", "linear"),
+)
+
+
+class Source(NamedTuple):
+    """Networks of a library.
+
+    Attributes:
+        models: pattern of our names of them.
+        library: whose they are.
+        rules: substitutions.
+        options: what `models.build` must be told to compute the same.
+    """
+
+    models: str
+    library: str
+    rules: Rules
+    options: dict[str, Any] = {}
+
+
+_RESNETS = r"resnet(18|34|50|101|152)|resnext.*|wide_resnet.*"
+SOURCES = (
+    Source(_RESNETS, "torchvision and timm", _TORCHVISION_RESNET),
+    Source("densenet121", "torchvision and timm", _DENSENET),
+    Source("efficientnet_b[0-4]", "torchvision", _EFFICIENTNET, {"padding": "even"}),
+    Source(
+        "efficientnet_b[5-7]", "torchvision", _EFFICIENTNET, {"padding": "even", "batch_norm_epsilon": 1e-3}
+    ),
+    Source("efficientnet_b[0-7]", "timm", _TIMM, {"padding": "even"}),
+    Source("mobilenet_v2", "timm", _TIMM),
+    Source("mobilenet_v2", "torchvision", _MOBILENET),
+    Source("shufflenet_v2_x.*", "torchvision", _SHUFFLENET_V2),
+    Source(r"resnet\d+(_a|x4)?|resnet110_.*", "the official CIFAR code", _CIFAR_RESNET),
+    Source(r"resnet\d+(x4)?", "RepDistiller", _TORCHVISION_RESNET),
+    Source("wrn_.*", "RepDistiller", _WIDE_RESNET),
+    Source(r"vgg\d+", "RepDistiller", _VGG),
+    Source("mobilenet_v2_cifar", "RepDistiller", _MOBILENET_CIFAR),
+    Source("shufflenet_v1_cifar", "RepDistiller", _SHUFFLENET_V1_CIFAR),
+    Source("shufflenet_v2_cifar", "RepDistiller", _SHUFFLENET_V2_CIFAR),
+)
+
+
+def sources(model: str) -> list[Source]:
+    """Where weights of a network of ours may come from."""
+    return [source for source in SOURCES if re.fullmatch(source.models, model)]
+
+
+def torch_name(name: str, rules: Rules) -> str:
+    """Theirs for a name of ours such as "stage1.0.conv1.kernel", blocks counted from 0."""
+    for pattern, replacement in (*_LEAVES, *rules):
+        name = re.sub(pattern, replacement, name)
+    return name
