@@ -24,8 +24,9 @@ a full run wants an accelerator.
 
 from ml_collections import ConfigDict
 
-from ekd_jax.config import default, parse_variant
+from ekd_jax.config import parse_variant
 from ekd_jax.errors import UserError
+from ekd_jax.recipes import paper
 
 # depth -> learning rate, epochs, epochs at which it drops, weights alpha, beta, gamma
 OFFICIAL = {
@@ -38,11 +39,7 @@ OFFICIAL = {
 def get_config(argument: str | None = None) -> ConfigDict:
     """depth=20|32|44|56|110, recipe=paper|official."""
     variant = parse_variant(argument, depth=(20, 32, 44, 56, 110), recipe=("paper", "official"))
-    config = default()
-    config.model.name = f"resnet{variant.depth}"
-    config.data.name = "cifar10"
-    config.data.mean, config.data.std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-    config.train.epochs = 350.0
+    config = paper(f"resnet{variant.depth}", "cifar10")
     if variant.recipe == "official":
         official(config, variant.depth)
     return config

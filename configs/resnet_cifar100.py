@@ -24,17 +24,14 @@ on a subset is in docs/results.md. Wall-clock on two CPU cores: about 1.6 s a st
 
 from ml_collections import ConfigDict
 
-from ekd_jax.config import default, parse_variant
+from ekd_jax.config import parse_variant
+from ekd_jax.recipes import paper
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
     """depth=20|32|44|56|110, recipe=paper|official."""
     variant = parse_variant(argument, depth=(20, 32, 44, 56, 110), recipe=("paper", "official"))
-    config = default()
-    config.model.name = f"resnet{variant.depth}"
-    config.data.name = "cifar100"
-    config.data.mean, config.data.std = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
-    config.train.epochs = 450.0
+    config = paper(f"resnet{variant.depth}", "cifar100")
     if variant.recipe == "official":
         official(config, variant.depth)
     return config

@@ -20,17 +20,12 @@ an epoch; a full run wants an accelerator.
 
 from ml_collections import ConfigDict
 
-from ekd_jax.config import default, parse_variant
+from ekd_jax.config import parse_variant
+from ekd_jax.recipes import paper
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
     """depth=20|32|44|56|110."""
     variant = parse_variant(argument, depth=(20, 32, 44, 56, 110))
-    config = default()
-    config.model.name = f"resnet{variant.depth}"
-    config.data.name = "svhn_cropped"
-    config.data.mean, config.data.std = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
-    config.data.flip = False
-    config.train.epochs = 50.0
-    config.train.evaluate_every_epochs = 1.0
+    config = paper(f"resnet{variant.depth}", "svhn_cropped")
     return config

@@ -2,16 +2,20 @@
 
 import os
 import pathlib
+import platform
 import sys
 import threading
+import zlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ekd_jax.config import resolve
-from ekd_jax.errors import UserError, nearest
+from ekd_jax.errors import UserError, nearest, reason
+from ekd_jax.writers import user_cache
 
 FLAGS = flags.FLAGS
 
@@ -51,6 +55,38 @@ def config_name() -> str:
     return f"{name}-{argument.replace(',', '-')}" if argument else name
 
 
+flags.DEFINE_string(
+    "compilation_cache", None, "folder for compiled programs; empty: none; ~/.cache/ekd_jax if not given"
+)
+flags.DEFINE_float("compilation_cache_gb", 4.0, "its size: what was not used for longest is deleted")
+
+
+def use_compilation_cache() -> None:
+    """Programs that took more than a second to compile are kept for the next run; several runs may share
+    the folder. $JAX_COMPILATION_CACHE_DIR is JAX's own way to say where."""
+    if FLAGS.compilation_cache == "" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    folder = pathlib.Path(FLAGS.compilation_cache or user_cache() / "compiled") / _processor()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if FLAGS.compilation_cache:
+            raise UserError(f"--compilation_cache={FLAGS.compilation_cache}: {reason(error)}") from error
+        return  # a home that cannot be written is no reason not to run
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", int(FLAGS.compilation_cache_gb * 1e9))
+
+
+def _processor() -> str:
+    """Names the processor's instructions: programs for one CPU must not be run on another."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        known = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        known = platform.processor()
+    return f"{platform.machine()}-{zlib.crc32(known.encode()):08x}"
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Parses flags, runs `main` and exits: with its code, or 2 and one line on standard error."""
 
@@ -68,8 +104,12 @@ def run(main: Callable[[], int | None]) -> None:
         sys.unraisablehook = lambda failed: logging.info("in the background: %s", failed.exc_value)
         return rest
 
+    def start(_: list[str]) -> None:
+        use_compilation_cache()
+        sys.exit(main())
+
     try:
-        app.run(lambda _: sys.exit(main()), flags_parser=parse)
+        app.run(start, flags_parser=parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

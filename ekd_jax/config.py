@@ -135,13 +135,18 @@ KNOBS: dict[str, Knob] = {
     ),
     "data.workers": Knob(-1, "processes that decode; 0: threads alone; -1: as many as pay", **_PLACE),
     "data.threads": Knob(0, "threads in each of them; 0: as many as pay", **_NOT_NEGATIVE, **_PLACE),
-    "optimizer.name": Knob("sgd", "or adam; with L2 decay as in PyTorch", **_one_of(("sgd", "adam"))),
+    "optimizer.name": Knob(
+        "sgd", "adam or rmsprop; with L2 decay as in PyTorch", **_one_of(("sgd", "adam", "rmsprop"))
+    ),
     "optimizer.learning_rate": Knob(0.1, "to begin with", **_POSITIVE),
-    "optimizer.momentum": Knob(0.9, "of sgd", **_FRACTION),
+    "optimizer.momentum": Knob(0.9, "of sgd and rmsprop", **_FRACTION),
     "optimizer.nesterov": Knob(True, "Nesterov's momentum for sgd"),
     "optimizer.weight_decay": Knob(1e-4, "L2, added to the gradient of every parameter", **_NOT_NEGATIVE),
     "optimizer.milestones": Knob((0.5, 0.75), "fractions of training where the rate drops", **_INCREASING),
     "optimizer.decay": Knob(0.1, "factor by which it drops", **_POSITIVE),
+    "optimizer.decay_every_epochs": Knob(
+        0.0, "the rate also drops every so many epochs; 0: at the milestones alone", **_NOT_NEGATIVE
+    ),
     "train.epochs": Knob(300.0, "passes over the training set", **_POSITIVE),
     "train.batch_size": Knob(128, "examples a step, over all devices", **_POSITIVE),
     "train.dtype": Knob("float32", "what convolutions compute in", **_one_of(("float32", "bfloat16"))),

@@ -137,7 +137,8 @@ def count_cost(jaxpr: Any) -> Cost:
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         given: Any = eqn.outvars[0].aval if eqn.outvars else None
-        if name == "conv_general_dilated" or eqn.params.get("name") == "grouped_convolution":
+        grouped = eqn.params.get("name") == "grouped_convolution" and len(eqn.invars) == 2
+        if name == "conv_general_dilated" or grouped:
             kernel = eqn.invars[1].aval.shape
             numbers = eqn.params.get("dimension_numbers")
             outputs = kernel[numbers.rhs_spec[0] if numbers else -1]
@@ -163,7 +164,8 @@ def memory(config: Any, description: dict[str, Any], data: int) -> dict[str, int
     shape, classes = tuple(description["input_shape"]), description["num_classes"]
     ensemble, method = build(config, classes), make_method(config)
     variables = init_variables(ensemble, method, None, shape)
-    slots = {"sgd": 1 if config.optimizer.momentum else 0, "adam": 2}[config.optimizer.name]
+    momentum = 1 if config.optimizer.momentum else 0
+    slots = {"sgd": momentum, "adam": 2, "rmsprop": 1 + momentum}[config.optimizer.name]
     images = jax.ShapeDtypeStruct((config.train.batch_size, *shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((config.train.batch_size,), jnp.int32)
 

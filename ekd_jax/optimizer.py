@@ -6,26 +6,38 @@ import optax
 
 from ekd_jax.methods.base import Method
 
+RMSPROP_DECAY, RMSPROP_EPSILON = 0.9, 1e-3  # of EfficientNet; the epsilon is added under the root
+
 
 def learning_rate(config: Any, steps: int) -> optax.Schedule:
-    """Step -> rate: `learning_rate`, times `decay` at each milestone (a fraction of training)."""
+    """Step -> rate: `learning_rate`, times `decay` at each milestone (a fraction of training) and every
+    `decay_every_epochs`."""
     knobs = config.optimizer
     drops = {round(m * steps): knobs.decay for m in knobs.milestones}
-    return optax.piecewise_constant_schedule(knobs.learning_rate, drops)
+    rate = optax.piecewise_constant_schedule(knobs.learning_rate, drops)
+    if not knobs.decay_every_epochs:
+        return rate
+    every = max(1, round(knobs.decay_every_epochs * steps / config.train.epochs))
+    factor = optax.exponential_decay(1.0, every, knobs.decay, staircase=True)
+    return lambda step: rate(step) * factor(step)
 
 
 def make_optimizer(config: Any, method: Method, steps: int) -> optax.GradientTransformation:
-    """PyTorch's SGD or Adam: L2 decay enters the gradient, of batch norm and biases too.
+    """SGD, Adam or RMSProp, with PyTorch's weight decay: L2, in the gradient, of batch norm and biases too.
 
     The method's own parameters (`method/<name>`) learn at a rate scaled by its
     `learning_rate_scales`.
     """
     knobs = config.optimizer
     rate = learning_rate(config, steps)
-    if knobs.name == "adam":
-        update = optax.adam(rate)
-    else:
-        update = optax.sgd(rate, knobs.momentum or None, nesterov=knobs.nesterov)
+    momentum = knobs.momentum or None
+    match knobs.name:
+        case "adam":
+            update = optax.adam(rate)
+        case "rmsprop":
+            update = optax.rmsprop(rate, RMSPROP_DECAY, RMSPROP_EPSILON, momentum=momentum)
+        case _:
+            update = optax.sgd(rate, momentum, nesterov=knobs.nesterov)
     scales = method.learning_rate_scales
 
     def scale(updates: Any, params: Any = None) -> Any:

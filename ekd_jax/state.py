@@ -116,6 +116,6 @@ def init_state(
     """The state before the first step, as numpy arrays."""
     variables = init_variables(ensemble, method, seed, input_shape)
     shapes = jax.eval_shape(optimizer.init, variables["params"])
-    # sgd and adam begin at zero everywhere: nothing to compute.
+    # every optimiser begins at zero everywhere: nothing to compute.
     opt_state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     return TrainState(np.zeros((), np.int32), variables["params"], variables["batch_stats"], opt_state)

@@ -12,6 +12,11 @@ import tensorboardX
 METRICS = "metrics.jsonl"
 
 
+def user_cache() -> pathlib.Path:
+    """Where things are kept that can be made again: ~/.cache/ekd_jax, or below $XDG_CACHE_HOME."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ekd_jax"
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes the file whole or not at all."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -81,6 +81,12 @@ def test_every_config_resolves_and_says_how_it_is_used(path):
         ("resnet_cifar100", "recipe=official", ("resnet20", "adam", 400, 64, 3.0, 1e-5)),
         ("resnet_cifar10", "", ("resnet20", "sgd", 350, 128, 2.0, 1e-4)),
         ("resnet_cifar10", "depth=110,recipe=official", ("resnet110", "sgd", 250, 128, 3.0, 1e-4)),
+        ("resnet_svhn", "depth=44", ("resnet44", "sgd", 50, 128, 2.0, 1e-4)),
+        ("resnet_imagenet", "depth=101", ("resnet101", "sgd", 100, 256, 2.0, 1e-4)),
+        ("densenet", "data=svhn", ("densenet_bc_12_100", "sgd", 50, 64, 2.0, 1e-4)),
+        ("densenet", "data=imagenet", ("densenet121", "sgd", 100, 256, 2.0, 1e-4)),
+        ("resnext", "data=cifar100", ("resnext50_32x4d", "sgd", 450, 128, 2.0, 1e-4)),
+        ("efficientnet", "data=cifar10,size=b4", ("efficientnet_b4", "rmsprop", 350, 64, 2.0, 1e-4)),
     ],
 )
 def test_variants(name, argument, expected):

@@ -1,7 +1,6 @@
 """Networks in plain PyTorch, under their libraries' state-dict names: references for parity tests.
 
-Written from the published definitions. `NETWORKS` builds them by name, `PARAMETERS` and `GMACS` hold
-their published sizes.
+Written from the published definitions. `NETWORKS` builds them by name; published.py has their sizes.
 """
 
 import math
@@ -592,88 +591,10 @@ NETWORKS = {
     "shufflenet_v1_cifar": ShuffleNetV1Cifar,
     "shufflenet_v2_cifar": ShuffleNetV2Cifar,
     "wrn_28_10": partial(WideResNet, 28, 10, num_classes=10),
-    "densenet_bc_100_12": DenseNetCifar,
+    "densenet_bc_12_100": DenseNetCifar,
     **{f"resnet{6 * n + 2}_a": partial(CifarResNet, BasicBlock, n) for n in (3, 5, 7, 9, 18)},
     **{
         name: partial(EfficientNet, width, depth, dropout=dropout)
         for name, (width, depth, dropout) in EFFICIENTNETS.items()
     },
-}
-
-PARAMETERS = {
-    # torchvision, "num_params" in the meta of its weights; 1000 classes
-    "resnet18": 11_689_512,
-    "resnet34": 21_797_672,
-    "resnet50": 25_557_032,
-    "resnet101": 44_549_160,
-    "resnet152": 60_192_808,
-    "resnext50_32x4d": 25_028_904,
-    "resnext101_32x8d": 88_791_336,
-    "wide_resnet50_2": 68_883_240,
-    "wide_resnet101_2": 126_886_696,
-    "densenet121": 7_978_856,
-    "efficientnet_b0": 5_288_548,
-    "efficientnet_b1": 7_794_184,
-    "efficientnet_b2": 9_109_994,
-    "efficientnet_b3": 12_233_232,
-    "efficientnet_b4": 19_341_616,
-    "efficientnet_b5": 30_389_784,
-    "efficientnet_b6": 43_040_704,
-    "efficientnet_b7": 66_347_960,
-    "mobilenet_v2": 3_504_872,
-    "shufflenet_v2_x0_5": 1_366_792,
-    "shufflenet_v2_x1_0": 2_278_604,
-    "shufflenet_v2_x1_5": 3_503_624,
-    "shufflenet_v2_x2_0": 7_393_996,
-    # computed from RepDistiller's code; 100 classes
-    "resnet8x4": 1_233_540,
-    "resnet32x4": 7_433_860,
-    "vgg8": 3_965_028,
-    "vgg11": 9_277_284,
-    "vgg13": 9_462_180,
-    "vgg16": 14_774_436,
-    "vgg19": 20_086_692,
-    "wrn_16_1": 180_916,
-    "wrn_16_2": 703_284,
-    "wrn_40_1": 569_780,
-    "wrn_40_2": 2_255_156,
-    "mobilenet_v2_cifar": 812_836,
-    "shufflenet_v1_cifar": 949_258,
-    "shufflenet_v2_cifar": 1_355_528,
-    # 10 classes: 36.5M in Zagoruyko & Komodakis, 0.8M in Huang et al., counted
-    "wrn_28_10": 36_479_194,
-    "densenet_bc_100_12": 769_162,
-    # 10 classes: 0.27M, 0.46M, 0.66M, 0.85M and 1.7M in akamaster's README and in He et al., counted
-    "resnet20_a": 269_722,
-    "resnet32_a": 464_154,
-    "resnet44_a": 658_586,
-    "resnet56_a": 853_018,
-    "resnet110_a": 1_727_962,
-}
-
-# torchvision, "_ops" in the meta of its weights: size of the input, 1e9 multiply-adds
-GMACS = {
-    "resnet18": (224, 1.814),
-    "resnet34": (224, 3.664),
-    "resnet50": (224, 4.089),
-    "resnet101": (224, 7.801),
-    "resnet152": (224, 11.514),
-    "resnext50_32x4d": (224, 4.23),
-    "resnext101_32x8d": (224, 16.414),
-    "wide_resnet50_2": (224, 11.398),
-    "wide_resnet101_2": (224, 22.753),
-    "densenet121": (224, 2.834),
-    "efficientnet_b0": (224, 0.386),
-    "efficientnet_b1": (240, 0.687),
-    "efficientnet_b2": (288, 1.088),
-    "efficientnet_b3": (300, 1.827),
-    "efficientnet_b4": (380, 4.394),
-    "efficientnet_b5": (456, 10.266),
-    "efficientnet_b6": (528, 19.068),
-    "efficientnet_b7": (600, 37.746),
-    "mobilenet_v2": (224, 0.301),
-    "shufflenet_v2_x0_5": (224, 0.04),
-    "shufflenet_v2_x1_0": (224, 0.145),
-    "shufflenet_v2_x1_5": (224, 0.296),
-    "shufflenet_v2_x2_0": (224, 0.583),
 }

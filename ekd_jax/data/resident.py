@@ -1,7 +1,11 @@
 """A data set that lives on the devices, as uint8."""
 
 import concurrent.futures
+import hashlib
 import os
+import pathlib
+import time
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +18,10 @@ from ekd_jax import parallel
 from ekd_jax.data import order
 from ekd_jax.data.dataset import Examples
 from ekd_jax.data.sources import Data, read_one
+from ekd_jax.writers import user_cache
 
 Array = jax.Array
+CACHE_SECONDS, CACHE_BYTES = 2.0, 4e9  # what takes so long to read is kept, so much in all
 
 
 class Resident:
@@ -88,7 +94,17 @@ def on_devices(examples: Examples, data: Data, mesh: Mesh, placement: str) -> tu
 
 
 def read_all(examples: Examples, data: Data, numbers: range) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of the examples with these numbers, read by as many threads as there are cores."""
+    """Images and labels of the examples with these numbers.
+
+    They are read by as many threads as there are cores. What took long is kept in the user's cache for
+    the next run: CIFAR's 60,000 PNGs take 17 s on two cores, their pixels half a second.
+    """
+    what = f"{examples.fingerprint} {data.reader} {data.facts.num_classes} {numbers}"
+    kept = user_cache() / f"pixels-{hashlib.sha256(what.encode()).hexdigest()[:24]}.npz"
+    found = _recall(kept)
+    if found is not None:
+        return found
+    started = time.monotonic()
     images = np.empty((len(numbers), *data.facts.input_shape), np.uint8)
     labels = np.empty(len(numbers), np.int32)
 
@@ -101,4 +117,34 @@ def read_all(examples: Examples, data: Data, numbers: range) -> tuple[np.ndarray
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(read_some, range(0, len(numbers), 256)))
+    if time.monotonic() - started > CACHE_SECONDS and images.nbytes < CACHE_BYTES / 2:
+        _keep(kept, images, labels)
     return images, labels
+
+
+def _recall(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """What was kept, if it is there and whole: the archive has a checksum of each array."""
+    try:
+        with np.load(path) as arrays:
+            found = arrays["images"], arrays["labels"]
+        path.touch()
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return found
+
+
+def _keep(path: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """Writes what `_recall` finds, and deletes what was not used for longest; a full disk is no error."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.savez(file, images=images, labels=labels)
+        os.replace(partial, path)
+        size = 0
+        for old in sorted(path.parent.glob("pixels-*.npz"), key=lambda p: -p.stat().st_mtime):
+            size += old.stat().st_size
+            if size > CACHE_BYTES:
+                old.unlink(missing_ok=True)
+    except OSError:
+        partial.unlink(missing_ok=True)

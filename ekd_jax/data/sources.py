@@ -19,7 +19,7 @@ from ekd_jax.data import folder, order
 from ekd_jax.data.dataset import Example, Examples, Info, Source
 from ekd_jax.data.images import CorruptImageError, Reader
 from ekd_jax.errors import UserError
-from ekd_jax.writers import TaskProgress, write_json
+from ekd_jax.writers import TaskProgress, user_cache, write_json
 
 DIGITS = Info(
     "digits", (8, 8, 1), tuple("zero one two three four five six seven eight nine".split()), 899, 898
@@ -252,7 +252,7 @@ def without_corrupt(examples: Examples, reader: Reader) -> Examples:
         reader: tries each.
     """
     digest = hashlib.sha256(f"{examples.fingerprint} {reader}".encode()).hexdigest()[:24]
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ekd_jax"
+    cache = user_cache()
     remembered = cache / f"corrupt-{digest}.json"
     if remembered.exists():
         corrupt = {int(number): why for number, why in json.loads(remembered.read_text()).items()}

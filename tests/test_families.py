@@ -1,0 +1,219 @@
+"""Every family: sizes as published, what can be asked of it, and what is dropped."""
+
+import dataclasses
+import json
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import published
+import pytest
+from conftest import REFERENCE
+
+from ekd_jax import models, parallel
+from ekd_jax.describe import count, student_cost
+from ekd_jax.errors import UserError
+from ekd_jax.models.ensemble import parse_students, student_paths
+from ekd_jax.models.layers import BatchNorm, Drop, Mode
+from ekd_jax.state import forward_shapes
+
+OFFICIAL = json.loads((REFERENCE / "param_counts.json").read_text())["models"]
+OUR_NAMES = {"DenseNetBC_12_100": "densenet_bc_12_100", "DenseNet121": "densenet121"}
+CIFAR = ("cifar", "_bc_", "wrn_", "vgg", "x4", "_a", "resnet110", "resnet8", "resnet14")
+SMALL = [n for n in models.MODELS if "resnet" not in n or n in ("resnet8", "resnet18", "resnet8x4")]
+
+
+def size_of(name):
+    return 32 if any(part in name for part in CIFAR) and name != "resnet18" else 64
+
+
+def alone(name, classes, **options):
+    return models.build(name, (Fraction(1),), classes, **options)
+
+
+@pytest.mark.parametrize("key", OFFICIAL)
+def test_parameters_of_every_student_are_the_official_codes(key):
+    name, students, no_blocks, classes = key.split("|")[:4]
+    number = lambda text: int(text.split("=")[1])
+    ensemble = models.build(
+        OUR_NAMES.get(name, name.lower()),
+        parse_students(number(students)),
+        number(classes),
+        no_blocks=number(no_blocks),
+    )
+    params = ensemble.init(None, (64, 64, 3))["params"]
+    assert count(params["base"]) == OFFICIAL[key]["base"]
+    branches = [count(tree) for tree in params["students"].values()]
+    assert branches == OFFICIAL[key].get("branches", branches)
+    totals = [count(student_paths(params, i + 1)) for i in range(number(students))]
+    assert totals == OFFICIAL[key]["student_total"]
+
+
+@pytest.mark.parametrize("name", published.PARAMETERS)
+def test_parameters_at_width_1_are_the_published_ones(name):
+    ten = name == "wrn_28_10" or name.endswith("_a") or "_bc_" in name
+    classes = 1000 if name in published.GMACS else 10 if ten else 100
+    ensemble = alone(name, classes)
+    params = ensemble.init(None, (64, 64, 3))["params"]
+    assert count(params) == published.PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", published.GMACS)
+def test_multiply_accumulates_are_the_published_ones(name):
+    size, billions = published.GMACS[name]
+    # torchvision computes EfficientNets with even padding.
+    ensemble = alone(name, 1000, **({"padding": "even"} if "efficientnet" in name else {}))
+    shape = (size, size, 3)
+    cost = student_cost(ensemble, ensemble.init(None, shape), 1, shape)
+    rounding = 0.0005 / billions
+    assert cost.macs / 1e9 == pytest.approx(billions, rel=0.01 + rounding)
+
+
+def test_activations_are_those_of_the_convolutions():
+    """ResNet-50 gives 11.1 million numbers at 224 (timm's benchmark tables, "MActs")."""
+    ensemble = alone("resnet50", 1000)
+    cost = student_cost(ensemble, ensemble.init(None, (224, 224, 3)), 1, (224, 224, 3))
+    assert cost.activations / 1e6 == pytest.approx(11.1, abs=0.05)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_students_of_any_width_see_the_same_places(name):
+    """Three students, one very narrow: maps of equal height and width, fewer channels, full logits."""
+    size = size_of(name)
+    ensemble = models.build(name, parse_students((1, 0.55, 0.25)), 7)
+    variables = ensemble.init(None, (size, size, 3))
+    outputs = forward_shapes(ensemble, variables, (size, size, 3))
+    assert outputs.logits_SxBxK.shape == (3, 1, 7)
+    assert outputs.logits_SxBxK.dtype == jnp.float32
+    assert len(outputs.features) == len(ensemble.compressed)
+    for row in outputs.features:
+        assert len({x.shape[:3] for x in row}) == 1
+    channels = [sum(row[i].shape[-1] for row in outputs.features) for i in range(3)]
+    assert channels[0] > channels[1] > channels[2]
+    sizes = [count(student_paths(variables["params"], i)) for i in (1, 2, 3)]
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize("name", ["densenet_bc_12_100", "efficientnet_b0", "resnet18", "wrn_16_2", "vgg8"])
+def test_the_last_stages_alone_can_be_compressed(name):
+    ensemble = models.build(name, parse_students((1, 0.5)), 7, no_blocks=1)
+    outputs = forward_shapes(ensemble, ensemble.init(None, (64, 64, 3)), (64, 64, 3))
+    assert len(outputs.features) == 1
+    whole = models.build(name, parse_students((1, 0.5)), 7)
+    variables = whole.init(None, (64, 64, 3))["params"]["students"]["2"]
+    last_alone = ensemble.init(None, (64, 64, 3))["params"]["students"]["2"]
+    first = min(name for name in variables if name.startswith("stage"))
+    assert count(last_alone) > count(variables)
+    full = ensemble.init(None, (64, 64, 3))["params"]["students"]["1"]
+    assert count(last_alone[first]) == count(full[first]), "the first stage keeps its width"
+
+
+@pytest.mark.parametrize("shared", [0, 1, 2])
+def test_the_cut_can_be_moved(shared):
+    """ONE shares two stages; parameters of a whole student stay the same."""
+    ensemble = models.build("resnet32", parse_students((1, 1, 1)), 100, shared_stages=shared)
+    params = ensemble.init(None, (32, 32, 3))["params"]
+    stages = [name for name in params["base"] if name.startswith("stage")]
+    assert stages == [f"stage{i}" for i in range(1, shared + 1)]
+    assert count(student_paths(params, 3)) == 472_756
+    if shared == 2:  # METHODS.md 2: ONE's ResNet-32 has 1,193,189 with its gate of 32 x 3 + 3 + 2 x 3
+        assert count(params) + 32 * 3 + 3 + 2 * 3 == 1_193_189
+
+
+def test_impossible_cuts():
+    with pytest.raises(UserError, match="model.shared_stages=3: at least one of the 3 stages"):
+        alone("resnet20", 10, shared_stages=3)
+    with pytest.raises(UserError, match="no_blocks=2 must be between 1 and 1"):
+        alone("resnet20", 10, shared_stages=2, no_blocks=2)
+    with pytest.raises(UserError, match="smallest usable width is 0.15"):
+        models.build("shufflenet_v1_cifar", (Fraction(1, 10),), 10)
+
+
+@pytest.mark.parametrize(("last_map", "channels"), [("", 1280), ("pooled", 1280), ("stage", 320)])
+def test_which_map_of_an_efficientnet_is_matched(last_map, channels):
+    """The official code matches the 1280-channel map, the paper's figure shows 320 channels."""
+    ensemble = models.build("efficientnet_b0", parse_students(5), 10, last_map=last_map)
+    outputs = forward_shapes(ensemble, ensemble.init(None, (64, 64, 3)), (64, 64, 3))
+    assert [row[0].shape[-1] for row in outputs.features] == [40, 112, channels]
+    smallest = [row[4].shape[-1] for row in outputs.features]
+    assert smallest == [8, 24, 256 if channels == 1280 else 64]
+
+
+def test_channels_of_efficientnet_students():
+    """METHODS.md 1.5 e, B2 and B4; the last of each stage."""
+    expected = {
+        "efficientnet_b2": [(48, 120, 1408), (32, 96, 1128), (24, 72, 848), (16, 48, 560), (8, 24, 280)],
+        "efficientnet_b4": [(56, 160, 1792), (48, 128, 1432), (32, 96, 1072), (24, 64, 720), (16, 32, 360)],
+    }
+    for name, widths in expected.items():
+        ensemble = models.build(name, parse_students(5), 10)
+        outputs = forward_shapes(ensemble, ensemble.init(None, (64, 64, 3)), (64, 64, 3))
+        found = [tuple(row[i].shape[-1] for row in outputs.features) for i in range(5)]
+        assert found == widths, name
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b7", "resnext101_32x8d", "densenet_bc_40_190"])
+def test_initial_values_follow_their_rules(name):
+    """Every kernel at width .2 has the deviation of its rule: kaiming over fan-out, or the classifier's."""
+    ensemble = models.build(name, (Fraction(1, 5),), 10)
+    params = ensemble.init(0, (64, 64, 3))["params"]
+    branch = params["students"]["1"]
+    leaves = jax.tree_util.tree_leaves_with_path({k: v for k, v in branch.items() if k != "head"})
+    kernels = [leaf for path, leaf in leaves if path[-1].key == "kernel" and leaf.size > 5000]
+    assert kernels
+    for kernel in kernels:
+        fan_out = math.prod(kernel.shape[-4:-2]) * kernel.shape[-1]
+        assert kernel.std() == pytest.approx(math.sqrt(2 / fan_out), rel=0.06)
+
+
+def test_what_is_dropped_depends_on_key_and_student_alone():
+    ensemble = models.build(
+        "efficientnet_b0", (Fraction(1, 5), Fraction(1, 5)), 5, stochastic_depth=0.5, dropout=0.5
+    )
+    variables = ensemble.init(0, (32, 32, 3))
+    images = jax.random.normal(jax.random.key(1), (8, 32, 32, 3))
+    apply = lambda images, key: ensemble.apply(variables, images, train=True, key=key)[0].logits_SxBxK
+    run = jax.jit(apply)
+    first, again, other = (run(images, jax.random.key(key)) for key in (2, 2, 3))
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other, atol=1e-3)
+    assert not np.allclose(first[0], first[1], atol=1e-3)
+
+
+def test_what_is_dropped_does_not_depend_on_the_devices():
+    x = np.ones((16, 3, 3, 2), np.float32)
+    run = jax.jit(lambda x: Drop(0.5).apply({}, x, Mode(train=True), rngs={"drop": jax.random.key(0)}))
+    over_eight = jax.device_put(x, parallel.split(parallel.make_mesh()))
+    np.testing.assert_array_equal(run(over_eight), run(x))
+
+
+def test_drop_scales_what_it_keeps():
+    x = jnp.ones((1000, 4, 4, 2))
+    mode = Mode(train=True)
+    for whole in (False, True):
+        y = Drop(0.25, whole).apply({}, x, mode, rngs={"drop": jax.random.key(0)})
+        assert set(np.unique(y).round(5)) == {0, np.float32(4 / 3).round(5)}
+        assert y.mean() == pytest.approx(1, abs=0.05)
+        each = np.asarray(y).reshape(1000, -1)
+        assert (each.min(1) == each.max(1)).all() == whole, "examples as a whole, or places on their own"
+    assert (Drop(0.25).apply({}, x, dataclasses.replace(mode, train=False)) == x).all()
+
+
+def test_local_batch_norm_is_that_of_every_part():
+    """As if each device had run PyTorch's batch norm on its part; running values move to the mean."""
+    x = np.random.default_rng(0).normal(2.0, 3.0, (8, 3, 3, 2)).astype(np.float32)
+    start = {
+        "params": {"scale": jnp.ones(2), "bias": jnp.zeros(2)},
+        "batch_stats": {"mean": jnp.zeros(2), "var": jnp.ones(2)},
+    }
+    mode = lambda groups: Mode(train=True, groups=groups)
+    run = lambda x, groups: BatchNorm().apply(start, x, mode(groups), mutable=["batch_stats"])
+    together, stats = run(x, 4)
+    parts = [run(x[i : i + 2], 1) for i in (0, 2, 4, 6)]
+    np.testing.assert_allclose(together, np.concatenate([y for y, _ in parts]), atol=1e-6)
+    for name in ("mean", "var"):
+        each = np.stack([s["batch_stats"][name] for _, s in parts])
+        np.testing.assert_allclose(stats["batch_stats"][name], each.mean(0), rtol=1e-5)
+    assert not np.allclose(together, run(x, 1)[0], atol=1e-2)
