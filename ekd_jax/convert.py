@@ -194,7 +194,7 @@ def convert(
         variables, problems = _convert(student_variables(shapes, 1), state, source.rules)
         if best is None or len(problems) < len(best[1]):
             best = variables, problems
-            cost = student_cost(ensemble, shapes, 1, input_shape)
+            cost = student_cost(ensemble, 1, input_shape)
             architecture = {
                 "name": model,
                 "width": "1",

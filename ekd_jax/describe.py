@@ -3,6 +3,7 @@
 python -m ekd_jax.describe --config=configs/resnet_cifar100.py [--num_classes=K] [--json]
 """
 
+import functools
 import json
 import math
 import operator
@@ -18,13 +19,12 @@ from ekd_jax import commands
 from ekd_jax.config import make_method
 from ekd_jax.data.sources import known_facts
 from ekd_jax.errors import UserError
+from ekd_jax.methods.base import Method
 from ekd_jax.models.ensemble import (
     Ensemble,
-    Variables,
     student_paths,
-    student_variables,
 )
-from ekd_jax.state import build, forward_shapes, init_variables
+from ekd_jax.state import build, init_variables
 from ekd_jax.step import objective
 from ekd_jax.writers import table
 
@@ -50,9 +50,8 @@ def describe(config: Any, input_shape: tuple[int, ...], num_classes: int) -> dic
     ensemble = build(config, num_classes)
     variables = init_variables(ensemble, make_method(config), None, input_shape)
     params = variables["params"]
-    costs = [student_cost(ensemble, variables, i + 1, input_shape) for i in range(len(ensemble.students))]
-
-    outputs = forward_shapes(ensemble, variables, input_shape)
+    costs = [student_cost(ensemble, i + 1, input_shape) for i in range(len(ensemble.students))]
+    outputs = ensemble.shapes(input_shape)
     widths = [[row[i].shape[-1] for row in outputs.features] for i in range(len(ensemble.students))]
     sizes = [count(student_paths(params, i + 1)) for i in range(len(ensemble.students))]
     return {
@@ -122,13 +121,10 @@ class Cost(NamedTuple):
         return Cost(*map(operator.add, self, other))
 
 
-def student_cost(
-    ensemble: Ensemble, variables: Variables, student: int, input_shape: tuple[int, ...]
-) -> Cost:
-    """What one image costs that goes through base block and branch."""
-    images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-    alone = student_variables(variables, student)
-    return count_cost(jax.make_jaxpr(ensemble.student(student).logits)(alone, images).jaxpr)
+def student_cost(ensemble: Ensemble, student: int, input_shape: tuple[int, ...]) -> Cost:
+    """What one image costs that goes through base block and branch of a student, from 1."""
+    base, branches = ensemble.trace(input_shape)
+    return count_cost(base.jaxpr) + count_cost(branches[student - 1].jaxpr)
 
 
 def count_cost(jaxpr: Any) -> Cost:
@@ -166,8 +162,20 @@ def memory(config: Any, description: dict[str, Any], data: int) -> dict[str, int
     variables = init_variables(ensemble, method, None, shape)
     momentum = 1 if config.optimizer.momentum else 0
     slots = {"sgd": momentum, "adam": 2, "rmsprop": 1 + momentum}[config.optimizer.name]
-    images = jax.ShapeDtypeStruct((config.train.batch_size, *shape), jnp.float32)
-    labels = jax.ShapeDtypeStruct((config.train.batch_size,), jnp.int32)
+    parameters = _bytes(variables["params"])
+    return {
+        "state": (2 + slots) * parameters,
+        "activations": _kept(ensemble, method, config.train.batch_size, shape) - parameters,
+        "data": data,
+    }
+
+
+@functools.lru_cache(maxsize=4)
+def _kept(ensemble: Ensemble, method: Method, batch_size: int, shape: tuple[int, ...]) -> int:
+    """Bytes that the backward pass needs of the forward pass, parameters among them."""
+    variables = init_variables(ensemble, method, None, shape)
+    images = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
+    labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
 
     def kept(params: Any, batch_stats: Any, images: Any, labels: Any) -> Any:
         def loss(params: Any) -> Any:
@@ -178,16 +186,11 @@ def memory(config: Any, description: dict[str, Any], data: int) -> dict[str, int
 
         return jax.vjp(loss, params)[1]
 
-    def size(tree: Any) -> int:
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return _bytes(jax.eval_shape(kept, variables["params"], variables["batch_stats"], images, labels))
 
-    parameters = size(variables["params"])
-    residuals = size(jax.eval_shape(kept, variables["params"], variables["batch_stats"], images, labels))
-    return {
-        "state": (2 + slots) * parameters,
-        "activations": residuals - parameters,
-        "data": data,
-    }
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ Run the same command again to go on after an interruption. `--dry_run` prints wh
 
 import json
 import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -22,34 +23,40 @@ def main() -> None:
     """The command."""
     config = commands.config()
     path = pathlib.Path(FLAGS.workdir or f"runs/{commands.config_name()}")
-    if not FLAGS.dry_run:
-        summary = train.run(config, path)
-        print(train.summary_table(summary))
-        print(
-            f"everything is in {path}; take a student out with python -m ekd_jax.extract --workdir={path}"
-        )
+    if FLAGS.dry_run:
+        print(dry_run(config, path))
         return
+    summary = train.run(config, path)
+    print(train.summary_table(summary))
+    print(f"everything is in {path}; take a student out with python -m ekd_jax.extract --workdir={path}")
 
+
+def dry_run(config: Any, path: pathlib.Path) -> str:
+    """What a run would do, as text: configuration, students, steps and memory. Nothing is written.
+
+    Raises:
+        UserError: what a run would raise before it starts.
+    """
     mesh, known = parallel.make_mesh(), known_facts(config)
     train.check_batches(config, mesh, known.train_examples)
     check(path, config)
     description = describe(config, known.input_shape, known.num_classes)
     where = placements(config, known, mesh)
     needed = memory(config, description, resident_bytes(config, known, mesh))
-    print(json.dumps(to_dict(config), indent=2))
-    print(as_text(description))
-    steps = train.steps_in(config.train.epochs, config, known.train_examples)
-    print(f"fingerprint {fingerprint(config)}")
-    print(f"{steps:,} steps of {config.train.batch_size} images, {config.train.epochs:g} epochs", end=" ")
-    print(f"of {known.train_examples:,}, on {mesh.size} x {mesh.devices.flat[0].device_kind}")
-    held_out = f"{known.validation_examples:,} for validation, " if known.validation_examples else ""
-    print(
-        f"images: training set {where['train']}; {held_out}{known.test_examples:,} to test on, "
-        f"{where['evaluation']}"
-    )
     parts = ", ".join(f"{name} {human(size)}B" for name, size in needed.items())
-    print(f"memory, estimated: {human(sum(needed.values()))}B ({parts})")
-    print(f"files go to {path}; nothing was trained")
+    steps = train.steps_in(config.train.epochs, config, known.train_examples)
+    held_out = f"{known.validation_examples:,} for validation, " if known.validation_examples else ""
+    return "\n".join([
+        json.dumps(to_dict(config), indent=2),
+        as_text(description),
+        f"fingerprint {fingerprint(config)}",
+        f"{steps:,} steps of {config.train.batch_size} images, {config.train.epochs:g} epochs "
+        f"of {known.train_examples:,}, on {mesh.size} x {mesh.devices.flat[0].device_kind}",
+        f"images: training set {where['train']}; {held_out}{known.test_examples:,} to test on, "
+        f"{where['evaluation']}",
+        f"memory, estimated: {human(sum(needed.values()))}B ({parts})",
+        f"files go to {path}; nothing was trained",
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from ekd_jax import models
 from ekd_jax.config import make_method, network_options
 from ekd_jax.errors import UserError
 from ekd_jax.methods.base import Method
-from ekd_jax.models.ensemble import Ensemble, Outputs, Variables, parse_students
-from ekd_jax.models.layers import initialise
+from ekd_jax.models.ensemble import Ensemble, Variables, parse_students
+from ekd_jax.models.layers import draw, trace
 
 
 @flax.struct.dataclass
@@ -52,21 +52,13 @@ def build(config: Any, num_classes: int, devices: int = 1) -> Ensemble:
     )
 
 
-def forward_shapes(ensemble: Ensemble, variables: Variables, input_shape: tuple[int, ...]) -> Outputs:
-    """Shapes of the outputs for one image of `input_shape` (H, W, C); computes nothing."""
-    images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-    outputs: Outputs = jax.eval_shape(lambda v, x: ensemble.apply(v, x, train=False)[0], variables, images)
-    return outputs
-
-
 def init_variables(
     ensemble: Ensemble, method: Method, seed: int | None, input_shape: tuple[int, ...]
 ) -> Variables:
     """Initial variables of students and method, as numpy arrays; shapes alone with None for a seed."""
     variables = ensemble.init(seed, input_shape)
-    outputs = forward_shapes(ensemble, variables, input_shape)
     labels = jax.ShapeDtypeStruct((1,), jnp.int32)
-    own = initialise(method, seed, outputs, labels, name="method")
+    own = draw(trace(method, ensemble.shapes(input_shape), labels).variables, seed, "method")
     return {kind: {**tree, "method": own.get(kind, {})} for kind, tree in variables.items()}
 
 

@@ -16,7 +16,7 @@ from ekd_jax.data.augment import Purpose, training_batch
 from ekd_jax.data.feed import Feed
 from ekd_jax.methods.base import Method, per_student
 from ekd_jax.models.ensemble import Ensemble, Outputs, Variables
-from ekd_jax.state import TrainState, forward_shapes
+from ekd_jax.state import TrainState
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -117,7 +117,7 @@ def zero_metrics(
     ensemble: Ensemble, method: Method, state: TrainState, input_shape: tuple[int, ...]
 ) -> Any:
     """The metrics of a step, all zero, as numpy scalars; computes nothing."""
-    outputs = forward_shapes(ensemble, state.variables, input_shape)
+    outputs = ensemble.shapes(input_shape)
     own = {kind: tree["method"] for kind, tree in state.variables.items()}
     labels = jax.ShapeDtypeStruct((1,), jnp.int32)
     shapes = jax.eval_shape(partial(objective, method), own, outputs, labels)[1][0]

@@ -1,9 +1,11 @@
 """The commands as a user types them, and their answers to mistakes."""
 
 import json
+import subprocess
+import sys
 
 import pytest
-from conftest import ROOT, TINY, command, tiny_flags
+from conftest import ROOT, TINY, command, plain_environment, tiny_flags
 
 DIGITS = f"--config={ROOT}/configs/digits.py"
 
@@ -105,3 +107,26 @@ def test_from_training_to_an_answer(tmp_path):
     assert result.returncode == 2
     assert "cannot read an image" in result.stderr
     assert TINY
+
+
+def test_compiled_programs_are_kept_for_the_next_run(tmp_path):
+    """Two runs at a time share the folder; a third compiles nothing anew and ends with the same numbers."""
+    cache = tmp_path / "cache"
+    flags = [*tiny_flags(train__epochs=0.5), f"--compilation_cache={cache}"]
+    start = lambda name: subprocess.Popen(
+        [sys.executable, "-m", "ekd_jax.main", *flags, f"--workdir={tmp_path}/{name}"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=plain_environment(),
+    )  # fmt: skip
+    for process in [start("one"), start("two")]:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    programs = sorted(path.name for path in cache.rglob("*-cache"))
+    assert programs
+    result = command("main", *flags, f"--workdir={tmp_path}/three")
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in cache.rglob("*-cache")) == programs
+    summary = lambda name: json.loads((tmp_path / name / "summary.json").read_text())
+    assert summary("one")["students"] == summary("two")["students"] == summary("three")["students"]
+    result = command("main", *flags, f"--workdir={tmp_path}/four", "--compilation_cache=pyproject.toml/x")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --compilation_cache=pyproject.toml/x: ")

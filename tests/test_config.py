@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import inspect
 import pathlib
+import re
 
 import jax
 import pytest
@@ -12,6 +13,7 @@ from conftest import ROOT, TINY, tiny_config
 from ekd_jax import models
 from ekd_jax.config import KNOBS, default, fingerprint, method_fields, resolve, to_dict
 from ekd_jax.errors import UserError
+from ekd_jax.main import dry_run
 from ekd_jax.methods import METHODS
 from ekd_jax.models.family import Options
 
@@ -95,6 +97,37 @@ def test_variants(name, argument, expected):
     optimizer = config.optimizer
     found = (config.model.name, optimizer.name, train.epochs, train.batch_size, method.temperature)
     assert (*found, optimizer.weight_decay) == expected
+
+
+# Every row of the paper's Tables 2, 3, 5 and 6; equal networks one after the other.
+DATA = {"cifar10": "cifar10", "svhn": "svhn_cropped", "cifar100": "cifar100", "imagenet": "imagenet2012"}
+ROWS = [
+    *(
+        (f"resnet_{data}", f"depth={depth}", data)
+        for depth in (20, 32, 44, 110)
+        for data in ("cifar10", "svhn")
+    ),
+    *(("resnet_cifar100", f"depth={depth}", "cifar100") for depth in (32, 44, 56, 110)),
+    *(("resnet_imagenet", f"depth={depth}", "imagenet") for depth in (18, 34, 50, 101)),
+    *((name, f"data={data}", data) for name in ("densenet", "resnext") for data in DATA),
+    *(
+        ("efficientnet", f"data={data},size={size}", data)
+        for size in ("b0", "b2", "b4")
+        for data in ("cifar10", "svhn", "cifar100")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "data"), ROWS, ids=lambda value: value)
+def test_every_row_of_the_papers_tables_can_be_run(name, argument, data, tmp_path):
+    config = resolve(recipe(ROOT / "configs" / f"{name}.py").get_config(argument))
+    assert config.data.name == DATA[data]
+    assert config.model.students == 5
+    text = dry_run(config, tmp_path / "run")
+    assert f"{config.train.epochs:g} epochs" in text
+    assert "memory, estimated" in text
+    assert len(re.findall(r"^[1-5]  +[0-9.]+  ", text, re.MULTILINE)) == 5, "a line a student"
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_default_recipe_is_the_papers():

@@ -15,11 +15,11 @@ from conftest import ROOT, command, one_device, plain_environment, tiny_config
 from PIL import Image
 
 from ekd_jax import parallel, train
-from ekd_jax.data import images, order, stream
+from ekd_jax.data import images, order, resident, stream
 from ekd_jax.data.dataset import Example
 from ekd_jax.data.feed import evaluation_set, placements, training_feed
 from ekd_jax.data.images import CorruptImageError, Reader
-from ekd_jax.data.sources import DIGITS, Chosen, facts, known_facts, open_data
+from ekd_jax.data.sources import DIGITS, Chosen, facts, known_facts, open_data, read_one
 from ekd_jax.errors import UserError
 from ekd_jax.writers import read_metrics
 
@@ -629,3 +629,35 @@ def test_prepare_says_what_is_ready():
     )
     assert done.returncode == 0, done.stderr
     assert "799 images to train on, 100 for validation, 898 to test on, 10 classes" in done.stdout
+
+
+def test_pixels_that_took_long_to_read_are_kept(tmp_path, monkeypatch):
+    """The second run reads none of the images; a damaged copy is read anew; other examples are others."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(resident, "CACHE_SECONDS", 0.0)
+    data = open_data(tiny_config())
+    numbers = range(20, 60)
+    first = resident.read_all(data.train, data, numbers)
+    (kept,) = (tmp_path / "cache/ekd_jax").glob("pixels-*.npz")
+    read = []
+    monkeypatch.setattr(resident, "read_one", lambda *args: read.append(args) or read_one(*args))
+
+    def again(numbers):
+        read.clear()
+        return resident.read_all(data.train, data, numbers)
+
+    for a, b in zip(again(numbers), first, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not read
+    content = bytearray(kept.read_bytes())
+    content[len(content) // 2] ^= 1
+    kept.write_bytes(content)
+    for a, b in zip(again(numbers), first, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert len(read) == 40
+    again(range(5))
+    assert len(read) == 5
+    monkeypatch.setattr(resident, "CACHE_BYTES", 2 * kept.stat().st_size - 1)
+    again(range(100, 130))
+    left = list((tmp_path / "cache/ekd_jax").glob("pixels-*.npz"))
+    assert sum(path.stat().st_size for path in left) < 2 * len(content), "the oldest gave way"

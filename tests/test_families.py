@@ -17,7 +17,6 @@ from ekd_jax.describe import count, student_cost
 from ekd_jax.errors import UserError
 from ekd_jax.models.ensemble import parse_students, student_paths
 from ekd_jax.models.layers import BatchNorm, Drop, Mode
-from ekd_jax.state import forward_shapes
 
 OFFICIAL = json.loads((REFERENCE / "param_counts.json").read_text())["models"]
 OUR_NAMES = {"DenseNetBC_12_100": "densenet_bc_12_100", "DenseNet121": "densenet121"}
@@ -66,7 +65,7 @@ def test_multiply_accumulates_are_the_published_ones(name):
     # torchvision computes EfficientNets with even padding.
     ensemble = alone(name, 1000, **({"padding": "even"} if "efficientnet" in name else {}))
     shape = (size, size, 3)
-    cost = student_cost(ensemble, ensemble.init(None, shape), 1, shape)
+    cost = student_cost(ensemble, 1, shape)
     rounding = 0.0005 / billions
     assert cost.macs / 1e9 == pytest.approx(billions, rel=0.01 + rounding)
 
@@ -74,7 +73,7 @@ def test_multiply_accumulates_are_the_published_ones(name):
 def test_activations_are_those_of_the_convolutions():
     """ResNet-50 gives 11.1 million numbers at 224 (timm's benchmark tables, "MActs")."""
     ensemble = alone("resnet50", 1000)
-    cost = student_cost(ensemble, ensemble.init(None, (224, 224, 3)), 1, (224, 224, 3))
+    cost = student_cost(ensemble, 1, (224, 224, 3))
     assert cost.activations / 1e6 == pytest.approx(11.1, abs=0.05)
 
 
@@ -84,7 +83,7 @@ def test_students_of_any_width_see_the_same_places(name):
     size = size_of(name)
     ensemble = models.build(name, parse_students((1, 0.55, 0.25)), 7)
     variables = ensemble.init(None, (size, size, 3))
-    outputs = forward_shapes(ensemble, variables, (size, size, 3))
+    outputs = ensemble.shapes((size, size, 3))
     assert outputs.logits_SxBxK.shape == (3, 1, 7)
     assert outputs.logits_SxBxK.dtype == jnp.float32
     assert len(outputs.features) == len(ensemble.compressed)
@@ -99,7 +98,7 @@ def test_students_of_any_width_see_the_same_places(name):
 @pytest.mark.parametrize("name", ["densenet_bc_12_100", "efficientnet_b0", "resnet18", "wrn_16_2", "vgg8"])
 def test_the_last_stages_alone_can_be_compressed(name):
     ensemble = models.build(name, parse_students((1, 0.5)), 7, no_blocks=1)
-    outputs = forward_shapes(ensemble, ensemble.init(None, (64, 64, 3)), (64, 64, 3))
+    outputs = ensemble.shapes((64, 64, 3))
     assert len(outputs.features) == 1
     whole = models.build(name, parse_students((1, 0.5)), 7)
     variables = whole.init(None, (64, 64, 3))["params"]["students"]["2"]
@@ -135,7 +134,7 @@ def test_impossible_cuts():
 def test_which_map_of_an_efficientnet_is_matched(last_map, channels):
     """The official code matches the 1280-channel map, the paper's figure shows 320 channels."""
     ensemble = models.build("efficientnet_b0", parse_students(5), 10, last_map=last_map)
-    outputs = forward_shapes(ensemble, ensemble.init(None, (64, 64, 3)), (64, 64, 3))
+    outputs = ensemble.shapes((64, 64, 3))
     assert [row[0].shape[-1] for row in outputs.features] == [40, 112, channels]
     smallest = [row[4].shape[-1] for row in outputs.features]
     assert smallest == [8, 24, 256 if channels == 1280 else 64]
@@ -149,7 +148,7 @@ def test_channels_of_efficientnet_students():
     }
     for name, widths in expected.items():
         ensemble = models.build(name, parse_students(5), 10)
-        outputs = forward_shapes(ensemble, ensemble.init(None, (64, 64, 3)), (64, 64, 3))
+        outputs = ensemble.shapes((64, 64, 3))
         found = [tuple(row[i].shape[-1] for row in outputs.features) for i in range(5)]
         assert found == widths, name
 

@@ -14,12 +14,11 @@ from ekd_jax.errors import UserError
 from ekd_jax.models.convolution import convolution
 from ekd_jax.models.ensemble import parse_students, student_paths, student_variables
 from ekd_jax.models.layers import BatchNorm, Mode
-from ekd_jax.state import forward_shapes
 
 
 def widths_of(ensemble, shape=(16, 16, 3)):
     """Channels of every student's compressed maps."""
-    outputs = forward_shapes(ensemble, ensemble.init(None, shape), shape)
+    outputs = ensemble.shapes(shape)
     return [tuple(row[i].shape[-1] for row in outputs.features) for i in range(len(ensemble.students))]
 
 

@@ -1,6 +1,6 @@
 """Network families, one file each. A new one is its file and its line here."""
 
-from collections.abc import Sequence
+import functools
 from fractions import Fraction
 from typing import Any
 
@@ -32,9 +32,10 @@ MODELS: dict[str, Family] = {
 }
 
 
+@functools.lru_cache(maxsize=4)  # what was looked at need not be looked at again
 def build(
     name: str,
-    students: Sequence[Fraction],
+    students: tuple[Fraction, ...],
     num_classes: int,
     dtype: str = "float32",
     *,

@@ -18,7 +18,7 @@ from jax import lax
 
 from ekd_jax.errors import UserError
 from ekd_jax.models.blocks import Part
-from ekd_jax.models.layers import Array, Mode, initialise
+from ekd_jax.models.layers import Array, Mode, Traced, draw, trace
 
 Variables = dict[str, Any]
 Features = tuple[tuple[Array, ...], ...]
@@ -96,22 +96,41 @@ class Ensemble:
     compressed: tuple[int, ...]
     base_gradients: str
     mode: Mode
+    _traces: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def student(self, number: int) -> Student:
         """Student `number`, from 1."""
         return Student(self.base, self.branches[number - 1], self.mode)
+
+    def trace(self, input_shape: Sequence[int]) -> tuple[Traced, list[Traced]]:
+        """Base block and branches as they see an image of `input_shape` (H, W, C); looked at once."""
+        shape = tuple(input_shape)
+        if shape not in self._traces:
+            image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+            base = trace(self.base, image, self.mode)
+            self._traces[shape] = base, [trace(branch, base.outputs, self.mode) for branch in self.branches]
+        return self._traces[shape]
+
+    def shapes(self, input_shape: Sequence[int]) -> Outputs:
+        """The outputs' shapes for one image."""
+        base, branches = self.trace(input_shape)
+        (logits, _), maps = branches[0].outputs, [branch.outputs[1] for branch in branches]
+        together: Any = jax.ShapeDtypeStruct((len(branches), *logits.shape), logits.dtype)
+        return Outputs(
+            together,
+            tuple(tuple(m[b] for m in maps) for b in self.compressed),
+            base.outputs,
+        )
 
     def init(self, seed: int | None, input_shape: Sequence[int]) -> Variables:
         """Initial variables for images of `input_shape` (H, W, C), as numpy arrays.
 
         With None for a seed their shapes and dtypes alone: nothing is drawn.
         """
-        images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-        base = initialise(self.base, seed, images, self.mode, name="base")
-        x = jax.eval_shape(lambda v, x: self.base.apply(v, x, self.mode), base, images)
+        base_trace, traces = self.trace(input_shape)
+        base = draw(base_trace.variables, seed, "base")
         students = {
-            str(i): initialise(branch, seed, x, self.mode, name=f"students/{i}")
-            for i, branch in enumerate(self.branches, 1)
+            str(i): draw(branch.variables, seed, f"students/{i}") for i, branch in enumerate(traces, 1)
         }
         return {
             kind: {"base": base.get(kind, {}), "students": {i: s[kind] for i, s in students.items()}}

@@ -3,7 +3,7 @@
 Arrays are NHWC and kernels HWIO throughout. Parameters, batch statistics and the classifier's logits
 are float32 always, whatever convolutions compute in.
 
-Initial values are drawn on the host, one numpy generator a parameter (`initialise`). Every
+Initial values are drawn on the host, one numpy generator a parameter (`draw`). Every
 parameter carries the rule that draws it as metadata, so that nothing has to be compiled to get a
 network: ResNet-110 x 5 takes a second instead of the 24 s of `jax.jit(module.init)`.
 """
@@ -12,7 +12,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -114,34 +114,52 @@ def torch_default(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
     return Ruled(jnp.zeros(shape, dtype), Rule("uniform", bound))
 
 
-def initialise(module: nn.Module, seed: int | None, *args: Any, name: str = "") -> Any:
-    """The initial variables of `module`, as numpy arrays in plain nested dicts.
+class Traced(NamedTuple):
+    """What one look at a module gives: nothing is computed.
+
+    Attributes:
+        outputs: shapes and dtypes.
+        variables: of its variables, with their rules.
+        jaxpr: of its making and its forward pass.
+    """
+
+    outputs: Any
+    variables: Any
+    jaxpr: Any
+
+
+def trace(module: nn.Module, *args: Any) -> Traced:
+    """Looks at `module` called with `args`, arrays or `jax.ShapeDtypeStruct`."""
+    made = jax.make_jaxpr(lambda *a: module.init_with_output(jax.random.key(0), *a), return_shape=True)
+    jaxpr, (outputs, variables) = made(*args)
+    return Traced(outputs, variables, jaxpr.jaxpr)
+
+
+def draw(variables: Any, seed: int | None, name: str) -> Any:
+    """The initial variables of a traced module, as numpy arrays in plain nested dicts.
 
     Every value depends on `seed`, on its own path and on `name` (where the module stands in the
     network) alone, so adding a student or a layer does not change the others.
 
     Args:
-        module: a Linen module whose parameters are made with the initialisers of this file.
+        variables: of a `Traced` module whose parameters are made with the initialisers of this file.
         seed: any non-negative integer; None: only shapes and dtypes are wanted.
-        *args: what the module is called with; arrays or `jax.ShapeDtypeStruct`.
         name: prefix of the paths, for example "students/2".
 
     Returns:
         `{"params": ..., "batch_stats": ...}`, empty collections left out.
     """
-    shapes = jax.eval_shape(lambda *a: module.init(jax.random.key(0), *a), *args)
 
-    def draw(path: Any, leaf: Any) -> Any:
-        if seed is None:
-            return leaf.value
-        rule, shape = (leaf.rule, leaf.value) if isinstance(leaf, Ruled) else (None, leaf)
-        if rule is None:
+    def value(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, Ruled):
             raise TypeError(f"{jax.tree_util.keystr(path)} was not made by an initialiser of layers.py")
+        shape = leaf.value
+        if seed is None:
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype)
         where = zlib.crc32(f"{name}{jax.tree_util.keystr(path)}".encode())
-        return rule.draw(np.random.default_rng([seed, where]), shape.shape).astype(shape.dtype)
+        return leaf.rule.draw(np.random.default_rng([seed, where]), shape.shape).astype(shape.dtype)
 
-    is_ruled = lambda leaf: isinstance(leaf, Ruled)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(draw, shapes, is_leaf=is_ruled)
+    return jax.tree_util.tree_map_with_path(value, variables, is_leaf=lambda leaf: isinstance(leaf, Ruled))
 
 
 # --- modules ---------------------------------------------------------------------------------

@@ -1,0 +1,208 @@
+"""PyTorch weights as students: names of every library, the command, and what does not fit."""
+
+import json
+from fractions import Fraction
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import command, one_device, tiny_config
+from flax.traverse_util import flatten_dict
+
+from ekd_jax import load_student, models, train
+from ekd_jax.checkpoint import Checkpoints
+from ekd_jax.convert import _names, convert
+from ekd_jax.errors import UserError
+from ekd_jax.models.ensemble import student_variables
+from ekd_jax.torch_names import SOURCES, torch_name
+
+# A network of each source, the ways its library has it.
+CONVERTED = [
+    ("resnet18", "torchvision and timm"),
+    ("densenet121", "torchvision and timm"),
+    ("efficientnet_b0", "torchvision"),
+    ("efficientnet_b5", "torchvision"),
+    ("efficientnet_b0", "timm"),
+    ("mobilenet_v2", "torchvision"),
+    ("mobilenet_v2", "timm"),
+    ("shufflenet_v2_x0_5", "torchvision"),
+    ("resnet20", "RepDistiller"),
+    ("resnet20", "the official CIFAR code"),
+    ("wrn_16_1", "RepDistiller"),
+    ("vgg8", "RepDistiller"),
+    ("mobilenet_v2_cifar", "RepDistiller"),
+    ("shufflenet_v1_cifar", "RepDistiller"),
+    ("shufflenet_v2_cifar", "RepDistiller"),
+]
+
+
+def torch_state(name, library, classes=5, width=1):
+    """A state dict as the library would have it, and our variables that it was made of."""
+    ensemble = models.build(name, (Fraction(width),), classes)
+    variables = student_variables(ensemble.init(0, (32, 32, 3)), 1)
+    rules = next(s.rules for s in SOURCES if s.library == library and torch_matches(s, name))
+    state = {"num_batches_tracked": np.zeros((), np.int64)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        stacked = any(key.key == "rest" for key in path)
+        for (ours, _), value in zip(_names(path, leaf.shape), leaf if stacked else [leaf], strict=True):
+            theirs = torch_name(ours, rules)
+            assert theirs not in state, f"two of ours are their {theirs}"
+            axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[value.ndim]
+            state[theirs] = np.ascontiguousarray(value.transpose(axes))
+    return state, variables
+
+
+def torch_matches(source, name):
+    import re
+
+    return re.fullmatch(source.models, name)
+
+
+@pytest.mark.parametrize(("name", "library"), CONVERTED)
+def test_every_value_finds_its_place(name, library):
+    state, variables = torch_state(name, library)
+    found, description = convert(name, state, (32, 32, 3), {})
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+    architecture = description["architecture"]
+    assert architecture["num_classes"] == 5
+    even = "efficientnet" in name
+    assert architecture["options"].get("padding") == ("even" if even else None)
+    epsilon = architecture["options"].get("batch_norm_epsilon")
+    assert epsilon == (1e-3 if name == "efficientnet_b5" else None), "as torchvision has it from B5 on"
+
+
+# The first, a middle and the last name of the libraries' own state dicts.
+THEIRS = {
+    ("resnet50", "torchvision and timm"): ("conv1.weight", "layer2.0.downsample.1.running_var", "fc.bias"),
+    ("densenet121", "torchvision and timm"): (
+        "features.conv0.weight", "features.denseblock3.denselayer24.norm2.bias", "features.norm5.weight",
+    ),
+    ("efficientnet_b0", "torchvision"): (
+        "features.0.0.weight", "features.1.0.block.1.fc2.bias", "features.4.2.block.3.1.weight",
+    ),
+    ("efficientnet_b0", "timm"): (
+        "conv_stem.weight", "blocks.0.0.conv_pw.weight", "blocks.3.2.se.conv_expand.bias",
+    ),
+    ("mobilenet_v2", "torchvision"): (
+        "features.1.conv.2.weight", "features.17.conv.1.1.running_mean", "classifier.1.weight",
+    ),
+    ("shufflenet_v2_x1_0", "torchvision"): (
+        "stage2.0.branch1.3.weight", "stage3.7.branch2.6.bias", "conv5.1.running_var",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", THEIRS)
+def test_names_are_the_libraries(case):
+    state, _ = torch_state(*case)
+    assert set(THEIRS[case]) <= state.keys()
+
+
+def test_what_does_not_fit_is_listed():
+    state, _ = torch_state("resnet18", "torchvision and timm")
+    del state["fc.bias"]
+    state["conv1.weight"] = state["conv1.weight"][:10]
+    state["neck.weight"] = np.zeros(3)
+    with pytest.raises(UserError) as error:
+        convert("resnet18", state, (32, 32, 3), {})
+    for expected in (
+        "fc.bias is missing",
+        "conv1.weight becomes (7, 7, 3, 10)",
+        "neck.weight has no place",
+    ):
+        assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="and 94 more"):
+        convert("resnet18", {}, (32, 32, 3), {})
+    with pytest.raises(UserError, match="no rules"):
+        convert("densenet_bc_12_100", {}, (32, 32, 3), {})
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A folder that the command wrote, and the variables that should be in it."""
+    folder = tmp_path_factory.mktemp("convert")
+    state, variables = torch_state("resnet8x4", "the official CIFAR code")
+    safetensors.numpy.save_file(state, folder / "weights.safetensors")
+    names = folder / "names.txt"
+    names.write_text("\n".join("abcde"))
+    flags = [
+        f"--weights={folder}/weights.safetensors",
+        "--model=resnet8x4",
+        "--image_size=32",
+        "--fit=stretch",
+    ]
+    result = command("convert", *flags, f"--class_names={names}", f"--output={folder}/student")
+    assert result.returncode == 0, result.stderr
+    assert "resnet8x4, 5 classes, 1,209,125 parameters" in result.stdout
+    return folder, variables
+
+
+def test_the_command_writes_a_student(converted, tmp_path):
+    from PIL import Image
+
+    folder, variables = converted
+    student = load_student(folder / "student")
+    jax.tree.map(np.testing.assert_array_equal, student.variables, variables)
+    assert student.class_names == list("abcde")
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    np.testing.assert_allclose(student.predict(images).sum(-1), 1, rtol=1e-5)
+    Image.fromarray(images[0]).resize((50, 40)).save(tmp_path / "image.png")
+    result = command("predict", f"--student_dir={folder}/student", f"--image={tmp_path}/image.png")
+    assert result.stdout.count("%") == 3, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model=resnet8x5", "--weights=w.safetensors"], "did you mean 'resnet8x4'"),
+        (["--model=resnet8x4", "--weights=w.bin"], "a .safetensors, .pt or .pth file is wanted"),
+        (["--model=resnet8x4", "--weights=nowhere.safetensors"], "cannot be read"),
+        (["--model=resnet18", "--weights={folder}/weights.safetensors"], "the weights do not fit"),
+    ],
+)
+def test_mistakes_get_one_line(converted, tmp_path, flags, message):
+    folder, _ = converted
+    flags = [flag.format(folder=folder) for flag in flags]
+    result = command("convert", *flags, f"--output={tmp_path}/student")
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "student").exists()
+
+
+def test_training_begins_with_a_students_values(converted, tmp_path):
+    """Base block and student 1; a classifier of other classes is not taken."""
+    folder, variables = converted
+    changes = {"model__name": "resnet8x4", "model__initial_weights": str(folder / "student")}
+    frozen = {"optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0}
+    # Digits are grey: the first convolution differs, too.
+    with pytest.raises(UserError, match=r"base/stem/conv/kernel has shape \(3, 3, 3, 32\), this network"):
+        train.run(tiny_config(**changes), tmp_path / "grey", one_device())
+    rng = np.random.default_rng(0)
+    for number in range(80):
+        from PIL import Image
+
+        path = tmp_path / "images" / f"class{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+    own = {"data__name": "folder", "data__data_dir": str(tmp_path / "images"), "data__image_size": 8}
+    config = tiny_config(**changes, **frozen, **own, data__train_examples=0, train__epochs=0.5)
+    train.run(config, tmp_path / "run", one_device())
+    found = json.loads((tmp_path / "run/config.json").read_text())["model"]["initial_weights"]
+    assert found == str(folder / "student")
+    checkpoints = Checkpoints(tmp_path / "run", read_only=True)
+    like = {
+        "params": {"base": variables["params"]["base"], "students": {"1": variables["params"]["branch"]}}
+    }
+    like["params"]["students"]["1"] = {
+        name: tree for name, tree in variables["params"]["branch"].items() if name != "head"
+    }
+    restored, _ = checkpoints.restore_variables(like, checkpoints.steps()[-1])
+    checkpoints.close()
+    flat = flatten_dict(restored["params"])
+    for path, value in flatten_dict(like["params"]).items():
+        np.testing.assert_allclose(flat[path], value, rtol=0, atol=1e-30)
+    with pytest.raises(UserError, match="is of another network"):
+        train.run(tiny_config(**{**changes, "model__name": "resnet14"}), tmp_path / "other", one_device())
