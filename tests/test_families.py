@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import published
 import pytest
-from conftest import REFERENCE
+from conftest import REFERENCE, ROOT
 
 from ekd_jax import models, parallel
 from ekd_jax.describe import count, student_cost
 from ekd_jax.errors import UserError
 from ekd_jax.models.ensemble import parse_students, student_paths
+from ekd_jax.models.family import Options, assemble
 from ekd_jax.models.layers import BatchNorm, Drop, Mode
 
 OFFICIAL = json.loads((REFERENCE / "param_counts.json").read_text())["models"]
@@ -216,3 +217,19 @@ def test_local_batch_norm_is_that_of_every_part():
         each = np.stack([s["batch_stats"][name] for _, s in parts])
         np.testing.assert_allclose(stats["batch_stats"][name], each.mean(0), rtol=1e-5)
     assert not np.allclose(together, run(x, 1)[0], atol=1e-2)
+
+
+def test_the_worked_example_of_the_docs():
+    """docs/models.md: under 60 lines, and MobileNet V1's 4,231,976 parameters (its paper: 4.2 million)."""
+    text = (ROOT / "docs/models.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert code.count("\n") < 60
+    module = {"__name__": "mobilenet_v1"}
+    exec(code, module)
+    options = Options(num_classes=1000)
+    students = parse_students((1, 0.5))
+    ensemble = assemble(module["MODELS"]["mobilenet_v1"], students, options, Mode())
+    params = ensemble.init(None, (224, 224, 3))["params"]
+    assert count(student_paths(params, 1)) == 4_231_976
+    maps = ensemble.shapes((224, 224, 3)).features
+    assert [row[1].shape for row in maps] == [(1, 28, 28, 128), (1, 14, 14, 256), (1, 7, 7, 512)]
