@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import published
 import pytest
-from conftest import REFERENCE, ROOT
+from conftest import REFERENCE, ROOT, tiny_config
 
 from ekd_jax import models, parallel
 from ekd_jax.describe import count, student_cost
@@ -18,6 +18,7 @@ from ekd_jax.errors import UserError
 from ekd_jax.models.ensemble import parse_students, student_paths
 from ekd_jax.models.family import Options, assemble
 from ekd_jax.models.layers import BatchNorm, Drop, Mode
+from ekd_jax.state import build
 
 OFFICIAL = json.loads((REFERENCE / "param_counts.json").read_text())["models"]
 OUR_NAMES = {"DenseNetBC_12_100": "densenet_bc_12_100", "DenseNet121": "densenet121"}
@@ -233,3 +234,16 @@ def test_the_worked_example_of_the_docs():
     assert count(student_paths(params, 1)) == 4_231_976
     maps = ensemble.shapes((224, 224, 3)).features
     assert [row[1].shape for row in maps] == [(1, 28, 28, 128), (1, 14, 14, 256), (1, 7, 7, 512)]
+
+
+@pytest.mark.parametrize("batch_norm", ["global", "local"])
+def test_only_global_batch_norm_waits_for_other_devices(batch_norm):
+    """All-reduces in the compiled forward pass of a batch that lies on eight devices."""
+    config = tiny_config(model__batch_norm=batch_norm)
+    mesh = parallel.make_mesh()
+    ensemble = build(config, 10, mesh.size)
+    variables = parallel.replicate(mesh, ensemble.init(0, (8, 8, 1)))
+    images = jax.device_put(np.zeros((16, 8, 8, 1), np.float32), parallel.split(mesh))
+    forward = lambda variables, images: ensemble.apply(variables, images, train=True)[0].logits_SxBxK
+    program = jax.jit(forward).lower(variables, images).compile().as_text()
+    assert ("all-reduce" in program) == (batch_norm == "global")

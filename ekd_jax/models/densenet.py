@@ -11,6 +11,7 @@ from fractions import Fraction
 from functools import partial
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from ekd_jax.models.blocks import Head, Norm, Stem
@@ -25,6 +26,7 @@ from ekd_jax.models.layers import (
     constant,
     kaiming_fan_in,
     kaiming_fan_out,
+    moments,
     torch_default,
 )
 
@@ -40,15 +42,17 @@ class DenseStage(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
+        known = moments(x, mode)  # channels keep theirs, however many layers read them
         for i in range(1, self.layers + 1):
-            y = nn.relu(BatchNorm(name=f"layer{i}_bn1")(x, mode))
+            y = nn.relu(BatchNorm(name=f"layer{i}_bn1")(x, mode, known))
             y = Conv(4 * self.growth, 1, kernel_init=self.kernel_init, name=f"layer{i}_conv1")(y, mode)
             y = nn.relu(BatchNorm(name=f"layer{i}_bn2")(y, mode))
             y = Conv(self.growth, 3, kernel_init=self.kernel_init, name=f"layer{i}_conv2")(y, mode)
             x = jnp.concatenate([x, y], -1)
+            known = jax.tree.map(lambda a, b: jnp.concatenate([a, b], -1), known, moments(y, mode))
         if not self.transition:
             return x
-        x = nn.relu(BatchNorm(name="transition_bn")(x, mode))
+        x = nn.relu(BatchNorm(name="transition_bn")(x, mode, known))
         x = Conv(x.shape[-1] // 2, 1, kernel_init=self.kernel_init, name="transition_conv")(x, mode)
         return average_pool(x, 2, 2)
 

@@ -203,32 +203,47 @@ class Conv(nn.Module):
         return x + self.param("bias", self.bias_init, (self.features,), jnp.float32).astype(mode.dtype)
 
 
+Moments = tuple[Array, Array]
+
+
+def moments(x: Array, mode: Mode) -> Moments | None:
+    """Mean and variance over all axes but the last, each (groups, 1, ..., 1, C) float32; None outside of
+    training, where running ones take their place."""
+    if not mode.train:
+        return None
+    y = _grouped(x, mode)
+    axes = tuple(range(1, y.ndim - 1))
+    mean = y.mean(axes, keepdims=True)
+    return mean, jnp.maximum((y * y).mean(axes, keepdims=True) - mean * mean, 0.0)  # one pass over y
+
+
+def _grouped(x: Array, mode: Mode) -> Array:
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return y.reshape(mode.groups, -1, *x.shape[1:]) if mode.train else y
+
+
 class BatchNorm(nn.Module):
     """Batch norm over all axes but the last, as PyTorch's: running variance unbiased.
 
     Under `jax.jit` over a mesh the statistics are those of the global batch: the means below run over
     all devices. With `mode.groups` parts, one a device, each part has its own, no device waits for
     another, and the running values move towards the parts' mean. Computes in float32 and returns x's
-    dtype.
+    dtype. `known` are x's `moments`, where they need not be computed again.
     """
 
     momentum: float = 0.9  # of the old running value; PyTorch calls 0.1 the momentum
 
     @nn.compact
-    def __call__(self, x: Array, mode: Mode) -> Array:
+    def __call__(self, x: Array, mode: Mode, known: Moments | None = None) -> Array:
         shape = (x.shape[-1],)
         scale = self.param("scale", constant(1.0), shape, jnp.float32)
         bias = self.param("bias", constant(0.0), shape, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", constant(0.0), None, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", constant(1.0), None, shape, jnp.float32)
-        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if not mode.train:
-            mean, var = running_mean.value, running_var.value
-        else:
-            y = y.reshape(mode.groups, -1, *x.shape[1:])
-            axes = tuple(range(1, y.ndim - 1))
-            mean = y.mean(axes, keepdims=True)
-            var = jnp.maximum((y * y).mean(axes, keepdims=True) - mean * mean, 0.0)  # one pass over y
+        y = _grouped(x, mode)
+        mean, var = running_mean.value, running_var.value
+        if found := known or moments(x, mode):
+            mean, var = found
             if not self.is_initializing():
                 count = math.prod(y.shape[1:-1])
                 keep, unbiased = self.momentum, count / max(count - 1, 1)
