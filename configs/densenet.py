@@ -22,16 +22,14 @@ Not yet measured here at full length; a full run wants an accelerator.
 from ml_collections import ConfigDict
 
 from ekd_jax.config import parse_variant
-from ekd_jax.recipes import paper
-
-DATA = {"cifar10": "cifar10", "cifar100": "cifar100", "svhn": "svhn_cropped", "imagenet": "imagenet2012"}
+from ekd_jax.recipes import DATA, paper
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
     """data=cifar10|cifar100|svhn|imagenet, size=12_100|24_250|40_190."""
     variant = parse_variant(argument, data=tuple(DATA), size=("12_100", "24_250", "40_190"))
     if variant.data == "imagenet":
-        return paper("densenet121", "imagenet2012")
-    config = paper(f"densenet_bc_{variant.size}", DATA[variant.data])
+        return paper("densenet121", "imagenet")
+    config = paper(f"densenet_bc_{variant.size}", variant.data)
     config.train.batch_size = 64
     return config

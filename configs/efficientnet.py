@@ -28,14 +28,14 @@ from ml_collections import ConfigDict
 from ekd_jax.config import parse_variant
 from ekd_jax.recipes import paper, rmsprop
 
-DATA = {"cifar10": "cifar10", "cifar100": "cifar100", "svhn": "svhn_cropped"}
-
 
 def get_config(argument: str | None = None) -> ConfigDict:
     """data=cifar10|cifar100|svhn, size=b0..b7, image_size=224|32."""
     sizes = tuple(f"b{i}" for i in range(8))
-    variant = parse_variant(argument, data=tuple(DATA), size=sizes, image_size=(224, 32))
-    config = paper(f"efficientnet_{variant.size}", DATA[variant.data])
+    variant = parse_variant(
+        argument, data=("cifar10", "cifar100", "svhn"), size=sizes, image_size=(224, 32)
+    )
+    config = paper(f"efficientnet_{variant.size}", variant.data)
     if variant.image_size == 224:
         config.data.fit, config.data.image_size, config.data.crop_padding = "stretch", 224, 30
     config.train.batch_size = 64

@@ -29,7 +29,7 @@ from ekd_jax.recipes import official_imagenet_augmentation, paper
 def get_config(argument: str | None = None) -> ConfigDict:
     """depth=18|34|50|101|152, augmentation=crop|official."""
     variant = parse_variant(argument, depth=(18, 34, 50, 101, 152), augmentation=("crop", "official"))
-    config = paper(f"resnet{variant.depth}", "imagenet2012")
+    config = paper(f"resnet{variant.depth}", "imagenet")
     if variant.augmentation == "official":
         official_imagenet_augmentation(config)
     return config

@@ -27,5 +27,5 @@ from ekd_jax.recipes import paper
 def get_config(argument: str | None = None) -> ConfigDict:
     """depth=20|32|44|56|110."""
     variant = parse_variant(argument, depth=(20, 32, 44, 56, 110))
-    config = paper(f"resnet{variant.depth}", "svhn_cropped")
+    config = paper(f"resnet{variant.depth}", "svhn")
     return config

@@ -19,12 +19,10 @@ Not yet measured here at full length; a full run wants an accelerator.
 from ml_collections import ConfigDict
 
 from ekd_jax.config import parse_variant
-from ekd_jax.recipes import paper
-
-DATA = {"cifar10": "cifar10", "cifar100": "cifar100", "svhn": "svhn_cropped", "imagenet": "imagenet2012"}
+from ekd_jax.recipes import DATA, paper
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
     """data=cifar10|cifar100|svhn|imagenet."""
     variant = parse_variant(argument, data=tuple(DATA))
-    return paper("resnext50_32x4d", DATA[variant.data])
+    return paper("resnext50_32x4d", variant.data)

@@ -4,18 +4,28 @@ METHODS.md 1.7, the paper's experimental setup: epochs, optimisers and drops are
 weight decay and augmentation, which it does not state, are said here and in the recipes.
 """
 
+from typing import NamedTuple
+
 from ml_collections import ConfigDict
 
 from ekd_jax.config import default
-from ekd_jax.errors import UserError, nearest
 
-PIXELS = {  # channel means and deviations of the training sets
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # as in the official code
-    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "svhn_cropped": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-    "imagenet2012": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+
+class Protocol(NamedTuple):
+    """Name in TFDS, epochs of the paper, channel means and deviations of the training images."""
+
+    name: str
+    epochs: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+DATA = {
+    "cifar10": Protocol("cifar10", 350, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": Protocol("cifar100", 450, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "svhn": Protocol("svhn_cropped", 50, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "imagenet": Protocol("imagenet2012", 100, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-EPOCHS = {"cifar10": 350.0, "cifar100": 450.0, "svhn_cropped": 50.0, "imagenet2012": 100.0}
 
 
 def paper(model: str, data: str) -> ConfigDict:
@@ -28,21 +38,16 @@ def paper(model: str, data: str) -> ConfigDict:
 
     Args:
         model: a key of `models.MODELS`.
-        data: a key of `PIXELS`.
-
-    Raises:
-        UserError: another data set.
+        data: a key of `DATA`.
     """
-    if data not in PIXELS:
-        raise UserError(f"the paper has no protocol for data={data!r}{nearest(data, PIXELS)}")
-    config = default()
-    config.model.name, config.data.name = model, data
-    config.data.mean, config.data.std = PIXELS[data]
-    config.train.epochs = EPOCHS[data]
-    if data == "svhn_cropped":
+    config, protocol = default(), DATA[data]
+    config.model.name, config.data.name = model, protocol.name
+    config.data.mean, config.data.std = protocol.mean, protocol.std
+    config.train.epochs = float(protocol.epochs)
+    if data == "svhn":
         config.data.flip = False
         config.train.evaluate_every_epochs = 1.0
-    if data == "imagenet2012":
+    if data == "imagenet":
         config.data.fit, config.data.image_size, config.data.crop_padding = "crop", 224, 0
         config.train.batch_size = 256
     return config
