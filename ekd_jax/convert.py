@@ -241,6 +241,15 @@ def read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
     return {name.removeprefix("module."): value.numpy() for name, value in found.items()}
 
 
+def _numbers(flag: str) -> list[float]:
+    """Of a flag like --mean=0.485,0.456,0.406."""
+    given: Any = FLAGS[flag].value
+    try:
+        return [float(value) for value in given]
+    except ValueError as error:
+        raise UserError(f"--{flag}={','.join(given)} must be numbers with commas") from error
+
+
 def main() -> None:
     """The command."""
     if FLAGS.model not in models.MODELS:
@@ -255,7 +264,10 @@ def main() -> None:
     classes = description["architecture"]["num_classes"]
     names = [str(i) for i in range(classes)]
     if FLAGS.class_names:
-        names = pathlib.Path(FLAGS.class_names).read_text().splitlines()
+        try:
+            names = pathlib.Path(FLAGS.class_names).read_text().splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--class_names={FLAGS.class_names} cannot be read: {reason(error)}") from error
         if len(names) != classes:
             raise UserError(
                 f"--class_names={FLAGS.class_names} has {len(names)} lines, the network {classes} classes"
@@ -269,8 +281,8 @@ def main() -> None:
             "class_names": names,
             "preprocessing": {
                 "formula": "(image / 255 - mean) / std",
-                "mean": [float(v) for v in FLAGS.mean],
-                "std": [float(v) for v in FLAGS.std],
+                "mean": _numbers("mean"),
+                "std": _numbers("std"),
                 "fit": FLAGS.fit,
                 "image_size": FLAGS.image_size,
             },

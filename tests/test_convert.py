@@ -119,6 +119,9 @@ def test_what_does_not_fit_is_listed():
         convert("densenet_bc_12_100", {}, (32, 32, 3), {})
 
 
+FITTING = ["--model=resnet8x4", "--weights={folder}/weights.safetensors", "--image_size=32"]
+
+
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     """A folder that the command wrote, and the variables that should be in it."""
@@ -160,6 +163,9 @@ def test_the_command_writes_a_student(converted, tmp_path):
         (["--model=resnet8x4", "--weights=w.bin"], "a .safetensors, .pt or .pth file is wanted"),
         (["--model=resnet8x4", "--weights=nowhere.safetensors"], "cannot be read"),
         (["--model=resnet18", "--weights={folder}/weights.safetensors"], "the weights do not fit"),
+        ([*FITTING, "--class_names=nowhere.txt"], "--class_names=nowhere.txt cannot be read"),
+        ([*FITTING, "--class_names={folder}/student/student.json"], "lines, the network 5 classes"),
+        ([*FITTING, "--mean=a,b"], "--mean=a,b must be numbers"),
     ],
 )
 def test_mistakes_get_one_line(converted, tmp_path, flags, message):

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from ekd_jax import models
-from ekd_jax.convert import student_from_torch
+from ekd_jax.convert import convert, read_state_dict, student_from_torch
+from ekd_jax.errors import UserError
 from ekd_jax.models import densenet, resnet
 from ekd_jax.models.blocks import Bottleneck
 from ekd_jax.models.ensemble import student_variables
@@ -181,3 +182,22 @@ def state_of(network):
 
 def in_ensemble(variables):
     return {k: {"base": t["base"], "students": {"1": t["branch"]}} for k, t in variables.items()}
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}])
+def test_pth_files_become_students(tmp_path, wrap):
+    """As PyTorch saves them: bare, or in a training checkpoint of a DataParallel network."""
+    torch.manual_seed(0)
+    network = randomise(theirs.NETWORKS["resnet8x4"](num_classes=CLASSES)).float().eval()
+    state = {f"module.{name}": value for name, value in network.state_dict().items()}
+    torch.save(wrap(state), tmp_path / "network.pth")
+    found, description = convert("resnet8x4", read_state_dict(tmp_path / "network.pth"), (32, 32, 3), {})
+    assert description["architecture"]["num_classes"] == CLASSES
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    ours = models.build("resnet8x4", (Fraction(1),), CLASSES).student(1).logits(found, images)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+    (tmp_path / "broken.pth").write_bytes((tmp_path / "network.pth").read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"broken.pth cannot be read"):
+        read_state_dict(tmp_path / "broken.pth")
