@@ -64,23 +64,13 @@ class Stage(nn.Module):
         return x
 
 
-class Stem(nn.Module):
+class Stem(ConvNorm):
     """(B, H, W, C) images -> convolution, batch norm, activation and, if asked for, 3x3/2 max pooling."""
 
-    features: int
-    size: int = 3
-    stride: int = 1
     pool: bool = False
-    padding: str = "even"
-    kernel_init: Initializer = kaiming_fan_out
-    activation: Activation = nn.relu
 
-    @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        x = Conv(self.features, self.size, self.stride, 1, self.padding, self.kernel_init, name="conv")(
-            x, mode
-        )
-        x = self.activation(BatchNorm(name="bn")(x, mode))
+        x = super().__call__(x, mode)
         return max_pool(x, 3, 2) if self.pool else x
 
 
