@@ -126,7 +126,7 @@ def _convert(
 
     def leaf(path: Any, leaf: Any) -> np.ndarray:
         values = [take(name, shape) for name, shape in _names(path, leaf.shape)]
-        return values[0] if _stacked(path) is None else np.stack(values)
+        return np.stack(values) if _stacked(path) else values[0]
 
     variables = jax.tree_util.tree_map_with_path(leaf, like)
     left = [name for name in state if name not in used and not name.endswith("num_batches_tracked")]
@@ -136,17 +136,15 @@ def _convert(
 def _names(path: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of what a leaf of (collection, base or branch, ...) holds: of each block."""
     _, _, *parts = (key.key for key in path)
-    at = _stacked(path)
-    if at is None:
+    if not _stacked(path):
         yield ".".join("0" if part == "first" else part for part in parts), shape
         return
     for block in range(shape[0]):
         yield ".".join(str(block + 1) if part == "rest" else part for part in parts), shape[1:]
 
 
-def _stacked(path: Any) -> int | None:
-    names = [key.key for key in path]
-    return names.index("rest") if "rest" in names else None
+def _stacked(path: Any) -> bool:
+    return any(key.key == "rest" for key in path)
 
 
 def _to_ours(value: Any, dtype: Any = np.float32) -> np.ndarray:

@@ -170,13 +170,13 @@ def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None) -> dict[str, 
 def _run(job: Job, path: pathlib.Path) -> dict[str, Any]:
     """Trains in a folder that is ours: restores or initialises, goes through the loop, sums up."""
     state = init_state(job.ensemble, job.method, job.optimizer, job.config.seed, job.input_shape)
-    if source := job.config.model.initial_weights:
-        state = begin_with(state, load_student(source).variables, source)
     log = Log(zero_metrics(job.ensemble, job.method, state, job.input_shape))
     checkpoints = Checkpoints(path)
     if checkpoints.steps():
         state, remembered = checkpoints.restore(state, checkpoints.choose())
         log = Log.recall(remembered)
+    elif source := job.config.model.initial_weights:
+        state = begin_with(state, load_student(source).variables, source)
     workdir.describe(path, job.students)
     writer = MetricWriter(path, int(state.step))
     progress = Progress(job.steps, int(state.step))

@@ -1,6 +1,8 @@
 """PyTorch weights as students: names of every library, the command, and what does not fit."""
 
 import json
+import re
+import shutil
 from fractions import Fraction
 
 import jax
@@ -9,10 +11,11 @@ import pytest
 import safetensors.numpy
 from conftest import command, one_device, tiny_config
 from flax.traverse_util import flatten_dict
+from PIL import Image
 
 from ekd_jax import load_student, models, train
 from ekd_jax.checkpoint import Checkpoints
-from ekd_jax.convert import _names, convert
+from ekd_jax.convert import _names, _stacked, convert
 from ekd_jax.errors import UserError
 from ekd_jax.models.ensemble import student_variables
 from ekd_jax.torch_names import SOURCES, torch_name
@@ -44,8 +47,9 @@ def torch_state(name, library, classes=5, width=1):
     rules = next(s.rules for s in SOURCES if s.library == library and torch_matches(s, name))
     state = {"num_batches_tracked": np.zeros((), np.int64)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        stacked = any(key.key == "rest" for key in path)
-        for (ours, _), value in zip(_names(path, leaf.shape), leaf if stacked else [leaf], strict=True):
+        for (ours, _), value in zip(
+            _names(path, leaf.shape), leaf if _stacked(path) else [leaf], strict=True
+        ):
             theirs = torch_name(ours, rules)
             assert theirs not in state, f"two of ours are their {theirs}"
             axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[value.ndim]
@@ -54,8 +58,6 @@ def torch_state(name, library, classes=5, width=1):
 
 
 def torch_matches(source, name):
-    import re
-
     return re.fullmatch(source.models, name)
 
 
@@ -143,8 +145,6 @@ def converted(tmp_path_factory):
 
 
 def test_the_command_writes_a_student(converted, tmp_path):
-    from PIL import Image
-
     folder, variables = converted
     student = load_student(folder / "student")
     jax.tree.map(np.testing.assert_array_equal, student.variables, variables)
@@ -188,8 +188,6 @@ def test_training_begins_with_a_students_values(converted, tmp_path):
         train.run(tiny_config(**changes), tmp_path / "grey", one_device())
     rng = np.random.default_rng(0)
     for number in range(80):
-        from PIL import Image
-
         path = tmp_path / "images" / f"class{number % 2}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
@@ -210,5 +208,10 @@ def test_training_begins_with_a_students_values(converted, tmp_path):
     flat = flatten_dict(restored["params"])
     for path, value in flatten_dict(like["params"]).items():
         np.testing.assert_allclose(flat[path], value, rtol=0, atol=1e-30)
+    # A run that goes on needs the folder no more.
+    shutil.move(folder / "student", tmp_path / "moved")
+    (tmp_path / "run/summary.json").unlink()
+    assert train.run(config, tmp_path / "run", one_device())["students"]
+    shutil.move(tmp_path / "moved", folder / "student")
     with pytest.raises(UserError, match="is of another network"):
         train.run(tiny_config(**{**changes, "model__name": "resnet14"}), tmp_path / "other", one_device())
