@@ -58,7 +58,12 @@ def config_name() -> str:
 flags.DEFINE_string(
     "compilation_cache", None, "folder for compiled programs; empty: none; ~/.cache/ekd_jax if not given"
 )
-flags.DEFINE_float("compilation_cache_gb", 4.0, "its size: what was not used for longest is deleted")
+flags.DEFINE_float(
+    "compilation_cache_gb",
+    4.0,
+    "its size: what was not used for longest is deleted",
+    lower_bound=0.001,
+)
 
 
 def use_compilation_cache() -> None:

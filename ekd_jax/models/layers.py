@@ -27,7 +27,7 @@ from jax import lax
 from ekd_jax.models.convolution import convolution
 
 Array = jax.Array
-Initializer = Callable[[Any, tuple[int, ...], Any], Any]  # (unused key, shape, dtype) -> boxed zeros
+Initializer = Callable[[Any, tuple[int, ...], Any], Any]  # (unused key, shape, dtype) -> boxed shape
 Activation = Callable[[Array], Array]
 
 
@@ -83,41 +83,41 @@ class Ruled(meta.AxisMetadata[Any]):
 
 def constant(value: float) -> Initializer:
     """Every element `value`."""
-    return lambda key, shape, dtype: Ruled(jnp.zeros(shape, dtype), Rule("constant", value))
+    return lambda key, shape, dtype: Ruled(lax.empty(shape, dtype), Rule("constant", value))
 
 
 def uniform(bound: float) -> Initializer:
     """U(-bound, bound)."""
-    return lambda key, shape, dtype: Ruled(jnp.zeros(shape, dtype), Rule("uniform", bound))
+    return lambda key, shape, dtype: Ruled(lax.empty(shape, dtype), Rule("uniform", bound))
 
 
 def xavier_normal(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
     """N(0, 2 / (fan_in + fan_out)) for a kernel (..., I, O), as torch.nn.init.xavier_normal_."""
     fans = math.prod(shape[:-2]) * (shape[-2] + shape[-1])
-    return Ruled(jnp.zeros(shape, dtype), Rule("normal", math.sqrt(2 / fans)))
+    return Ruled(lax.empty(shape, dtype), Rule("normal", math.sqrt(2 / fans)))
 
 
 def kaiming_fan_out(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
     """N(0, 2 / (k k O)) for a kernel (k, k, I, O): PyTorch's kaiming_normal_(mode="fan_out"); also
     written sqrt(2 / n) with n = k k O."""
     fan_out = math.prod(shape[:-2]) * shape[-1]
-    return Ruled(jnp.zeros(shape, dtype), Rule("normal", math.sqrt(2 / fan_out)))
+    return Ruled(lax.empty(shape, dtype), Rule("normal", math.sqrt(2 / fan_out)))
 
 
 def kaiming_fan_in(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
     """N(0, 2 / (k k I)) for a kernel (k, k, I, O): PyTorch's kaiming_normal_ as it is."""
-    return Ruled(jnp.zeros(shape, dtype), Rule("normal", math.sqrt(2 / math.prod(shape[:-1]))))
+    return Ruled(lax.empty(shape, dtype), Rule("normal", math.sqrt(2 / math.prod(shape[:-1]))))
 
 
 def normal(std: float) -> Initializer:
     """N(0, std^2)."""
-    return lambda key, shape, dtype: Ruled(jnp.zeros(shape, dtype), Rule("normal", std))
+    return lambda key, shape, dtype: Ruled(lax.empty(shape, dtype), Rule("normal", std))
 
 
 def torch_default(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
     """U(-b, b), b = 1/sqrt(fan_in), for a kernel (..., I, O): PyTorch's default for conv and linear."""
     bound = 1 / math.sqrt(math.prod(shape[:-1]))
-    return Ruled(jnp.zeros(shape, dtype), Rule("uniform", bound))
+    return Ruled(lax.empty(shape, dtype), Rule("uniform", bound))
 
 
 class Traced(NamedTuple):
