@@ -18,14 +18,14 @@ import numpy as np
 from absl import app, flags
 
 from ekd_jax import models, parallel
-from ekd_jax.config import default, make_method, resolve
+from ekd_jax.config import default, make_ensemble, make_method, resolve
 from ekd_jax.data.images import Reader
 from ekd_jax.data.resident import Resident
 from ekd_jax.data.sources import Data, Facts, Pixels
 from ekd_jax.describe import describe
 from ekd_jax.errors import UserError, nearest
 from ekd_jax.optimizer import make_optimizer
-from ekd_jax.state import build, init_state
+from ekd_jax.state import init_state
 from ekd_jax.step import make_train_steps, zero_metrics
 from ekd_jax.workdir import environment
 from ekd_jax.writers import table, write_json
@@ -62,7 +62,7 @@ def measure(name: str) -> dict[str, float]:
     mesh, shape, classes = parallel.make_mesh(), (size, size, 3), 1000 if of_imagenet else 100
     started = time.perf_counter()
     describe(config, shape, classes)
-    method, ensemble = make_method(config), build(config, classes)
+    method, ensemble = make_method(config), make_ensemble(config, classes)
     optimizer = make_optimizer(config, method, steps=1_000_000)
     state = init_state(ensemble, method, optimizer, 0, shape)
     built = time.perf_counter() - started
@@ -74,9 +74,11 @@ def measure(name: str) -> dict[str, float]:
     sums = zero_metrics(ensemble, method, state, shape)
     placed = parallel.replicate(mesh, (state, sums))
     one = parallel.replicate(mesh, np.int32(1))
-    program = make_train_steps(config, ensemble, method, optimizer, feed, classes, mesh)
+    program = make_train_steps(
+        config, ensemble, method, optimizer, feed, classes, mesh, len(images), 1_000_000
+    )
     started = time.perf_counter()
-    lowered = program.lower(*placed, feed.shapes, one)
+    lowered = program.lower(*placed, feed.shapes, one, {"teachers": []})
     traced = time.perf_counter() - started
     started = time.perf_counter()
     memory = lowered.compile().memory_analysis()

@@ -19,12 +19,12 @@ import numpy as np
 from absl import app, flags
 
 from ekd_jax import parallel
-from ekd_jax.config import default, make_method, resolve
+from ekd_jax.config import default, make_ensemble, make_method, resolve
 from ekd_jax.data.images import Reader
 from ekd_jax.data.resident import Resident
 from ekd_jax.data.sources import Data, Facts, Pixels
 from ekd_jax.optimizer import make_optimizer
-from ekd_jax.state import build, init_state
+from ekd_jax.state import init_state
 from ekd_jax.step import make_train_steps, zero_metrics
 from ekd_jax.workdir import environment
 from ekd_jax.writers import table, write_json
@@ -52,7 +52,7 @@ class Setting:
         self.name = {"model": model, "students": students, "dtype": dtype, "batch": batch_size}
         self.batch_size = batch_size
         mesh = parallel.make_mesh()
-        method, ensemble = make_method(config), build(config, CLASSES)
+        method, ensemble = make_method(config), make_ensemble(config, CLASSES)
         optimizer = make_optimizer(config, method, steps=1_000_000)
         state = init_state(ensemble, method, optimizer, 0, SHAPE)
         sums = zero_metrics(ensemble, method, state, SHAPE)
@@ -62,9 +62,12 @@ class Setting:
         noise = Pixels(images, labels, "noise")
         facts = Facts("noise", SHAPE, tuple(map(str, range(CLASSES))), EXAMPLES, 0, 0)
         feed = Resident(config, Data(facts, noise, None, noise, Reader(SHAPE)), mesh, "replicated")
-        self.batches = feed.at(0), parallel.replicate(mesh, np.int32(FLAGS.steps))
+        number = parallel.replicate(mesh, np.int32(FLAGS.steps))
+        self.batches = feed.at(0), number, {"teachers": []}
         self.carry = parallel.replicate(mesh, (state, sums))
-        train_steps = make_train_steps(config, ensemble, method, optimizer, feed, CLASSES, mesh)
+        train_steps = make_train_steps(
+            config, ensemble, method, optimizer, feed, CLASSES, mesh, len(images), 1_000_000
+        )
         began = time.perf_counter()
         lowered = train_steps.lower(*self.carry, *self.batches)
         self.trace_seconds = time.perf_counter() - began

@@ -108,16 +108,22 @@ class Checkpoints:
         return TrainState(opt_state=opt_state, **fields), run
 
     def restore_variables(self, like: Tree, step: int) -> tuple[Tree, Tree]:
-        """Sub-trees of `params` and `batch_stats` alone: nothing else is read from disk.
+        """Some sub-trees alone: nothing else is read from disk.
 
         Args:
-            like: nested dicts of shapes, such as `{"params": {"base": ...}}`.
+            like: nested dicts of shapes, such as `{"params": {"base": ...}}`, parts of `shapes`.
             step: of the checkpoint.
 
         Raises:
             UserError: the checkpoint is damaged.
         """
         return self._restore(like, step)
+
+    def shapes(self, step: int) -> Tree:
+        """What the state of a checkpoint holds: nested dicts of shapes."""
+        with self._reading(step):
+            saved = self._manager.item_metadata(step)["state"].tree
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk.
@@ -204,6 +210,7 @@ def _as_tree(state: TrainState) -> Tree:
         "params": state.params,
         "batch_stats": state.batch_stats,
         "opt_state": {str(i).zfill(width): leaf for i, leaf in enumerate(leaves)},
+        "copies": state.copies,
     }
 
 

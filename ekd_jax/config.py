@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 from ekd_jax.errors import UserError, nearest
 from ekd_jax.methods import METHODS
 from ekd_jax.models import MODELS, build
-from ekd_jax.models.ensemble import parse_students
+from ekd_jax.models.ensemble import SHARINGS, Ensemble, parse_students
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,19 @@ _PLACE: dict[str, Any] = {"changes_result": False}
 KNOBS: dict[str, Knob] = {
     "seed": Knob(0, "initial values, order of examples, augmentation", **_NOT_NEGATIVE),
     "model.name": Knob("resnet20", "network", **_one_of(MODELS)),
-    "model.students": Knob(5, "number of students, or a tuple of their width multipliers"),
+    "model.students": Knob(
+        5, "number of students, or a tuple of their width multipliers or networks ('vgg8', 'vgg8:0.5')"
+    ),
+    "model.sharing": Knob(
+        "",
+        "students have a base block in common; or part one by one, like a tree; or share nothing; empty: "
+        "as the method has it",
+        **_one_of(("", *SHARINGS)),
+    ),
     "model.no_blocks": Knob(
         0, "how many stages of a branch are compressed, from the last; 0: all", **_NOT_NEGATIVE
     ),
-    "model.shared_stages": Knob(-1, "how many stages the base block has; -1: as in the paper"),
+    "model.shared_stages": Knob(-1, "how many stages the base block has; -1: as the method has it"),
     "model.last_map": Knob(
         "",
         "of the maps that students are compared by the last: of the last stage, or the one that is pooled "
@@ -142,6 +150,9 @@ KNOBS: dict[str, Knob] = {
     "optimizer.momentum": Knob(0.9, "of sgd and rmsprop", **_FRACTION),
     "optimizer.nesterov": Knob(True, "Nesterov's momentum for sgd"),
     "optimizer.weight_decay": Knob(1e-4, "L2, added to the gradient of every parameter", **_NOT_NEGATIVE),
+    "optimizer.schedule": Knob(
+        "steps", "the rate drops at milestones, or goes down a cosine", **_one_of(("steps", "cosine"))
+    ),
     "optimizer.milestones": Knob((0.5, 0.75), "fractions of training where the rate drops", **_INCREASING),
     "optimizer.decay": Knob(0.1, "factor by which it drops", **_POSITIVE),
     "optimizer.decay_every_epochs": Knob(
@@ -225,20 +236,34 @@ def resolve(config: Mapping[str, Any], overridden: Iterable[str] = ()) -> Frozen
         values[path] = _coerce(path, value, known[path])
         _check(path, values[path])
     complete = FrozenConfigDict(_nest(values))
-    make_method(complete)
-    build(
-        complete.model.name,
-        parse_students(complete.model.students),
-        num_classes=1,
-        **network_options(complete),
-    )
+    make_ensemble(complete, num_classes=1)
     return complete
 
 
 def network_options(config: Any) -> dict[str, Any]:
-    """What `models.build` is told about the network beside its name and its students."""
-    others = ("name", "students", "batch_norm", "initial_weights")
-    return {name: value for name, value in config.model.to_dict().items() if name not in others}
+    """What `models.build` is told about the networks beside their names and what they share."""
+    names = ("dropout", "stochastic_depth", "padding", "batch_norm_epsilon")
+    return {name: config.model[name] for name in names}
+
+
+def make_ensemble(config: Any, num_classes: int, devices: int = 1) -> Ensemble:
+    """The ensemble that `config` asks for, trained on so many devices; raises UserError for one that the
+    network or the method does not allow."""
+    model, method = config.model, make_method(config)
+    return build(
+        model.name,
+        parse_students(model.students),
+        num_classes,
+        config.train.dtype,
+        sharing=model.sharing or method.sharing,
+        no_blocks=model.no_blocks,
+        shared_stages=model.shared_stages,
+        own_stages=method.own_stages,
+        last_map=model.last_map,
+        base_gradients=method.base_gradients,
+        batch_norm_groups=devices if model.batch_norm == "local" else 1,
+        **network_options(config),
+    )
 
 
 def make_method(config: Any) -> Any:

@@ -13,7 +13,6 @@ those that `ekd_jax.extract` writes: for `evaluate` and `predict`, as a teacher,
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from ekd_jax import commands, models
 from ekd_jax.describe import count, student_cost
 from ekd_jax.errors import UserError, nearest, reason
 from ekd_jax.extract import check_output, write_student
-from ekd_jax.models.ensemble import Ensemble, Variables, student_variables
+from ekd_jax.models.ensemble import Ensemble, Variables, parse_students
 from ekd_jax.torch_names import Rules, sources, torch_name
 
 FLAGS = flags.FLAGS
@@ -39,7 +38,7 @@ def student_from_torch(like: Variables, state: Arrays, rules: Rules, dtype: Any 
     """A student's variables with the values of a PyTorch network.
 
     Args:
-        like: `{"params": {"base", "branch"}, "batch_stats": same}` of arrays or shapes.
+        like: `{"params": {"stem", ..., "head"}, "batch_stats": same}` of arrays or shapes.
         state: `state_dict()`: names to what `numpy.asarray` takes (CPU tensors, arrays).
         rules: substitutions that make its names of ours.
         dtype: of the result.
@@ -83,16 +82,13 @@ def official_variables(
         raise UserError(f"{len(students)} state dicts for a network of {len(ensemble.students)} students")
     rules = sources("resnet20")[0].rules
     problems: list[str] = []
-    variables: Variables = {
-        kind: {"students": {}, "method": jax.tree.map(np.asarray, tree["method"])}
-        for kind, tree in seed_variables.items()
-    }
+    variables: Variables = jax.tree.map(np.asarray, seed_variables)
     for number, student in enumerate(students, 1):
-        own, found = _convert(student_variables(seed_variables, number), {**base, **student}, rules)
-        problems += [f"student {number}: {problem}" for problem in found]
-        for kind, tree in own.items():
-            variables[kind]["base"] = tree["base"]
-            variables[kind]["students"][str(number)] = tree["branch"]
+        own, found = _convert(ensemble.alone(seed_variables, number), {**base, **student}, rules)
+        problems += [
+            problem if problem.split()[0] in base else f"student {number}: {problem}" for problem in found
+        ]
+        variables = ensemble.placed(variables, number, own)
     if adaptation is not None:
         layers = variables["params"]["method"]["adaptation_layers"]
         for name, layer in layers.items():
@@ -101,7 +97,7 @@ def official_variables(
             layer["kernel"] = _to_ours(adaptation[f"{key}/w"])
             layer["bias"] = _to_ours(adaptation[f"{key}/b"])
     if problems:
-        raise _misfit(problems)
+        raise _misfit(list(dict.fromkeys(problems)))  # of the base block once
     return variables
 
 
@@ -134,8 +130,8 @@ def _convert(
 
 
 def _names(path: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of what a leaf of (collection, base or branch, ...) holds: of each block."""
-    _, _, *parts = (key.key for key in path)
+    """Names and shapes of what a leaf of (collection, ...) holds: of each block."""
+    _, *parts = (key.key for key in path)
     if not _stacked(path):
         yield ".".join("0" if part == "first" else part for part in parts), shape
         return
@@ -187,15 +183,15 @@ def convert(
         classifier = state.get(torch_name("head.linear.kernel", source.rules))
         classes = 1 if classifier is None else len(classifier)
         own = {**source.options, **options}
-        ensemble = models.build(model, (Fraction(1),), classes, **own)
+        ensemble = models.build(model, parse_students(1), classes, sharing="none", **own)
         shapes = ensemble.init(None, input_shape)
-        variables, problems = _convert(student_variables(shapes, 1), state, source.rules)
+        variables, problems = _convert(ensemble.alone(shapes, 1), state, source.rules)
         if best is None or len(problems) < len(best[1]):
             best = variables, problems
             cost = student_cost(ensemble, 1, input_shape)
             architecture = {
                 "name": model,
-                "width": "1",
+                "widths": [str(width) for width in ensemble.widths[0]],
                 "num_classes": classes,
                 "input_shape": list(input_shape),
                 "dtype": "float32",

@@ -3,10 +3,10 @@
 python -m ekd_jax.describe --config=configs/resnet_cifar100.py [--num_classes=K] [--json]
 """
 
-import functools
 import json
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,61 +16,69 @@ from clu import parameter_overview
 from jax.extend.core import jaxprs_in_params
 
 from ekd_jax import commands
-from ekd_jax.config import make_method
+from ekd_jax.config import make_ensemble, make_method
 from ekd_jax.data.sources import known_facts
 from ekd_jax.errors import UserError
-from ekd_jax.methods.base import Method
-from ekd_jax.models.ensemble import (
-    Ensemble,
-    student_paths,
-)
-from ekd_jax.state import build, init_variables
+from ekd_jax.methods.base import Batch, Method, TeacherOutputs
+from ekd_jax.models.ensemble import Ensemble
+from ekd_jax.state import init_variables, of_method, of_networks
 from ekd_jax.step import objective
 from ekd_jax.writers import table
 
 FLAGS = flags.FLAGS
 
 
-def describe(config: Any, input_shape: tuple[int, ...], num_classes: int) -> dict[str, Any]:
+def describe(
+    config: Any,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    teachers: Sequence[TeacherOutputs] | None = (),
+) -> dict[str, Any]:
     """The students of a configuration.
 
     Args:
         config: resolved.
         input_shape: H, W, C of the images.
         num_classes: K.
+        teachers: shapes of what the frozen teachers give; None where they are not there yet.
 
     Returns:
-        `{"model", "num_classes", "input_shape", "base_parameters", "adaptation_parameters",
-        "students": [{"student", "width", "widths", "parameters", "macs", "activations", "ratio"}]}`.
-        Parameters include the base block and not the adaptation layers; widths are the channels of the
+        `{"model", "num_classes", "input_shape", "base_parameters", "method_parameters", "students":
+        [{"student", "network", "width", "widths", "parameters", "macs", "activations", "ratio"}]}`.
+        Parameters include the base block and not what the method trains besides (adaptation layers, ...);
+        width is the multiplier as text; widths are the channels of the
         maps that students are compared by; macs are multiply-accumulates of convolutions and matrix
         products for one image, activations the numbers that these give (Dollar et al. 2021, "Fast and
         accurate model scaling"); ratio is of student 1's parameters.
     """
-    ensemble = build(config, num_classes)
-    variables = init_variables(ensemble, make_method(config), None, input_shape)
-    params = variables["params"]
+    ensemble, method = make_ensemble(config, num_classes), make_method(config)
+    params = ensemble.init(None, input_shape)["params"]
     costs = [student_cost(ensemble, i + 1, input_shape) for i in range(len(ensemble.students))]
     outputs = ensemble.shapes(input_shape)
     widths = [[row[i].shape[-1] for row in outputs.features] for i in range(len(ensemble.students))]
-    sizes = [count(student_paths(params, i + 1)) for i in range(len(ensemble.students))]
+    sizes = [count(ensemble.paths(params, i + 1)) for i in range(len(ensemble.students))]
+    members = list(enumerate(ensemble.students)) * max(1, method.copies)
+    extra = 0
+    if teachers is not None:
+        extra = count(init_variables(ensemble, method, None, input_shape, teachers)["params"]["method"])
     return {
         "model": config.model.name,
         "num_classes": num_classes,
         "input_shape": list(input_shape),
         "base_parameters": count(params["base"]),
-        "adaptation_parameters": count(params["method"].get("adaptation_layers", {})),
+        "method_parameters": extra,
         "students": [
             {
-                "student": i + 1,
-                "width": round(float(width), 4),
+                "student": number,
+                "network": member.network or config.model.name,
+                "width": str(member).rpartition(":")[2],
                 "widths": widths[i],
                 "parameters": sizes[i],
                 "macs": costs[i].macs,
                 "activations": costs[i].activations,
                 "ratio": round(sizes[i] / sizes[0], 6),
             }
-            for i, width in enumerate(ensemble.students)
+            for number, (i, member) in enumerate(members, 1)
         ],
     }
 
@@ -85,7 +93,7 @@ def as_text(description: dict[str, Any]) -> str:
     rows = [
         [
             s["student"],
-            f"{s['width']:g}",
+            label(s, description["model"]),
             "-".join(map(str, s["widths"])),
             f"{s['parameters']:,}",
             f"{100 * s['ratio']:.2f}",
@@ -94,13 +102,18 @@ def as_text(description: dict[str, Any]) -> str:
         ]
         for s in description["students"]
     ]
-    return "\n".join(
-        [
-            table(rows, ["student", "width", "channels", "parameters", "% of 1", "MACs", "activations"]),
-            f"base block: {description['base_parameters']:,} parameters, counted in every student",
-            f"adaptation layers: {description['adaptation_parameters']:,} parameters, in training only",
-        ]
-    )
+    header = ["student", "width", "channels", "parameters", "% of 1", "MACs", "activations"]
+    base, own = description["base_parameters"], description["method_parameters"]
+    lines = [table(rows, header)]
+    if base:
+        lines.append(f"base block: {base:,} parameters, counted in every student")
+    return "\n".join([*lines, f"the method's own layers: {own:,} parameters, in training only"])
+
+
+def label(student: dict[str, Any], model: str) -> str:
+    """A student's width, with the name of its network if that is not the run's."""
+    own: str = student["width"]
+    return own if student["network"] == model else f"{student['network']}:{own}"
 
 
 def human(count: float) -> str:
@@ -122,9 +135,10 @@ class Cost(NamedTuple):
 
 
 def student_cost(ensemble: Ensemble, student: int, input_shape: tuple[int, ...]) -> Cost:
-    """What one image costs that goes through base block and branch of a student, from 1."""
-    base, branches = ensemble.trace(input_shape)
-    return count_cost(base.jaxpr) + count_cost(branches[student - 1].jaxpr)
+    """What one image costs that goes through the network of a student, from 1."""
+    trunk, branches = ensemble.trace(input_shape)
+    parts = [trunk[node] for node in ensemble.routes[student - 1]]
+    return sum((count_cost(part.jaxpr) for part in [*parts, branches[student - 1]]), Cost())
 
 
 def count_cost(jaxpr: Any) -> Cost:
@@ -150,43 +164,63 @@ def count_cost(jaxpr: Any) -> Cost:
     return total
 
 
-def memory(config: Any, description: dict[str, Any], data: int) -> dict[str, int]:
+def memory(
+    config: Any, description: dict[str, Any], data: int, teachers: Sequence[TeacherOutputs] = ()
+) -> dict[str, int]:
     """Bytes of device memory that training needs, estimated before anything is compiled.
 
-    `state` is parameters, their gradients and the optimiser's slots; `activations` what the
-    backward pass keeps of one batch (exact at the level of JAX, before XLA fuses); `data` what the
-    images on a device take.
+    `state` is parameters, their gradients, the optimiser's slots and copies of the networks; `activations`
+    what the backward pass keeps of one batch (exact at the level of JAX, before XLA fuses); `data` what
+    the images on a device take. Frozen teachers are not counted.
     """
     shape, classes = tuple(description["input_shape"]), description["num_classes"]
-    ensemble, method = build(config, classes), make_method(config)
-    variables = init_variables(ensemble, method, None, shape)
+    ensemble, method = make_ensemble(config, classes), make_method(config)
+    variables = init_variables(ensemble, method, None, shape, teachers)
     momentum = 1 if config.optimizer.momentum else 0
     slots = {"sgd": momentum, "adam": 2, "rmsprop": 1 + momentum}[config.optimizer.name]
     parameters = _bytes(variables["params"])
     return {
-        "state": (2 + slots) * parameters,
-        "activations": _kept(ensemble, method, config.train.batch_size, shape) - parameters,
+        "state": (2 + slots + method.copies) * parameters,
+        "activations": _kept(ensemble, method, config.train.batch_size, shape, tuple(teachers))
+        - parameters,
         "data": data,
     }
 
 
-@functools.lru_cache(maxsize=4)
-def _kept(ensemble: Ensemble, method: Method, batch_size: int, shape: tuple[int, ...]) -> int:
+def _kept(
+    ensemble: Ensemble,
+    method: Method,
+    batch_size: int,
+    shape: tuple[int, ...],
+    teachers: tuple[TeacherOutputs, ...],
+) -> int:
     """Bytes that the backward pass needs of the forward pass, parameters among them."""
-    variables = init_variables(ensemble, method, None, shape)
+    variables = init_variables(ensemble, method, None, shape, teachers)
     images = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
-    labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
 
-    def kept(params: Any, batch_stats: Any, images: Any, labels: Any) -> Any:
+    def full_size(teacher: TeacherOutputs) -> TeacherOutputs:
+        one = (teacher.logits, teacher.maps)
+        logits, maps = jax.tree.map(lambda x: jnp.zeros((batch_size, *x.shape[1:]), x.dtype), one)
+        return TeacherOutputs(logits, maps, jax.tree.map(jnp.zeros_like, teacher.method))
+
+    def kept(params: Any, batch_stats: Any, images: Any) -> Any:
         def loss(params: Any) -> Any:
             full = {"params": params, "batch_stats": batch_stats}
-            outputs, _ = ensemble.apply(full, images, train=True, key=jax.random.key(0))
-            own = {kind: tree["method"] for kind, tree in full.items()}
-            return objective(method, own, outputs, labels)[0]
+            networks = of_networks(full)
+            outputs, _ = ensemble.apply(networks, images, train=True, key=jax.random.key(0))
+            batch = Batch(
+                labels=jnp.zeros(batch_size, jnp.int32),
+                epoch=jnp.zeros(()),
+                key=jax.random.key(0),
+                teachers=tuple(map(full_size, teachers)),
+                copies=(outputs,) * method.copies if method.compares_copies else (),
+                networks=networks["params"],
+            )
+            return objective(method, of_method(full), outputs, batch)[0]
 
         return jax.vjp(loss, params)[1]
 
-    return _bytes(jax.eval_shape(kept, variables["params"], variables["batch_stats"], images, labels))
+    return _bytes(jax.eval_shape(kept, variables["params"], variables["batch_stats"], images))
 
 
 def _bytes(tree: Any) -> int:

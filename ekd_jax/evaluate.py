@@ -18,41 +18,22 @@ from jax import lax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ekd_jax import checkpoint, commands, parallel
-from ekd_jax.config import make_method, resolve
+from ekd_jax import commands, parallel
+from ekd_jax.config import resolve
 from ekd_jax.data.augment import normalise
 from ekd_jax.data.feed import EvaluationSet, evaluation_set
 from ekd_jax.data.sources import open_data
 from ekd_jax.data.stream import evaluation_batch
 from ekd_jax.errors import UserError
 from ekd_jax.extract import LoadedStudent, load_student
-from ekd_jax.methods.base import Method
-from ekd_jax.models.ensemble import Ensemble, Variables
-from ekd_jax.state import build, init_variables
-from ekd_jax.workdir import read
+from ekd_jax.models.ensemble import Variables
+from ekd_jax.restore import restore
 from ekd_jax.writers import table
 
 FLAGS = flags.FLAGS
 Array = jax.Array
 Results = dict[str, float]
 Folders = dict[str, str]
-
-
-def predictions(ensemble: Ensemble, method: Method) -> Callable[[Variables, Array], Array]:
-    """(variables, images) -> logits (S+1, B, K) of all students and, last, the ensemble teacher."""
-
-    def predict(variables: Variables, images: Array) -> Array:
-        outputs, _ = ensemble.apply(variables, images, train=False)
-        own = {kind: tree["method"] for kind, tree in variables.items()}
-        teacher_BxK: Any = method.apply(own, outputs, method="ensemble_logits")
-        return jnp.concatenate([outputs.logits_SxBxK, teacher_BxK[None]])
-
-    return predict
-
-
-def predictor_names(students: int) -> list[str]:
-    """Names of what `predictions` gives: student_1, ..., ensemble."""
-    return [*(f"student_{i + 1}" for i in range(students)), "ensemble"]
 
 
 def make_evaluator(
@@ -137,15 +118,10 @@ def evaluate_run(
     Returns:
         The step, and `{"student_1/top1": per cent, ...}`.
     """
-    run = read(path)
-    config = at(run.config, folders or {})
-    method, ensemble = make_method(config), build(config, run.students["num_classes"])
-    with checkpoint.opened(path) as checkpoints:
-        step = checkpoints.choose(step, "ensemble/top1" if best else None)
-        like = init_variables(ensemble, method, None, tuple(run.students["input_shape"]))
-        variables, _ = checkpoints.restore_variables(like, step)
-    names = predictor_names(len(ensemble.students))
-    return step, _evaluate(predictions(ensemble, method), variables, config, names, split)
+    restored = restore(path, step, "ensemble/top1" if best else None)
+    config = at(restored.run.config, folders or {})
+    found = _evaluate(restored.predict, restored.variables, config, restored.names, split)
+    return restored.step, found
 
 
 def evaluate_student(student: LoadedStudent, folders: Folders | None = None) -> Results:

@@ -25,23 +25,17 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ekd_jax import __version__, checkpoint, commands, models
-from ekd_jax.config import identity, make_method, network_options
+from ekd_jax.config import identity, make_ensemble, make_method, network_options
 from ekd_jax.data.augment import normalise
 from ekd_jax.errors import UserError, reason
-from ekd_jax.models.ensemble import (
-    Student,
-    Variables,
-    parse_students,
-    student_paths,
-    student_variables,
-)
-from ekd_jax.state import build, init_variables
+from ekd_jax.models.ensemble import Student, Variables, parse_member
+from ekd_jax.state import deployed
 from ekd_jax.workdir import read
 from ekd_jax.writers import read_metrics, write_json
 
 FLAGS = flags.FLAGS
 WEIGHTS, DESCRIPTION = "weights.safetensors", "student.json"
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +44,7 @@ class LoadedStudent:
 
     Attributes:
         description: what student.json says.
-        variables: `{"params": {"base", "branch"}, "batch_stats": same}`, numpy arrays.
+        variables: `{"params": {"stem", ..., "head"}, "batch_stats": same}`, numpy arrays.
     """
 
     description: dict[str, Any]
@@ -74,10 +68,16 @@ class LoadedStudent:
 
     @cached_property
     def model(self) -> Student:
-        """The network, as base block and branch."""
+        """The network."""
         own = self.description["architecture"]
-        width = parse_students([own["width"]])
-        ensemble = models.build(own["name"], width, own["num_classes"], own["dtype"], **own["options"])
+        ensemble = models.build(
+            own["name"],
+            (parse_member(own),),
+            own["num_classes"],
+            own["dtype"],
+            sharing="none",
+            **own["options"],
+        )
         return ensemble.student(1)
 
     def logits(self, images: Any) -> jax.Array:
@@ -134,7 +134,7 @@ def extract(
 ) -> dict[str, Any]:
     """Writes student `student` (from 1) of a run to the new folder `output`.
 
-    Only the base block and that branch are read from the checkpoint.
+    Only what the student is made of is read from the checkpoint.
 
     Args:
         workdir: of the run.
@@ -154,21 +154,22 @@ def extract(
     if not 1 <= student <= len(students):
         raise UserError(f"--student={student}: {workdir} has students 1 to {len(students)}")
     check_output(output)
-    shapes = init_variables(
-        build(config, run.students["num_classes"]),
-        make_method(config),
-        None,
-        tuple(run.students["input_shape"]),
-    )
+    ensemble = make_ensemble(config, run.students["num_classes"])
+    copy, member = divmod(student - 1, len(ensemble.students))
     with checkpoint.opened(workdir) as checkpoints:
         step = checkpoints.choose(step, f"student_{student}/top1" if best else None)
-        like = {kind: student_paths(tree, student) for kind, tree in shapes.items()}
-        restored, remembered = checkpoints.restore_variables(like, step)
+        shapes = checkpoints.shapes(step)
+        networks = deployed(shapes)[copy]
+        like = {kind: ensemble.paths(networks[kind], member + 1) for kind in ("params", "batch_stats")}
+        kept = bool(make_method(config).copies)
+        where = {"copies": {str(copy + 1): like}} if kept else like
+        restored, remembered = checkpoints.restore_variables(where, step)
+    variables = restored["copies"][str(copy + 1)] if kept else restored
     own, name = students[student - 1], f"student_{student}/"
     description = {
         "architecture": {
-            "name": config.model.name,
-            "width": str(parse_students(config.model.students)[student - 1]),
+            "name": ensemble.students[member].network or config.model.name,
+            "widths": [str(width) for width in ensemble.widths[member]],
             "channels": own["widths"],
             "num_classes": run.students["num_classes"],
             "input_shape": run.students["input_shape"],
@@ -200,7 +201,7 @@ def extract(
             "ekd_jax": __version__,
         },
     }
-    return write_student(output, student_variables(restored, student), description)
+    return write_student(output, ensemble.alone(variables, member + 1), description)
 
 
 def fitting_student(workdir: pathlib.Path, max_parameters: int) -> int:
@@ -236,7 +237,7 @@ def write_student(
 
     Args:
         output: checked by `check_output`.
-        variables: `{"params": {"base", "branch"}, "batch_stats": same}`.
+        variables: `{"params": {"stem", ..., "head"}, "batch_stats": same}`.
         description: what student.json is to say, but for its format and the weights' SHA-256.
 
     Returns:

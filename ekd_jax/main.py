@@ -9,12 +9,13 @@ from typing import Any
 
 from absl import flags
 
-from ekd_jax import commands, parallel, train
-from ekd_jax.config import fingerprint, to_dict
+from ekd_jax import commands, parallel, stages, train
+from ekd_jax.config import fingerprint, make_method, to_dict
 from ekd_jax.data.feed import placements, resident_bytes
 from ekd_jax.data.sources import known_facts
 from ekd_jax.describe import as_text, describe, human, memory
-from ekd_jax.workdir import check
+from ekd_jax.teachers import load_teachers
+from ekd_jax.workdir import STAGES, check
 
 FLAGS = flags.FLAGS
 
@@ -26,7 +27,7 @@ def main() -> None:
     if FLAGS.dry_run:
         print(dry_run(config, path))
         return
-    summary = train.run(config, path)
+    summary = stages.run(config, path)
     print(train.summary_table(summary))
     print(f"everything is in {path}; take a student out with python -m ekd_jax.extract --workdir={path}")
 
@@ -37,16 +38,30 @@ def dry_run(config: Any, path: pathlib.Path) -> str:
     Raises:
         UserError: what a run would raise before it starts.
     """
+    check(path, config)
+    earlier = stages.before(config, path)
+    parts = [
+        f"stage {i} of {len(earlier) + 1}, {name}\n{_plan(stage, path / STAGES / name, path, bool(i - 1))}"
+        for i, (name, stage) in enumerate(earlier.items(), 1)
+    ]
+    last = f"stage {len(earlier) + 1} of {len(earlier) + 1}\n" if earlier else ""
+    return "\n\n".join([*parts, last + _plan(config, path, path, bool(earlier))])
+
+
+def _plan(config: Any, path: pathlib.Path, workdir: pathlib.Path, later: bool) -> str:
+    """One run; with `later` its teachers may come out of runs before it."""
     mesh, known = parallel.make_mesh(), known_facts(config)
     train.check_batches(config, mesh, known.train_examples)
-    check(path, config)
-    description = describe(config, known.input_shape, known.num_classes)
+    method, classes = make_method(config), known.num_classes
+    taught = None
+    if not later:
+        teachers = load_teachers(method.teacher_sources, workdir, classes, known.input_shape)
+        taught = [teacher.shapes() for teacher in teachers]
+    description = describe(config, known.input_shape, classes, taught)
     where = placements(config, known, mesh)
-    needed = memory(config, description, resident_bytes(config, known, mesh))
-    parts = ", ".join(f"{name} {human(size)}B" for name, size in needed.items())
     steps = train.steps_in(config.train.epochs, config, known.train_examples)
     held_out = f"{known.validation_examples:,} for validation, " if known.validation_examples else ""
-    return "\n".join([
+    lines = [
         json.dumps(to_dict(config), indent=2),
         as_text(description),
         f"fingerprint {fingerprint(config)}",
@@ -54,9 +69,12 @@ def dry_run(config: Any, path: pathlib.Path) -> str:
         f"of {known.train_examples:,}, on {mesh.size} x {mesh.devices.flat[0].device_kind}",
         f"images: training set {where['train']}; {held_out}{known.test_examples:,} to test on, "
         f"{where['evaluation']}",
-        f"memory, estimated: {human(sum(needed.values()))}B ({parts})",
-        f"files go to {path}; nothing was trained",
-    ])  # fmt: skip
+    ]
+    if taught is not None:
+        needed = memory(config, description, resident_bytes(config, known, mesh), taught)
+        sizes = ", ".join(f"{name} {human(size)}B" for name, size in needed.items())
+        lines.append(f"memory, estimated: {human(sum(needed.values()))}B ({sizes})")
+    return "\n".join([*lines, f"files go to {path}; nothing was trained"])
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ RMSPROP_DECAY, RMSPROP_EPSILON = 0.9, 1e-3  # of EfficientNet; the epsilon is ad
 
 def learning_rate(config: Any, steps: int) -> optax.Schedule:
     """Step -> rate: `learning_rate`, times `decay` at each milestone (a fraction of training) and every
-    `decay_every_epochs`."""
+    `decay_every_epochs`; or half a cosine down to 0."""
     knobs = config.optimizer
+    if knobs.schedule == "cosine":
+        return optax.cosine_decay_schedule(knobs.learning_rate, steps)
     drops = {round(m * steps): knobs.decay for m in knobs.milestones}
     rate = optax.piecewise_constant_schedule(knobs.learning_rate, drops)
     if not knobs.decay_every_epochs:
@@ -29,7 +31,7 @@ def make_optimizer(config: Any, method: Method, steps: int) -> optax.GradientTra
     `learning_rate_scales`.
     """
     knobs = config.optimizer
-    rate = learning_rate(config, steps)
+    rate = method.learning_rate(config, steps) or learning_rate(config, steps)
     momentum = knobs.momentum or None
     match knobs.name:
         case "adam":

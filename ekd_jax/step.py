@@ -1,6 +1,7 @@
 """The training step: augment, base, branches, loss, update; many of them in one dispatch."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,62 +15,105 @@ from jax.sharding import Mesh
 from ekd_jax import parallel
 from ekd_jax.data.augment import Purpose, training_batch
 from ekd_jax.data.feed import Feed
-from ekd_jax.methods.base import Method, per_student
+from ekd_jax.methods.base import Batch, Method, TeacherOutputs
 from ekd_jax.models.ensemble import Ensemble, Outputs, Variables
-from ekd_jax.state import TrainState
+from ekd_jax.state import TrainState, batch_shapes, of_method, of_networks, trainable
 
 Array = jax.Array
 Metrics = dict[str, Array]
+Teach = Callable[[Any, Array, Array], tuple[TeacherOutputs, ...]]
 
 
 def objective(
-    method: Method, own: Variables, outputs: Outputs, labels: Array
+    method: Method, own: Variables, outputs: Outputs, batch: Batch
 ) -> tuple[Array, tuple[Metrics, Any]]:
     """The loss of a batch, its metrics, and the method's new batch statistics.
 
-    The metrics are `loss`, every term of the method, and each student's and the ensemble's top-1
-    accuracy in per cent.
+    The metrics are `loss`, every term of the method, and the top-1 accuracy in per cent of everything that
+    predicts.
     """
-    (loss, terms), updated = method.apply(own, outputs, labels, mutable=["batch_stats"])
-    ensemble_BxK: Any = method.apply({**own, **updated}, outputs, method="ensemble_logits")
-    if labels.ndim > 1:
-        labels = labels.argmax(-1)  # of mixed images the one with the greater share
-    top1_S = 100 * (outputs.logits_SxBxK.argmax(-1) == labels).mean(-1)
-    metrics = {
-        "loss": loss,
-        **terms,
-        **per_student("top1", top1_S),
-        "ensemble/top1": 100 * (ensemble_BxK.argmax(-1) == labels).mean(),
+    (loss, terms), updated = method.apply(own, outputs, batch, mutable=["batch_stats"])
+    predictions: Any = method.apply({**own, **updated}, outputs, method="predictions")
+    top1 = {
+        f"{name}/top1": 100 * (logits.argmax(-1) == batch.classes).mean()
+        for name, logits in zip(method.names(outputs), predictions, strict=True)
     }
-    return loss, (metrics, updated.get("batch_stats", {}))
+    return loss, ({"loss": loss, **terms, **top1}, updated.get("batch_stats", {}))
 
 
 def make_step(
-    ensemble: Ensemble, method: Method, optimizer: optax.GradientTransformation
+    ensemble: Ensemble,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    steps: int = 1,
+    steps_per_epoch: float = 1.0,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """One update from one batch.
 
+    Args:
+        ensemble: the networks.
+        method: how they learn.
+        optimizer: as `make_optimizer` gives it.
+        steps: of the whole run.
+        steps_per_epoch: how many of them go over the training set once.
+
     Returns:
-        A function of (state, images (B, H, W, C) float32 normalised, labels (B,) int32 or shares (B, K),
-        key of what the network drops, if anything) that gives the next state and the batch's metrics.
+        A function of (state, images (B, H, W, C) float32 normalised or a tuple of views of them, labels
+        (B,) int32 or shares (B, K), key of what network and method draw, if anything, outputs of the
+        frozen teachers) that gives the next state and the batch's metrics.
     """
 
     def step(
-        state: TrainState, images: Array, labels: Array, key: Array | None = None
+        state: TrainState,
+        images: Any,
+        labels: Array,
+        key: Array | None = None,
+        teachers: tuple[TeacherOutputs, ...] = (),
     ) -> tuple[TrainState, Metrics]:
-        def loss_of(params: Any) -> tuple[Array, tuple[Metrics, Any]]:
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            outputs, stats = ensemble.apply(variables, images, train=True, key=key)
-            own = {kind: tree["method"] for kind, tree in variables.items()}
-            loss, (metrics, stats["method"]) = objective(method, own, outputs, labels)
-            return loss, (metrics, stats)
+        compared = state.copies.values() if method.compares_copies else ()
+        batch = Batch(
+            labels,
+            state.step / jnp.float32(steps_per_epoch),
+            key,
+            teachers,
+            tuple(ensemble.apply(copy, images, train=True, key=key)[0] for copy in compared),
+        )
 
-        (_, (metrics, stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, stats, opt_state), metrics
+        def loss_of(learned: Any) -> tuple[Array, tuple[Metrics, Any]]:
+            variables = {"params": {**state.params, **learned}, "batch_stats": state.batch_stats}
+            networks = of_networks(variables)
+            outputs, stats = ensemble.apply(networks, images, train=method.trains_networks, key=key)
+            given = dataclasses.replace(batch, networks=networks["params"])
+            loss, (metrics, own) = objective(method, of_method(variables), outputs, given)
+            return loss, (metrics, {**stats, "method": own})
+
+        learned = trainable(method, state.params)
+        (_, (metrics, stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(learned)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, learned)
+        params = {**state.params, **optax.apply_updates(learned, updates)}
+        new = TrainState(state.step + 1, params, stats, opt_state, state.copies)
+        learners = method.learners(state.step, len(ensemble.students))
+        if learners is not None:
+            new = _only(learners, new, state)
+        if method.copies:
+            networks = of_networks(new.variables)
+            copies = method.update_copies(state.copies, networks, new.step, steps)
+            new = dataclasses.replace(new, copies=copies)
+        return new, metrics
 
     return step
+
+
+def _only(learners: Array, new: TrainState, old: TrainState) -> TrainState:
+    """The new state with the students who do not learn as they were, momentum and statistics included."""
+
+    def choose(path: Any, after: Array, before: Array) -> Array:
+        names = [str(getattr(key, "key", "")) for key in path]
+        if "students" not in names:
+            return after
+        return jnp.where(learners[int(names[names.index("students") + 1]) - 1], after, before)
+
+    return jax.tree_util.tree_map_with_path(choose, new, old)
 
 
 def make_train_steps(
@@ -80,31 +124,47 @@ def make_train_steps(
     feed: Feed,
     num_classes: int,
     mesh: Mesh,
+    examples: int,
+    steps: int,
+    teach: Teach = lambda frozen, images, examples: (),
 ) -> Any:
     """Many steps in one dispatch, as one jitted function.
 
     Args:
         feed: where batches come from.
         num_classes: K.
+        mesh: devices that share a batch.
+        examples: of the training set.
+        steps: of the whole run.
+        teach: (what is frozen, images, numbers of the examples) -> outputs of the teachers.
 
     Returns:
-        A jitted function of (state, sums, held, number) that gives (state, sums) after `number` steps
-        on the batches that the feed's `held` holds. `sums` are the metrics added up since they were
+        A jitted function of (state, sums, held, number, frozen) that gives (state, sums) after `number`
+        steps on the batches that the feed's `held` holds, with teachers whose variables are `frozen`.
+        `sums` are the metrics added up since they were
         last zero. State and sums are donated. `number` is an argument of the compiled program, so
         that one program serves any number of steps and the result does not depend on how training is
         cut into dispatches.
     """
-    step = make_step(ensemble, method, optimizer)
+    step = make_step(ensemble, method, optimizer, steps, examples / config.train.batch_size)
     run_key = jax.random.key(config.seed)
 
     def train_steps(
-        state: TrainState, sums: Metrics, held: Any, number: Array
+        state: TrainState, sums: Metrics, held: Any, number: Array, frozen: Any
     ) -> tuple[TrainState, Metrics]:
         def body(i: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, sums = carry
             key = jax.random.fold_in(run_key, state.step)
-            images, targets = training_batch(key, *feed.pick(held, i), num_classes, config.data)
-            state, metrics = step(state, images, targets, jax.random.fold_in(key, Purpose.NETWORK))
+            picked = feed.pick(held, i)
+            images: Any
+            images, targets = training_batch(key, *picked, num_classes, config.data)
+            teachers = teach(frozen, images, picked[2])
+            if method.separate_views:
+                keys = [jax.random.fold_in(key, Purpose.VIEW + s) for s in range(1, len(ensemble.students))]
+                others = [training_batch(own, *picked, num_classes, config.data)[0] for own in keys]
+                images = (images, *others)
+            own_key = jax.random.fold_in(key, Purpose.NETWORK)
+            state, metrics = step(state, images, targets, own_key, teachers)
             return state, jax.tree.map(jnp.add, sums, metrics)
 
         return lax.fori_loop(0, number, body, (state, sums))
@@ -114,11 +174,13 @@ def make_train_steps(
 
 
 def zero_metrics(
-    ensemble: Ensemble, method: Method, state: TrainState, input_shape: tuple[int, ...]
+    ensemble: Ensemble,
+    method: Method,
+    state: TrainState,
+    input_shape: Sequence[int],
+    teachers: Sequence[TeacherOutputs] = (),
 ) -> Any:
     """The metrics of a step, all zero, as numpy scalars; computes nothing."""
-    outputs = ensemble.shapes(input_shape)
-    own = {kind: tree["method"] for kind, tree in state.variables.items()}
-    labels = jax.ShapeDtypeStruct((1,), jnp.int32)
-    shapes = jax.eval_shape(partial(objective, method), own, outputs, labels)[1][0]
+    given = batch_shapes(ensemble, method, input_shape, teachers)
+    shapes = jax.eval_shape(partial(objective, method), of_method(state.variables), *given)[1][0]
     return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)

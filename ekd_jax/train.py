@@ -16,6 +16,7 @@ import pathlib
 import signal
 import threading
 import time
+from functools import cached_property
 from types import FrameType
 from typing import Any
 
@@ -26,18 +27,19 @@ from jax.sharding import Mesh
 
 from ekd_jax import parallel, workdir
 from ekd_jax.checkpoint import Checkpoints
-from ekd_jax.config import identity, make_method
+from ekd_jax.config import identity, make_ensemble, make_method
 from ekd_jax.data.feed import EvaluationSet, Feed, evaluation_set, training_feed
 from ekd_jax.data.sources import Data, facts, open_data
-from ekd_jax.describe import describe, human
+from ekd_jax.describe import describe, human, label
 from ekd_jax.errors import UserError, reason
-from ekd_jax.evaluate import make_evaluator, measure, predictions, predictor_names, results
-from ekd_jax.extract import load_student
-from ekd_jax.methods.base import Method
+from ekd_jax.evaluate import make_evaluator, measure, results
+from ekd_jax.methods.base import Method, TeacherOutputs
 from ekd_jax.models.ensemble import Ensemble
 from ekd_jax.optimizer import make_optimizer
-from ekd_jax.state import TrainState, begin_with, build, init_state
+from ekd_jax.restore import predictor
+from ekd_jax.state import TrainState, begin_with, deployed_names, init_state
 from ekd_jax.step import make_train_steps, zero_metrics
+from ekd_jax.teachers import Teacher, frozen_inputs, load_teacher, load_teachers, make_teach
 from ekd_jax.writers import MetricWriter, Progress, clock, table, write_json
 
 DISPATCH_SECONDS = 1.0  # a dispatch is about this long: rare enough to cost nothing, short to wait for
@@ -53,6 +55,7 @@ class Job:
     ensemble: Ensemble
     method: Method
     optimizer: optax.GradientTransformation
+    teachers: list[Teacher]
     students: dict[str, Any]  # as students.json
     steps: int
 
@@ -70,30 +73,46 @@ class Job:
         return "test" if self.data.validation is None else "validation"
 
     @property
+    def taught(self) -> list[TeacherOutputs]:
+        """Shapes of what the teachers give for an image."""
+        return [teacher.shapes() for teacher in self.teachers]
+
+    @cached_property
     def names(self) -> list[str]:
-        """Of what predicts: every student, and last the ensemble."""
-        return predictor_names(len(self.ensemble.students))
+        """Of all that is evaluated: every student, and last the ensemble."""
+        return deployed_names(self.ensemble, self.method, self.input_shape)
+
+    @cached_property
+    def learning(self) -> list[str]:
+        """The same of what learns."""
+        return self.method.names(self.ensemble.shapes(self.input_shape))
 
     def epochs(self, step: int) -> float:
         return step * self.config.train.batch_size / self.examples
 
 
-def prepare(config: Any, mesh: Mesh) -> Job:
-    """Opens the data and builds everything, compiles nothing."""
+def prepare(config: Any, mesh: Mesh, path: pathlib.Path = pathlib.Path()) -> Job:
+    """Opens the data and builds everything for a run in the folder `path`, compiles nothing."""
     data = open_data(config)
     classes = data.facts.num_classes
     check_batches(config, mesh, len(data.train))
     steps = steps_in(config.train.epochs, config, len(data.train))
     method = make_method(config)
-    students = describe(config, data.facts.input_shape, classes)
+    teachers = load_teachers(method.teacher_sources, path, classes, data.facts.input_shape)
+    students = describe(config, data.facts.input_shape, classes, [t.shapes() for t in teachers])
     return Job(
         config=config,
         mesh=mesh,
         data=data,
-        ensemble=build(config, classes, mesh.size),
+        ensemble=make_ensemble(config, classes, mesh.size),
         method=method,
         optimizer=make_optimizer(config, method, steps),
-        students={**students, "class_names": list(data.facts.class_names)},
+        teachers=teachers,
+        students={
+            **students,
+            "class_names": list(data.facts.class_names),
+            "teachers": [teacher.identity for teacher in teachers],
+        },
         steps=steps,
     )
 
@@ -155,7 +174,8 @@ def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None) -> dict[str, 
         print(f"{path} holds the complete run: nothing to train")
         summary: dict[str, Any] = json.loads((path / workdir.SUMMARY).read_text())
         return summary
-    job = prepare(config, mesh)
+    job = prepare(config, mesh, path)
+    workdir.check_teachers(path, job.students["teachers"])
     try:
         path.mkdir(parents=True, exist_ok=True)
         with workdir.locked(path):
@@ -169,14 +189,16 @@ def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None) -> dict[str, 
 
 def _run(job: Job, path: pathlib.Path) -> dict[str, Any]:
     """Trains in a folder that is ours: restores or initialises, goes through the loop, sums up."""
-    state = init_state(job.ensemble, job.method, job.optimizer, job.config.seed, job.input_shape)
-    log = Log(zero_metrics(job.ensemble, job.method, state, job.input_shape))
+    taught = job.taught
+    state = init_state(job.ensemble, job.method, job.optimizer, job.config.seed, job.input_shape, taught)
+    log = Log(zero_metrics(job.ensemble, job.method, state, job.input_shape, taught))
     checkpoints = Checkpoints(path)
     if checkpoints.steps():
         state, remembered = checkpoints.restore(state, checkpoints.choose())
         log = Log.recall(remembered)
     elif source := job.config.model.initial_weights:
-        state = begin_with(state, load_student(source).variables, source)
+        network = load_teacher(source, path).variables
+        state = begin_with(state, job.ensemble, network, source)
     workdir.describe(path, job.students)
     writer = MetricWriter(path, int(state.step))
     progress = Progress(job.steps, int(state.step))
@@ -263,10 +285,21 @@ def _loop(
     started = time.monotonic()
     progress.update(step, "compiling")
     one = parallel.replicate(mesh, np.int32(1))
-    classes = job.data.facts.num_classes
-    train_steps = make_train_steps(config, job.ensemble, job.method, job.optimizer, feed, classes, mesh)
-    train_steps = train_steps.lower(state, log.sums, feed.shapes, one).compile()
-    predict = predictions(job.ensemble, job.method)
+    frozen = parallel.replicate(mesh, frozen_inputs(job.teachers, config, job.data, feed))
+    train_steps = make_train_steps(
+        config,
+        job.ensemble,
+        job.method,
+        job.optimizer,
+        feed,
+        job.data.facts.num_classes,
+        mesh,
+        job.examples,
+        job.steps,
+        make_teach(job.teachers, config.data),
+    )
+    train_steps = train_steps.lower(state, log.sums, feed.shapes, one, frozen).compile()
+    predict = predictor(job.ensemble, job.method)
     evaluator = make_evaluator(predict, config, watched.examples, mesh)
     evaluator = evaluator.lower(state.variables, *watched.shapes, one).compile()
     log.seconds["compile"] += time.monotonic() - started
@@ -284,7 +317,7 @@ def _loop(
             held = feed.at(step)
             log.waited += time.monotonic() - started
             several = parallel.replicate(mesh, np.int32(number))
-            state, log.sums = jax.block_until_ready(train_steps(state, log.sums, held, several))
+            state, log.sums = jax.block_until_ready(train_steps(state, log.sums, held, several, frozen))
             took = time.monotonic() - started
             log.seconds["train"] += took
             log.window += took
@@ -355,7 +388,7 @@ def _note_best(best: dict[str, Any], evaluation: dict[str, float], step: int, na
 
 
 def _train_line(job: Job, step: int, means: dict[str, float], progress: Progress) -> str:
-    top1 = " ".join(f"{means[f'{name}/top1']:.1f}" for name in job.names)
+    top1 = " ".join(f"{means[f'{name}/top1']:.1f}" for name in job.learning)
     return (
         f"step {step:,}/{job.steps:,}  epoch {job.epochs(step):.2f}  loss {means['loss']:.4f}  "
         f"train top-1 {top1}  {means['images/s']:,.0f} images/s  {progress.remaining(step)} left"
@@ -377,12 +410,11 @@ def _summary(job: Job, log: Log) -> dict[str, Any]:
         "steps": job.steps,
         "epochs": job.config.train.epochs,
         "seconds": {name: round(value, 1) for name, value in log.seconds.items()},
-        "adaptation_parameters": job.students["adaptation_parameters"],
+        "method_parameters": job.students["method_parameters"],
         "best_on": job.watched,
-        "students": [
-            {**s, **top1(name)} for s, name in zip(job.students["students"], job.names, strict=False)
-        ],
+        "students": [{**s, **top1(f"student_{s['student']}")} for s in job.students["students"]],
         "ensemble": top1("ensemble"),
+        "others": {n: top1(n) for n in job.names if n != "ensemble" and not n.startswith("student_")},
     }
 
 
@@ -395,7 +427,7 @@ def summary_table(summary: dict[str, Any]) -> str:
     rows = [
         row(
             str(s["student"]),
-            f"{s['width']:g}",
+            label(s, summary["model"]),
             f"{s['parameters']:,}",
             f"{100 * s['ratio']:.1f}",
             human(s["macs"]),
@@ -403,7 +435,8 @@ def summary_table(summary: dict[str, Any]) -> str:
         )
         for s in summary["students"]
     ]
-    rows.append(row("ensemble teacher", "", "", "", "", result=summary["ensemble"]))
+    for name, result in [("ensemble teacher", summary["ensemble"]), *summary["others"].items()]:
+        rows.append(row(name, "", "", "", "", result=result))
     header = ["student", "width", "parameters", "% of 1", "MACs", "top-1 last", "top-1 best"]
     spent = ", ".join(f"{name} {clock(seconds)}" for name, seconds in summary["seconds"].items())
     return (

@@ -5,6 +5,7 @@ environment.json  versions and devices, one entry each time the run was started
 students.json     the students, class names and input shape
 metrics.jsonl     a record a line      tensorboard/   the same
 checkpoints/      latest and best      summary.json   written when the run is complete
+stages/           the runs that a method of several stages has before, one folder each
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from ekd_jax.errors import UserError, reason
 from ekd_jax.writers import write_json
 
 CONFIG, STUDENTS, ENVIRONMENT, SUMMARY = "config.json", "students.json", "environment.json", "summary.json"
+STAGES = "stages"
 PACKAGES = (
     *("ekd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets"),
     *("grain", "pillow", "simplejpeg", "opencv-python-headless"),
@@ -92,7 +94,7 @@ def check(path: pathlib.Path, config: FrozenConfigDict) -> None:
         )
     if not (path / CONFIG).exists():
         others = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
-        if any(name != ".lock" and not name.startswith(f".{CONFIG}.") for name in others):
+        if any(n not in (".lock", STAGES) and not n.startswith(f".{CONFIG}.") for n in others):
             raise UserError(
                 f"--workdir={path} holds other files ({', '.join(others[:3])}) and no run: "
                 f"choose an empty or new folder"
@@ -115,6 +117,19 @@ def check(path: pathlib.Path, config: FrozenConfigDict) -> None:
             f"--workdir={path} holds a run of another configuration ({'; '.join(different)}): "
             f"choose another --workdir, or ask for the same"
         )
+
+
+def check_teachers(path: pathlib.Path, teachers: list[dict[str, Any]]) -> None:
+    """Raises UserError unless a run that goes on in `path` has the teachers that it began with."""
+    if not (path / STUDENTS).exists():
+        return
+    before = json.loads((path / STUDENTS).read_text()).get("teachers", [])
+    for old, new in zip(before, teachers, strict=False):
+        if old["sha256"] != new["sha256"]:
+            raise UserError(
+                f"method.teachers: the weights in {new['source']} are not those that the run in {path} "
+                f"began with: put them back, or choose another --workdir"
+            )
 
 
 def claim(path: pathlib.Path, config: FrozenConfigDict) -> None:

@@ -66,7 +66,7 @@ def test_describe_as_json():
     found = json.loads(result.stdout)
     assert [s["parameters"] for s in found["students"]] == [272474, 171536, 97018, 42231, 10773]
     assert found["base_parameters"] == 464
-    assert found["adaptation_parameters"] == 10976
+    assert found["method_parameters"] == 10976
     assert found["students"][4]["widths"] == [3, 6, 12]
     assert found["students"][4]["ratio"] == pytest.approx(0.039538, abs=1e-6)
     assert found["students"][0]["macs"] == macs_by_hand()

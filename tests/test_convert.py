@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from fractions import Fraction
 
 import jax
 import numpy as np
@@ -17,7 +16,7 @@ from ekd_jax import load_student, models, train
 from ekd_jax.checkpoint import Checkpoints
 from ekd_jax.convert import _names, _stacked, convert
 from ekd_jax.errors import UserError
-from ekd_jax.models.ensemble import student_variables
+from ekd_jax.models.ensemble import parse_students
 from ekd_jax.torch_names import SOURCES, torch_name
 
 # A network of each source, the ways its library has it.
@@ -42,8 +41,8 @@ CONVERTED = [
 
 def torch_state(name, library, classes=5, width=1):
     """A state dict as the library would have it, and our variables that it was made of."""
-    ensemble = models.build(name, (Fraction(width),), classes)
-    variables = student_variables(ensemble.init(0, (32, 32, 3)), 1)
+    ensemble = models.build(name, parse_students((width,)), classes)
+    variables = ensemble.alone(ensemble.init(0, (32, 32, 3)), 1)
     rules = next(s.rules for s in SOURCES if s.library == library and torch_matches(s, name))
     state = {"num_batches_tracked": np.zeros((), np.int64)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
@@ -184,7 +183,7 @@ def test_training_begins_with_a_students_values(converted, tmp_path):
     changes = {"model__name": "resnet8x4", "model__initial_weights": str(folder / "student")}
     frozen = {"optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0}
     # Digits are grey: the first convolution differs, too.
-    with pytest.raises(UserError, match=r"base/stem/conv/kernel has shape \(3, 3, 3, 32\), this network"):
+    with pytest.raises(UserError, match=r"stem/conv/kernel has shape \(3, 3, 3, 32\), this network"):
         train.run(tiny_config(**changes), tmp_path / "grey", one_device())
     rng = np.random.default_rng(0)
     for number in range(80):
@@ -197,12 +196,9 @@ def test_training_begins_with_a_students_values(converted, tmp_path):
     found = json.loads((tmp_path / "run/config.json").read_text())["model"]["initial_weights"]
     assert found == str(folder / "student")
     checkpoints = Checkpoints(tmp_path / "run", read_only=True)
-    like = {
-        "params": {"base": variables["params"]["base"], "students": {"1": variables["params"]["branch"]}}
-    }
-    like["params"]["students"]["1"] = {
-        name: tree for name, tree in variables["params"]["branch"].items() if name != "head"
-    }
+    own = variables["params"]
+    stages = {name: tree for name, tree in own.items() if name.startswith("stage")}
+    like = {"params": {"base": {"stem": own["stem"]}, "students": {"1": stages}}}
     restored, _ = checkpoints.restore_variables(like, checkpoints.steps()[-1])
     checkpoints.close()
     flat = flatten_dict(restored["params"])

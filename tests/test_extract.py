@@ -11,13 +11,13 @@ from conftest import tiny_config
 
 import ekd_jax
 from ekd_jax.checkpoint import opened
-from ekd_jax.config import make_method
+from ekd_jax.config import make_ensemble, make_method
 from ekd_jax.data.augment import normalise
 from ekd_jax.data.sources import open_data
 from ekd_jax.errors import UserError
 from ekd_jax.evaluate import evaluate_run, evaluate_student
 from ekd_jax.extract import extract, fitting_student
-from ekd_jax.state import build, init_variables
+from ekd_jax.state import init_variables, of_networks
 from ekd_jax.train import run
 from ekd_jax.writers import read_metrics
 
@@ -26,11 +26,11 @@ from ekd_jax.writers import read_metrics
 def ensemble(finished):
     """The finished run's network and variables."""
     config = tiny_config()
-    network, method = build(config, 10), make_method(config)
+    network, method = make_ensemble(config, 10), make_method(config)
     with opened(finished[0]) as checkpoints:
         like = init_variables(network, method, 0, (8, 8, 1))
         variables, _ = checkpoints.restore_variables(like, checkpoints.choose())
-    return network, variables
+    return network, of_networks(variables)
 
 
 @pytest.mark.parametrize("student", [1, 2])
@@ -39,11 +39,8 @@ def test_weights_and_logits_are_those_of_the_branch(finished, ensemble, tmp_path
     extract(finished[0], student, tmp_path / "student")
     loaded = ekd_jax.load_student(tmp_path / "student")
     for kind in ("params", "batch_stats"):
-        for part, own in (
-            ("base", variables[kind]["base"]),
-            ("branch", variables[kind]["students"][str(student)]),
-        ):
-            jax.tree.map(np.testing.assert_array_equal, loaded.variables[kind][part], own)
+        own = {**variables[kind]["base"], **variables[kind]["students"][str(student)]}
+        jax.tree.map(np.testing.assert_array_equal, loaded.variables[kind], own)
 
     test = open_data(tiny_config()).test
     images = np.stack([test[i].image for i in range(64)])
@@ -74,7 +71,7 @@ def test_the_folder_stands_alone(finished, tmp_path):
         description["metrics"], rel=1e-5
     )
     names = safetensors.numpy.load_file(tmp_path / "student" / "weights.safetensors")
-    assert "params/branch/head/linear/kernel" in names
+    assert "params/head/linear/kernel" in names
     assert not any("method" in name for name in names)
 
 

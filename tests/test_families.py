@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,12 @@ import pytest
 from conftest import REFERENCE, ROOT, tiny_config
 
 from ekd_jax import models, parallel
+from ekd_jax.config import make_ensemble
 from ekd_jax.describe import count, student_cost
 from ekd_jax.errors import UserError
-from ekd_jax.models.ensemble import parse_students, student_paths
+from ekd_jax.models.ensemble import parse_students
 from ekd_jax.models.family import Options, assemble
 from ekd_jax.models.layers import BatchNorm, Drop, Mode
-from ekd_jax.state import build
 
 OFFICIAL = json.loads((REFERENCE / "param_counts.json").read_text())["models"]
 OUR_NAMES = {"DenseNetBC_12_100": "densenet_bc_12_100", "DenseNet121": "densenet121"}
@@ -31,7 +30,7 @@ def size_of(name):
 
 
 def alone(name, classes, **options):
-    return models.build(name, (Fraction(1),), classes, **options)
+    return models.build(name, parse_students(1), classes, **options)
 
 
 @pytest.mark.parametrize("key", OFFICIAL)
@@ -48,7 +47,7 @@ def test_parameters_of_every_student_are_the_official_codes(key):
     assert count(params["base"]) == OFFICIAL[key]["base"]
     branches = [count(tree) for tree in params["students"].values()]
     assert branches == OFFICIAL[key].get("branches", branches)
-    totals = [count(student_paths(params, i + 1)) for i in range(number(students))]
+    totals = [count(ensemble.paths(params, i + 1)) for i in range(number(students))]
     assert totals == OFFICIAL[key]["student_total"]
 
 
@@ -88,12 +87,12 @@ def test_students_of_any_width_see_the_same_places(name):
     outputs = ensemble.shapes((size, size, 3))
     assert outputs.logits_SxBxK.shape == (3, 1, 7)
     assert outputs.logits_SxBxK.dtype == jnp.float32
-    assert len(outputs.features) == len(ensemble.compressed)
+    assert len(outputs.features) == len(ensemble.matched[0])
     for row in outputs.features:
         assert len({x.shape[:3] for x in row}) == 1
     channels = [sum(row[i].shape[-1] for row in outputs.features) for i in range(3)]
     assert channels[0] > channels[1] > channels[2]
-    sizes = [count(student_paths(variables["params"], i)) for i in (1, 2, 3)]
+    sizes = [count(ensemble.paths(variables["params"], i)) for i in (1, 2, 3)]
     assert sizes[0] > sizes[1] > sizes[2]
 
 
@@ -118,7 +117,7 @@ def test_the_cut_can_be_moved(shared):
     params = ensemble.init(None, (32, 32, 3))["params"]
     stages = [name for name in params["base"] if name.startswith("stage")]
     assert stages == [f"stage{i}" for i in range(1, shared + 1)]
-    assert count(student_paths(params, 3)) == 472_756
+    assert count(ensemble.paths(params, 3)) == 472_756
     if shared == 2:  # METHODS.md 2: ONE's ResNet-32 has 1,193,189 with its gate of 32 x 3 + 3 + 2 x 3
         assert count(params) + 32 * 3 + 3 + 2 * 3 == 1_193_189
 
@@ -129,7 +128,7 @@ def test_impossible_cuts():
     with pytest.raises(UserError, match="no_blocks=2 must be between 1 and 1"):
         alone("resnet20", 10, shared_stages=2, no_blocks=2)
     with pytest.raises(UserError, match="smallest usable width is 0.15"):
-        models.build("shufflenet_v1_cifar", (Fraction(1, 10),), 10)
+        models.build("shufflenet_v1_cifar", parse_students((0.1,)), 10)
 
 
 @pytest.mark.parametrize(("last_map", "channels"), [("", 1280), ("pooled", 1280), ("stage", 320)])
@@ -158,7 +157,7 @@ def test_channels_of_efficientnet_students():
 @pytest.mark.parametrize("name", ["efficientnet_b7", "resnext101_32x8d", "densenet_bc_40_190"])
 def test_initial_values_follow_their_rules(name):
     """Every kernel at width .2 has the deviation of its rule: kaiming over fan-out, or the classifier's."""
-    ensemble = models.build(name, (Fraction(1, 5),), 10)
+    ensemble = models.build(name, parse_students((0.2,)), 10)
     params = ensemble.init(0, (64, 64, 3))["params"]
     branch = params["students"]["1"]
     leaves = jax.tree_util.tree_leaves_with_path({k: v for k, v in branch.items() if k != "head"})
@@ -171,7 +170,7 @@ def test_initial_values_follow_their_rules(name):
 
 def test_what_is_dropped_depends_on_key_and_student_alone():
     ensemble = models.build(
-        "efficientnet_b0", (Fraction(1, 5), Fraction(1, 5)), 5, stochastic_depth=0.5, dropout=0.5
+        "efficientnet_b0", parse_students((0.2, 0.2)), 5, stochastic_depth=0.5, dropout=0.5
     )
     variables = ensemble.init(0, (32, 32, 3))
     images = jax.random.normal(jax.random.key(1), (8, 32, 32, 3))
@@ -231,7 +230,7 @@ def test_the_worked_example_of_the_docs():
     students = parse_students((1, 0.5))
     ensemble = assemble(module["MODELS"]["mobilenet_v1"], students, options, Mode())
     params = ensemble.init(None, (224, 224, 3))["params"]
-    assert count(student_paths(params, 1)) == 4_231_976
+    assert count(ensemble.paths(params, 1)) == 4_231_976
     maps = ensemble.shapes((224, 224, 3)).features
     assert [row[1].shape for row in maps] == [(1, 28, 28, 128), (1, 14, 14, 256), (1, 7, 7, 512)]
 
@@ -241,7 +240,7 @@ def test_only_global_batch_norm_waits_for_other_devices(batch_norm):
     """All-reduces in the compiled forward pass of a batch that lies on eight devices."""
     config = tiny_config(model__batch_norm=batch_norm)
     mesh = parallel.make_mesh()
-    ensemble = build(config, 10, mesh.size)
+    ensemble = make_ensemble(config, 10, mesh.size)
     variables = parallel.replicate(mesh, ensemble.init(0, (8, 8, 1)))
     images = jax.device_put(np.zeros((16, 8, 8, 1), np.float32), parallel.split(mesh))
     forward = lambda variables, images: ensemble.apply(variables, images, train=True)[0].logits_SxBxK

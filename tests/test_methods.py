@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from ekd_jax.config import make_method
+from ekd_jax.config import make_ensemble, make_method
 from ekd_jax.errors import UserError
+from ekd_jax.methods.base import Batch
 from ekd_jax.optimizer import learning_rate, make_optimizer
-from ekd_jax.state import build, init_state, init_variables
+from ekd_jax.state import init_state, init_variables, of_method, of_networks
 from ekd_jax.step import make_step, objective
 
 SHAPE = (8, 8, 1)
@@ -26,13 +27,13 @@ def batch():
 def gradients(batch, **knobs):
     """Gradient of the loss in every parameter."""
     config = tiny_config(model__students=STUDENTS, **{f"method__{k}": v for k, v in knobs.items()})
-    ensemble, method = build(config, 10), make_method(config)
+    ensemble, method = make_ensemble(config, 10), make_method(config)
     variables = init_variables(ensemble, method, 0, SHAPE)
 
     def loss(params):
-        outputs, _ = ensemble.apply(variables | {"params": params}, batch[0], train=True)
-        own = {"params": params["method"], "batch_stats": variables["batch_stats"]["method"]}
-        return objective(method, own, outputs, batch[1])[0]
+        full = variables | {"params": params}
+        outputs, _ = ensemble.apply(of_networks(full), batch[0], train=True)
+        return objective(method, of_method(full), outputs, Batch(batch[1], jnp.zeros(())))[0]
 
     return jax.jit(jax.grad(loss))(variables["params"])
 
@@ -86,20 +87,22 @@ def test_one_student_is_the_baseline(batch):
     """S=1: nothing to match and its own teacher, so alpha times the cross entropy remains."""
     for name, scale in (("oem", 0.7), ("baseline", 1.0)):
         config = tiny_config(method=name, model__students=(0.5,))
-        ensemble, method = build(config, 10), make_method(config)
+        ensemble, method = make_ensemble(config, 10), make_method(config)
         variables = init_variables(ensemble, method, 0, SHAPE)
-        outputs, _ = ensemble.apply(variables, batch[0], train=True)
-        own = {kind: tree["method"] for kind, tree in variables.items()}
-        loss, (metrics, _) = objective(method, own, outputs, batch[1])
+        outputs, _ = ensemble.apply(of_networks(variables), batch[0], train=True)
+        loss, (metrics, _) = objective(
+            method, of_method(variables), outputs, Batch(batch[1], jnp.zeros(()))
+        )
         assert float(loss) == pytest.approx(scale * float(metrics["student_1/loss_ce"]), rel=1e-6)
 
 
 def test_ensemble_weights_begin_uniform_and_sum_to_one(batch):
     logits = jax.random.normal(jax.random.key(0), (3, 16, 10))
     config = tiny_config(model__students=STUDENTS, method__ensemble_weights="learned")
-    ensemble, method = build(config, 10), make_method(config)
+    ensemble, method = make_ensemble(config, 10), make_method(config)
     own = init_variables(ensemble, method, 0, SHAPE)["params"]["method"]
-    outputs, _ = ensemble.apply(init_variables(ensemble, method, 0, SHAPE), batch[0], train=False)
+    variables = init_variables(ensemble, method, 0, SHAPE)
+    outputs, _ = ensemble.apply(of_networks(variables), batch[0], train=False)
     outputs = outputs.replace(logits_SxBxK=logits)
     combined = method.apply({"params": own}, outputs, method="ensemble_logits")
     np.testing.assert_allclose(combined, logits.mean(0), atol=1e-6)
@@ -112,7 +115,7 @@ def test_ensemble_weights_begin_uniform_and_sum_to_one(batch):
 @pytest.mark.parametrize("weights", ["uniform", "learned", "gated"])
 def test_every_kind_of_ensemble_trains(batch, weights):
     config = tiny_config(method__ensemble_weights=weights, optimizer__learning_rate=0.05)
-    ensemble, method = build(config, 10), make_method(config)
+    ensemble, method = make_ensemble(config, 10), make_method(config)
     optimizer = make_optimizer(config, method, 100)
     state = init_state(ensemble, method, optimizer, 0, SHAPE)
     step = jax.jit(make_step(ensemble, method, optimizer))
@@ -127,7 +130,7 @@ def test_every_kind_of_ensemble_trains(batch, weights):
 def test_the_optimiser_begins_as_optax_says(name):
     """`init_state` writes zeros instead of compiling `optimizer.init`."""
     config = tiny_config(optimizer__name=name)
-    ensemble, method = build(config, 10), make_method(config)
+    ensemble, method = make_ensemble(config, 10), make_method(config)
     optimizer = make_optimizer(config, method, 100)
     state = init_state(ensemble, method, optimizer, 0, SHAPE)
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, optimizer.init(state.params))
@@ -139,7 +142,7 @@ def test_adaptation_layers_learn_at_their_own_rate(batch):
     deltas = {}
     for scale in (1.0, 0.5, 0.0):
         config = tiny_config(**changes, method__adaptation_learning_rate_scale=scale)
-        ensemble, method = build(config, 10), make_method(config)
+        ensemble, method = make_ensemble(config, 10), make_method(config)
         optimizer = make_optimizer(config, method, 100)
         before = init_state(ensemble, method, optimizer, 0, SHAPE)
         after, _ = jax.jit(make_step(ensemble, method, optimizer))(before, *batch)

@@ -1,6 +1,7 @@
 """A five-student ResNet-20 with the official weights computes what the official code computed."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REFERENCE, tiny_config
@@ -9,8 +10,9 @@ from ekd_jax import models
 from ekd_jax.config import make_method
 from ekd_jax.convert import official_variables
 from ekd_jax.errors import UserError
+from ekd_jax.methods.base import Batch
 from ekd_jax.models.ensemble import parse_students
-from ekd_jax.state import init_variables
+from ekd_jax.state import init_variables, of_method, of_networks
 from ekd_jax.step import objective
 
 STUDENTS = range(5)
@@ -51,9 +53,10 @@ def trained(reference, network):
 
     def loss(params):
         full = variables | {"params": params}
-        outputs, stats = ensemble.apply(full, reference["x"].transpose(0, 2, 3, 1), train=True)
-        own = {kind: tree["method"] for kind, tree in full.items()}
-        value, (metrics, _) = objective(method, own, outputs, reference["y"])
+        images = reference["x"].transpose(0, 2, 3, 1)
+        outputs, stats = ensemble.apply(of_networks(full), images, train=True)
+        batch = Batch(reference["y"], jnp.zeros(()))
+        value, (metrics, _) = objective(method, of_method(full), outputs, batch)
         return value, (outputs, stats, metrics)
 
     (value, found), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])

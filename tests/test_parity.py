@@ -5,7 +5,6 @@ where nothing but the order of additions differs; and logits in float32. The PyT
 (torch_networks.py) were written from the libraries' code, and checked against it, apart from ours.
 """
 
-from fractions import Fraction
 from functools import partial
 
 import jax
@@ -18,7 +17,7 @@ from ekd_jax.convert import convert, read_state_dict, student_from_torch
 from ekd_jax.errors import UserError
 from ekd_jax.models import densenet, resnet
 from ekd_jax.models.blocks import Bottleneck
-from ekd_jax.models.ensemble import student_variables
+from ekd_jax.models.ensemble import parse_students
 from ekd_jax.models.family import Family
 from ekd_jax.torch_names import sources
 
@@ -99,14 +98,14 @@ def case(name):
         family, network, rules = SHALLOW[name]
         models.MODELS[name] = family
         try:
-            build = lambda dtype: models.build(name, (Fraction(1),), CLASSES, dtype, **options)
+            build = lambda dtype: models.build(name, parse_students(1), CLASSES, dtype, **options)
             ours = {dtype: build(dtype) for dtype in ("float64", "float32")}
         finally:
             del models.MODELS[name]
         return ours, network(), rules, 32 if "cifar" in name else 64
     source = sources(name)[0] if name != "mobilenet_v2" else sources(name)[1]
     options |= source.options
-    build = lambda dtype: models.build(name, (Fraction(1),), CLASSES, dtype, **options)
+    build = lambda dtype: models.build(name, parse_students(1), CLASSES, dtype, **options)
     ours = {dtype: build(dtype) for dtype in ("float64", "float32")}
     return ours, theirs.NETWORKS[name](num_classes=CLASSES), source.rules, NAMED[name]
 
@@ -129,7 +128,8 @@ def test_forward_statistics_and_gradients(name):
 
     with jax.enable_x64(True):
         ensemble = ours["float64"]
-        like = student_variables(ensemble.init(None, images.shape[1:]), 1)
+        like_all = ensemble.init(None, images.shape[1:])
+        like = ensemble.alone(like_all, 1)
         before = student_from_torch(like, state_of(network), rules, np.float64)
 
         @quickly_compiled
@@ -137,7 +137,7 @@ def test_forward_statistics_and_gradients(name):
             evaluated = ensemble.student(1).logits(variables, images)
 
             def loss(params):
-                full = in_ensemble(variables | {"params": params})
+                full = ensemble.placed(like_all, 1, variables | {"params": params})
                 outputs, stats = ensemble.apply(full, images, train=True)
                 logits = outputs.logits_SxBxK[0]
                 mean = -jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels].mean()
@@ -162,8 +162,7 @@ def test_forward_statistics_and_gradients(name):
         slopes = {n: p.grad for n, p in network.named_parameters()}
         slopes |= {n: v for n, v in state_of(network).items() if n not in slopes}
         expected = student_from_torch(like, slopes, rules, np.float64)["params"]
-    found = {"base": stats["base"], "branch": stats["students"]["1"]}
-    compare(found, after["batch_stats"], 1e-9)
+    compare(ensemble.alone({"batch_stats": stats}, 1)["batch_stats"], after["batch_stats"], 1e-9)
     compare(gradients, expected, 1e-7)
 
 
@@ -180,10 +179,6 @@ def state_of(network):
     return {name: value.detach().clone() for name, value in network.state_dict().items()}
 
 
-def in_ensemble(variables):
-    return {k: {"base": t["base"], "students": {"1": t["branch"]}} for k, t in variables.items()}
-
-
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}])
 def test_pth_files_become_students(tmp_path, wrap):
     """As PyTorch saves them: bare, or in a training checkpoint of a DataParallel network."""
@@ -194,7 +189,7 @@ def test_pth_files_become_students(tmp_path, wrap):
     found, description = convert("resnet8x4", read_state_dict(tmp_path / "network.pth"), (32, 32, 3), {})
     assert description["architecture"]["num_classes"] == CLASSES
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
-    ours = models.build("resnet8x4", (Fraction(1),), CLASSES).student(1).logits(found, images)
+    ours = models.build("resnet8x4", parse_students(1), CLASSES).student(1).logits(found, images)
     with torch.no_grad():
         expected = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)

@@ -16,12 +16,12 @@ from conftest import ROOT, one_device, plain_environment, tiny_config, tiny_flag
 
 from ekd_jax import parallel, train
 from ekd_jax.checkpoint import opened
-from ekd_jax.config import make_method
+from ekd_jax.config import make_ensemble, make_method
 from ekd_jax.data.augment import normalise
 from ekd_jax.data.resident import ResidentEvaluation
 from ekd_jax.errors import UserError
 from ekd_jax.evaluate import evaluate_run, make_evaluator, measure, results
-from ekd_jax.state import build, init_variables
+from ekd_jax.state import init_variables
 from ekd_jax.writers import METRICS, MetricWriter, read_metrics
 
 NAMES = ["student_1", "student_2", "ensemble"]
@@ -30,7 +30,7 @@ NAMES = ["student_1", "student_2", "ensemble"]
 def parameters(path):
     """All variables in the latest checkpoint of a run, by name, and its step."""
     config = tiny_config()
-    like = init_variables(build(config, 10), make_method(config), 0, (8, 8, 1))
+    like = init_variables(make_ensemble(config, 10), make_method(config), 0, (8, 8, 1))
     with opened(path) as checkpoints:
         step = checkpoints.choose()
         variables, _ = checkpoints.restore_variables(like, step)

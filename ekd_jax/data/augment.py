@@ -24,7 +24,8 @@ class Purpose(enum.IntEnum):
     POLICY = 3
     CUTOUT = 4
     MIXUP = 5
-    NETWORK = 6  # what the network drops
+    NETWORK = 6  # what the network drops and the method draws
+    VIEW = 7  # and above: of further views of the images, one a student
 
 
 def training_batch(

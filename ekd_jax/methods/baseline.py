@@ -2,16 +2,18 @@
 
 import jax
 
-from ekd_jax.methods.base import Method, Terms, label_terms
+from ekd_jax.methods.base import Batch, Method, Terms, label_terms
 from ekd_jax.models.ensemble import Outputs
 
 
 class Baseline(Method):
-    """Cross entropy, nothing exchanged.
+    """Cross entropy, nothing shared and nothing exchanged.
 
-    With one student (`model.students=(0.2,)`) this is the paper's baseline. With several, they
-    share the base block and nothing else.
+    With one student (`model.students=(0.2,)`) this is the paper's baseline; with several, each is trained
+    as if it were alone, on the same batches. With `model.sharing=base` they share the base block.
     """
 
-    def __call__(self, outputs: Outputs, labels: jax.Array) -> tuple[jax.Array, Terms]:
-        return label_terms(outputs, labels)
+    sharing = "none"
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> tuple[jax.Array, Terms]:
+        return label_terms(outputs, batch.labels)

@@ -11,7 +11,7 @@ from jax import lax
 
 from ekd_jax import losses
 from ekd_jax.errors import UserError, nearest
-from ekd_jax.methods.base import Method, Terms, label_terms, per_student
+from ekd_jax.methods.base import Batch, Method, Terms, label_terms, per_student
 from ekd_jax.models.ensemble import Features, Outputs
 from ekd_jax.models.layers import BatchNorm, Linear, Mode, constant, torch_default
 
@@ -116,8 +116,8 @@ class Oem(Method):
         self.adaptation_layers = Adaptation()
         self.weighting = WEIGHTINGS[self.ensemble_weights]()
 
-    def __call__(self, outputs: Outputs, labels: Array) -> tuple[Array, Terms]:
-        ce, terms = label_terms(outputs, labels)
+    def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
+        ce, terms = label_terms(outputs, batch.labels)
 
         intermediate_bxS = self._intermediate(outputs)
         terms |= per_student("loss_intermediate", intermediate_bxS.sum(0))
@@ -136,7 +136,7 @@ class Oem(Method):
 
         loss = self.alpha * ce + self.beta * intermediate_bxS.sum() + self.gamma * kd_S.sum()
         if self.ensemble_weights != "uniform":
-            terms["ensemble/loss_ce"] = losses.cross_entropy(teacher_BxK, labels)
+            terms["ensemble/loss_ce"] = losses.cross_entropy(teacher_BxK, batch.labels)
             loss += terms["ensemble/loss_ce"]
         return loss, terms
 

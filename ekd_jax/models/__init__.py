@@ -1,11 +1,11 @@
 """Network families, one file each. A new one is its file and its line here."""
 
 import functools
-from fractions import Fraction
 from typing import Any
 
 import jax.numpy as jnp
 
+from ekd_jax.errors import UserError, nearest
 from ekd_jax.models import (
     densenet,
     efficientnet,
@@ -16,7 +16,7 @@ from ekd_jax.models import (
     vgg,
     wide_resnet,
 )
-from ekd_jax.models.ensemble import Ensemble
+from ekd_jax.models.ensemble import Ensemble, Member
 from ekd_jax.models.family import Family, Options, assemble
 from ekd_jax.models.layers import Mode
 
@@ -35,40 +35,50 @@ MODELS: dict[str, Family] = {
 @functools.lru_cache(maxsize=4)  # what was looked at need not be looked at again
 def build(
     name: str,
-    students: tuple[Fraction, ...],
+    students: tuple[Member, ...],
     num_classes: int,
     dtype: str = "float32",
     *,
+    sharing: str = "base",
     no_blocks: int = 0,
     shared_stages: int = -1,
+    own_stages: int = 0,
     last_map: str = "",
     base_gradients: str = "all",
     batch_norm_groups: int = 1,
     batch_norm_epsilon: float = 1e-5,
     **options: Any,
 ) -> Ensemble:
-    """The network `name` as base block and one branch for each width in `students`.
+    """The network `name`, or those that the students name, for each of `students`.
 
     Args:
         name: a key of `MODELS`.
-        students: width multipliers above 0; the first is the pseudo teacher's.
+        students: as `parse_students` gives them; the first is the pseudo teacher.
         num_classes: K.
         dtype: what convolutions compute in, "float32" or "bfloat16".
-        no_blocks, shared_stages, last_map, base_gradients: how it is cut; see `family.assemble`.
+        sharing, no_blocks, shared_stages, own_stages, last_map, base_gradients: what students have in
+            common; see `family.assemble`.
         batch_norm_groups, batch_norm_epsilon: see `layers.Mode`.
-        **options: of the network; see `family.Options`.
+        **options: of the networks; see `family.Options`.
 
     Raises:
-        UserError: a width that leaves a block without a channel; a cut that the network does not have.
+        UserError: an unknown network; a width that leaves a block without a channel; a cut that the
+            network does not have.
     """
+    names = [member.network or name for member in students]
+    for own in names:
+        if own not in MODELS:
+            raise UserError(f"model.students: there is no network {own!r}{nearest(own, MODELS)}")
     mode = Mode(dtype=jnp.dtype(dtype), groups=batch_norm_groups, epsilon=batch_norm_epsilon)
     return assemble(
-        MODELS[name],
+        [MODELS[own] for own in names],
         students,
         Options(num_classes, **options),
         mode,
+        sharing,
         no_blocks,
         shared_stages,
+        own_stages,
         last_map,
         base_gradients,
     )

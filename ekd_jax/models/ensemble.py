@@ -1,13 +1,16 @@
-"""The ensemble: one base block and S branches, each a student, over one tree of variables.
+"""The ensemble: students that share parts of their networks, over one tree of variables.
 
 Variables are plain nested dicts, `{"params": tree, "batch_stats": tree}`, both trees with the
-sub-trees `base` and `students/<i>` (i from 1; student 1 is the pseudo teacher). A student is
-therefore two path slices of each, and can be restored without the others.
+sub-trees `base`, what all students share, and `students/<i>`, what student i has of its own (i from 1;
+student 1 is the pseudo teacher); where students part one after the other, `splits/<level>/<node>`
+besides. A student is therefore a few path slices of each, and can be restored without the others. Put
+together they are its whole network, whose stages have the same names wherever it is cut.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +24,10 @@ from ekd_jax.models.blocks import Part
 from ekd_jax.models.layers import Array, Mode, Traced, draw, trace
 
 Variables = dict[str, Any]
+Maps = dict[str, Array]
 Features = tuple[tuple[Array, ...], ...]
+Path = tuple[str, ...]
+SHARINGS = ("base", "tree", "none")
 
 
 @flax.struct.dataclass
@@ -31,120 +37,179 @@ class Outputs:
     Attributes:
         logits_SxBxK: every student's logits, float32.
         features: `features[b][s]`, (B, H_b, W_b, C_bs): the map of compressed block b of student s.
-        base: (B, H, W, C), the base block's output.
+        pooled: of each student the map (B, H, W, C_s) that is pooled for its classifier.
+        base: (B, H, W, C), what goes into the branch of student 1: the base block's output.
     """
 
     logits_SxBxK: Array
     features: Features
+    pooled: tuple[Array, ...]
     base: Array
 
 
-class Branch(nn.Module):
-    """Base map -> logits (B, K) float32 and the maps of its stages, (B, H_b, W_b, C_b) each.
-
-    Attributes:
-        stages: with their names.
-        head: the classifier.
-        pooled: the last map is the one that the head pools, instead of the last stage's.
-    """
+class Network(nn.Module):
+    """Images, or a base block's map, -> logits (B, K) float32, the maps of its stages by name, (B, H_b,
+    W_b, C_b) each, and the map that is pooled for the classifier."""
 
     stages: tuple[tuple[str, Part], ...]
     head: Part
-    pooled: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, mode: Mode) -> tuple[Array, tuple[Array, ...]]:
-        maps = []
+    def __call__(self, x: Array, mode: Mode) -> tuple[Array, Maps, Array]:
+        maps = {}
         for name, stage in self.stages:
-            x = stage(name=name)(x, mode)
-            maps.append(x)
-        logits, last = self.head(name="head")(x, mode)
-        return logits, (*maps[:-1], last if self.pooled else x)
+            x = maps[name] = stage(name=name)(x, mode)
+        logits, pooled = self.head(name="head")(x, mode)
+        return logits, maps, pooled
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A student as it is asked for.
+
+    Attributes:
+        network: a key of `models.MODELS`; "": the run's.
+        width: multiplier of the compressed stages, or one of each stage.
+    """
+
+    network: str
+    width: Fraction | tuple[Fraction, ...]
+
+    @property
+    def widths(self) -> tuple[Fraction, ...]:
+        return self.width if isinstance(self.width, tuple) else (self.width,)
+
+    def __str__(self) -> str:
+        width = "-".join(f"{float(w):.4g}" for w in self.widths)
+        return f"{self.network}:{width}" if self.network else width
 
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """One student on its own: variables `{"params": {"base", "branch"}, "batch_stats": same}`."""
+    """One student on its own: variables `{"params": {"stem": ..., "head": ...}, "batch_stats": same}`."""
 
-    base: nn.Module
-    branch: nn.Module
+    network: nn.Module
     mode: Mode
+
+    def __call__(self, variables: Variables, images: Array) -> tuple[Array, Maps, Array]:
+        """(B, H, W, C) float normalised -> as `Network`, in evaluation mode."""
+        outputs: Any = self.network.apply(variables, images, self.mode)
+        return outputs
 
     def logits(self, variables: Variables, images: Array) -> Array:
         """(B, H, W, C) float normalised -> (B, K) float32, in evaluation mode."""
-        base, branch = ({k: tree[part] for k, tree in variables.items()} for part in ("base", "branch"))
-        z: Array = self.branch.apply(branch, self.base.apply(base, images, self.mode), self.mode)[0]
-        return z
+        return self(variables, images)[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Ensemble:
-    """A network cut into base block and branches.
+    """Students, and which parts of their networks they share.
 
     Attributes:
-        base: module, images -> map.
-        branches: modules, map -> (logits (B, K), maps of its stages).
-        students: width multipliers, one a branch.
-        compressed: indices of the stages whose width the multipliers change.
-        base_gradients: "all" students train the base block, or the "pseudo_teacher" alone (METHODS.md 1.3).
+        trunk: the shared parts, modules map -> map, with the paths of their variables.
+        routes: of each student the numbers of the shared parts that its images go through, in order.
+        branches: of each student what follows and is its own.
+        networks: of each student the same from the images on.
+        students: as they were asked for.
+        widths: of each student the width multiplier of every stage.
+        matched: of each student the stages whose maps are compared, their names; "pooled" is the map that
+            the classifier pools.
+        base_gradients: "all" students train the shared parts; the "pseudo_teacher" alone (METHODS.md 1.3);
+            or the "mean" of what comes from either side of every parting (METHODS.md 12.2).
         mode: of evaluation.
     """
 
-    base: nn.Module
-    branches: tuple[nn.Module, ...]
-    students: tuple[Fraction, ...]
-    compressed: tuple[int, ...]
+    trunk: tuple[tuple[Path, nn.Module], ...]
+    routes: tuple[tuple[int, ...], ...]
+    branches: tuple[Network, ...]
+    networks: tuple[Network, ...]
+    students: tuple[Member, ...]
+    widths: tuple[tuple[Fraction, ...], ...]
+    matched: tuple[Path, ...]
     base_gradients: str
     mode: Mode
     _traces: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def student(self, number: int) -> Student:
         """Student `number`, from 1."""
-        return Student(self.base, self.branches[number - 1], self.mode)
+        return Student(self.networks[number - 1], self.mode)
 
-    def trace(self, input_shape: Sequence[int]) -> tuple[Traced, list[Traced]]:
-        """Base block and branches as they see an image of `input_shape` (H, W, C); looked at once."""
+    def trace(self, input_shape: Sequence[int]) -> tuple[list[Traced], list[Traced]]:
+        """Shared parts and branches as they see an image of `input_shape` (H, W, C); looked at once."""
         shape = tuple(input_shape)
         if shape not in self._traces:
             image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-            base = trace(self.base, image, self.mode)
-            self._traces[shape] = base, [trace(branch, base.outputs, self.mode) for branch in self.branches]
-        return self._traces[shape]
+            shared: dict[tuple[int, ...], Traced] = {}
+            branches = []
+            for route, branch in zip(self.routes, self.branches, strict=True):
+                x: Any = image
+                for depth, node in enumerate(route, 1):
+                    way = route[:depth]
+                    shared[way] = shared.get(way) or trace(self.trunk[node][1], x, self.mode)
+                    x = shared[way].outputs
+                branches.append((trace(branch, x, self.mode), x))
+            self._traces[shape] = [shared[w] for w in sorted(shared, key=lambda w: w[-1])], branches
+        trunk, branches = self._traces[shape]
+        return trunk, [traced for traced, _ in branches]
 
     def shapes(self, input_shape: Sequence[int]) -> Outputs:
         """The outputs' shapes for one image."""
-        base, branches = self.trace(input_shape)
-        (logits, _), maps = branches[0].outputs, [branch.outputs[1] for branch in branches]
-        together: Any = jax.ShapeDtypeStruct((len(branches), *logits.shape), logits.dtype)
-        return Outputs(
-            together,
-            tuple(tuple(m[b] for m in maps) for b in self.compressed),
-            base.outputs,
-        )
+        self.trace(input_shape)
+        _, branches = self._traces[tuple(input_shape)]
+        found = [traced.outputs for traced, _ in branches]
+        logits: Any = jax.ShapeDtypeStruct((len(found), *found[0][0].shape), found[0][0].dtype)
+        return self._outputs(logits, found, branches[0][1])
 
     def init(self, seed: int | None, input_shape: Sequence[int]) -> Variables:
         """Initial variables for images of `input_shape` (H, W, C), as numpy arrays.
 
         With None for a seed their shapes and dtypes alone: nothing is drawn.
         """
-        base_trace, traces = self.trace(input_shape)
-        base = draw(base_trace.variables, seed, "base")
-        students = {
-            str(i): draw(branch.variables, seed, f"students/{i}") for i, branch in enumerate(traces, 1)
-        }
+        trunk, branches = self.trace(input_shape)
+        paths = [path for path, _ in self.trunk]
+        paths += [("students", str(i)) for i in range(1, len(branches) + 1)]
+        variables: Variables = {kind: {"base": {}, "students": {}} for kind in ("params", "batch_stats")}
+        for path, traced in zip(paths, [*trunk, *branches], strict=True):
+            for kind, tree in draw(traced.variables, seed, "/".join(path)).items():
+                _put(variables[kind], path, tree)
+        return variables
+
+    def paths(self, tree: Any, student: int) -> Any:
+        """The sub-trees of one collection that student `student` (from 1) is, under their own paths."""
+        picked: dict[str, Any] = {}
+        for path in self._paths_of(student):
+            _put(picked, path, _at(tree, path))
+        return picked
+
+    def alone(self, variables: Variables, student: int) -> Variables:
+        """What `Student` takes, out of an ensemble's variables (or their `paths`)."""
+        parts = self._paths_of(student)
         return {
-            kind: {"base": base.get(kind, {}), "students": {i: s[kind] for i, s in students.items()}}
-            for kind in ("params", "batch_stats")
+            kind: {name: leaf for path in parts for name, leaf in _at(tree, path).items()}
+            for kind, tree in variables.items()
         }
 
+    def placed(self, variables: Variables, student: int, network: Variables) -> Variables:
+        """The ensemble's variables with those of one student's whole network put in their place."""
+        placed = jax.tree.map(lambda leaf: leaf, variables)  # new dicts, the same leaves
+        for kind, tree in network.items():
+            for path in self._paths_of(student):
+                _put(placed[kind], path, {name: tree[name] for name in _at(variables[kind], path)})
+        return placed
+
     def apply(
-        self, variables: Variables, images: Array, train: bool, key: Array | None = None
+        self,
+        variables: Variables,
+        images: Array | Sequence[Array],
+        train: bool,
+        key: Array | None = None,
     ) -> tuple[Outputs, Any]:
-        """Runs base block and branches, each branch in turn.
+        """Runs the shared parts and each branch in turn.
 
         Args:
             variables: as `init` returns them.
-            images: (B, H, W, C) float, normalised.
+            images: (B, H, W, C) float, normalised; or as many views of them as there are students. Shared
+                parts then see one view after the other.
             train: use the batch's statistics, update the running ones, drop out.
             key: of what is dropped in this step; networks that drop nothing need none.
 
@@ -152,63 +217,117 @@ class Ensemble:
             The outputs and the new batch statistics (the old ones unless `train`).
         """
         mode = dataclasses.replace(self.mode, train=train)
+        views: list[Any] = list(images) if isinstance(images, tuple | list) else [images]
+        stats = jax.tree.map(lambda leaf: leaf, variables["batch_stats"])
 
-        def call(module: nn.Module, path: tuple[str, ...], x: Array, number: int) -> tuple[Any, Any]:
-            own = {kind: _at(tree, path) for kind, tree in variables.items()}
+        def call(module: nn.Module, path: Path, x: Array, number: int) -> Any:
+            own = {"params": _at(variables["params"], path), "batch_stats": _at(stats, path)}
             if not train:
-                return module.apply(own, x, mode), own["batch_stats"]
+                return module.apply(own, x, mode)
             rngs = None if key is None else {"drop": jax.random.fold_in(key, number)}
             out, updated = module.apply(own, x, mode, mutable=["batch_stats"], rngs=rngs)
-            return out, updated.get("batch_stats", {})
+            _put(stats, path, updated.get("batch_stats", {}))
+            return out
 
-        base, base_stats = call(self.base, ("base",), images, 0)
-        logits, maps, stats = [], [], {}
-        for i, branch in enumerate(self.branches, 1):
-            blocked = i > 1 and self.base_gradients == "pseudo_teacher"
-            x = lax.stop_gradient(base) if blocked else base
-            (z, m), stats[str(i)] = call(branch, ("students", str(i)), x, i)
-            logits.append(z)
-            maps.append(m)
-        features = tuple(tuple(m[b] for m in maps) for b in self.compressed)
-        return Outputs(jnp.stack(logits), features, base), {"base": base_stats, "students": stats}
+        students = len(self.branches)
+        seen: dict[Any, Array] = {}
+        found, inputs = [], []
+        for i, (route, branch) in enumerate(zip(self.routes, self.branches, strict=True)):
+            view = i % len(views)
+            x = views[view]
+            for depth, node in enumerate(route, 1):
+                way = (view, *route[:depth])
+                if way not in seen:
+                    number = 0 if node == 0 and view == 0 else students + node * len(views) + view + 1
+                    path, part = self.trunk[node]
+                    seen[way] = call(part, path, x, number)
+                x = seen[way]
+                if self.base_gradients == "mean":
+                    x = _scale_gradient(x, 1 / self._parts(route[:depth]))
+            if i > 0 and route and self.base_gradients == "pseudo_teacher":
+                x = lax.stop_gradient(x)
+            inputs.append(x)
+            found.append(call(branch, ("students", str(i + 1)), x, i + 1))
+        logits = jnp.stack([logits for logits, _, _ in found])
+        return self._outputs(logits, found, inputs[0]), stats if train else variables["batch_stats"]
+
+    def _outputs(self, logits: Array, found: Sequence[tuple[Array, Maps, Array]], base: Array) -> Outputs:
+        rows = [
+            [{**maps, "pooled": pooled}[name] for name in names]
+            for (_, maps, pooled), names in zip(found, self.matched, strict=True)
+        ]
+        features = tuple(zip(*rows, strict=True))
+        return Outputs(logits, features, tuple(pooled for _, _, pooled in found), base)
+
+    def _paths_of(self, student: int) -> list[Path]:
+        shared = [self.trunk[node][0] for node in self.routes[student - 1]]
+        return [*shared, ("students", str(student))]
+
+    def _parts(self, way: tuple[int, ...]) -> int:
+        """How many ways lead on from the end of a way through the trunk."""
+        depth = len(way)
+        own = [(i, route) for i, route in enumerate(self.routes) if route[:depth] == way]
+        return len({route[depth] if len(route) > depth else -1 - i for i, route in own})
 
 
-def student_paths(tree: Any, student: int) -> Any:
-    """The two sub-trees of one collection that student `student` (from 1) is: base and branch."""
-    return {"base": tree["base"], "students": {str(student): tree["students"][str(student)]}}
-
-
-def student_variables(variables: Variables, student: int) -> Variables:
-    """What `Student` takes, out of an ensemble's variables (or their `student_paths`)."""
-    return {
-        kind: {"base": tree["base"], "branch": tree["students"][str(student)]}
-        for kind, tree in variables.items()
-    }
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
+def _at(tree: Any, path: Path) -> Any:
     for name in path:
         tree = tree[name]
     return tree
 
 
-def parse_students(value: Any) -> tuple[Fraction, ...]:
-    """Width multipliers from `model.students`: a number S gives 1, (S-1)/S, ..., 1/S.
+def _put(tree: Any, path: Path, value: Any) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _scale_gradient(x: Array, factor: float) -> Array:
+    """x; what comes back is multiplied by `factor`."""
+    return x
+
+
+_scale_gradient.defvjp(lambda x, factor: (x, None), lambda factor, _, gradient: (gradient * factor,))
+
+
+def parse_students(value: Any) -> tuple[Member, ...]:
+    """Students from `model.students`: a number S gives widths 1, (S-1)/S, ..., 1/S of the run's network.
+
+    A tuple has one entry a student: a width multiplier (0.5); one of each stage ((1, 0.5, 0.5)); or the
+    name of another network ("wrn_16_2"), with a width ("wrn_16_2:0.5") if it is not 1.
 
     Raises:
         UserError: not a positive number of students or a list of positive widths.
     """
-    problem = f"model.students={value!r} must be a number (5) or a tuple of width multipliers (1, 0.5)"
+    problem = (
+        f"model.students={value!r} must be a number (5) or a tuple of width multipliers (1, 0.5) or "
+        f"networks ('resnet20', 'wrn_16_2:0.5')"
+    )
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 1:
             raise UserError(f"{problem}, at least one")
-        return tuple(Fraction(value - j, value) for j in range(value))
+        return tuple(Member("", Fraction(value - j, value)) for j in range(value))
     if not isinstance(value, list | tuple) or not value:
         raise UserError(problem)
     try:
-        widths = tuple(Fraction(str(w)) for w in value)  # by its decimal digits: 0.7 * 10 is 7
+        members = tuple(_member(entry) for entry in value)
     except ValueError:
         raise UserError(problem) from None
-    if min(widths) <= 0:
+    if any(width <= 0 for member in members for width in member.widths):
         raise UserError(f"{problem}, each above 0")
-    return widths
+    return members
+
+
+def _member(entry: Any) -> Member:
+    if isinstance(entry, list | tuple):
+        return Member("", tuple(Fraction(str(width)) for width in entry))
+    if isinstance(entry, str) and entry[:1].isalpha():
+        name, _, width = entry.partition(":")
+        return Member(name, Fraction(width or "1"))
+    return Member("", Fraction(str(entry)))  # by its decimal digits: 0.7 * 10 is 7
+
+
+def parse_member(description: Mapping[str, Any]) -> Member:
+    """The member that student.json's `architecture` is."""
+    return Member(description["name"], tuple(Fraction(width) for width in description["widths"]))

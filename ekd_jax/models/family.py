@@ -9,9 +9,11 @@ import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+import flax.linen as nn
+
 from ekd_jax.errors import UserError
 from ekd_jax.models.blocks import Chain, Part
-from ekd_jax.models.ensemble import Branch, Ensemble
+from ekd_jax.models.ensemble import Ensemble, Member, Network, Path
 from ekd_jax.models.layers import Mode
 
 
@@ -92,56 +94,110 @@ def rounded(channels: Fraction | float) -> int:
 
 
 def assemble(
-    family: Family,
-    students: Sequence[Fraction],
+    families: Sequence[Family],
+    students: Sequence[Member],
     options: Options,
     mode: Mode,
+    sharing: str = "base",
     no_blocks: int = 0,
     shared_stages: int = -1,
+    own_stages: int = 0,
     last_map: str = "",
     base_gradients: str = "all",
 ) -> Ensemble:
-    """The base block and one branch for each width in `students`.
+    """One network for each of the students, of which they share what they have in common.
 
     Args:
-        family: of the network.
-        students: width multipliers above 0; the first is the pseudo teacher's.
-        options: of the network.
+        families: of each student.
+        students: their widths; the first is the pseudo teacher.
+        options: of the networks.
         mode: dtype and batch norm.
+        sharing: all students have a "base" block in common; or part one by one, like a binary "tree"; or
+            share "none" of their parts.
         no_blocks: how many of the branch's stages, from the last, the multipliers change; 0: all.
-        shared_stages: how many stages belong to the base block; below 0: as in the paper.
+        shared_stages: how many stages belong to the base block; below 0: all but `own_stages`.
+        own_stages: 0: as the family has it (the paper's).
         last_map: "stage" or "pooled"; "": the family's own.
-        base_gradients: "all" students train the base block, or the "pseudo_teacher" alone (METHODS.md 1.3).
+        base_gradients: see `Ensemble`.
 
     Raises:
         UserError: a width that leaves a block without a channel; a cut that the network does not have.
     """
-    shared = family.shared if shared_stages < 0 else shared_stages
-    if shared >= family.stages:
+    family, number = families[0], len(students)
+    if sharing != "none" and any(f is not family for f in families):
         raise UserError(
-            f"model.shared_stages={shared}: at least one of the {family.stages} stages must be left for "
-            f"the branches"
+            "model.students: different networks have no base block in common: pass "
+            "--config.model.sharing=none, with a method that allows it"
+        )
+    levels = 0 if sharing != "tree" else (number - 1).bit_length()
+    if sharing == "tree" and number != 2**levels:
+        raise UserError(f"model.students: a tree has 2, 4, 8, ... students, not {number}")
+    shared = shared_stages
+    if shared < 0:
+        shared = family.stages - own_stages if own_stages else family.shared
+        shared = family.stages - levels if levels else shared
+    if sharing == "none":
+        shared = 0
+    if not 0 <= shared < family.stages or levels > family.stages - shared:
+        raise UserError(
+            f"model.shared_stages={shared}: at least {max(1, levels)} of the {family.stages} stages must "
+            f"be left for the branches"
         )
     in_branch = family.stages - shared
     compressed = no_blocks or in_branch
     if not 1 <= compressed <= in_branch:
         raise UserError(f"model.no_blocks={no_blocks} must be between 1 and {in_branch}, or 0 for all")
 
-    def network(width: Fraction) -> Architecture:
-        full = family.stages - compressed
-        return family.build([Fraction(1)] * full + [width] * compressed, options)
+    def all_widths(family: Family, member: Member) -> tuple[Fraction, ...]:
+        if len(member.widths) == 1:
+            narrow = compressed if family is families[0] else family.stages
+            return (Fraction(1),) * (family.stages - narrow) + member.widths * narrow
+        if len(member.widths) != family.stages or any(width != 1 for width in member.widths[:shared]):
+            raise UserError(
+                f"model.students: {member} has {len(member.widths)} widths, the network {family.stages} "
+                f"stages: give one width, or one a stage (1 for each of the {shared} shared)"
+            )
+        return member.widths
 
-    def named(stages: Sequence[Part]) -> list[tuple[str, Part]]:
-        return [(f"stage{i}", stage) for i, stage in enumerate(stages, 1)]
+    def parts(family: Family, widths: Sequence[Fraction]) -> Network:
+        built = family.build(widths, options)
+        stages = [(f"stage{i}", stage) for i, stage in enumerate(built.stages, 1)]
+        return Network((("stem", built.stem), *stages), built.head)
 
-    whole = network(Fraction(1))
-    networks = [network(width) for width in students]
-    pooled = (last_map or family.last_map) == "pooled"
+    whole = parts(family, (Fraction(1),) * family.stages).stages
+    widths = [all_widths(f, member) for f, member in zip(families, students, strict=True)]
+    networks = [parts(f, own) for f, own in zip(families, widths, strict=True)]
+    # Parts of a network, its stem among them: those before `shared` + 1 are everyone's, then at each
+    # level of a tree half as many students have one in common.
+    trunk: list[tuple[Path, nn.Module]] = []
+    routes: list[tuple[int, ...]] = [()] * number
+    cut = 0
+    if sharing != "none":
+        trunk.append((("base",), Chain(whole[: shared + 1])))
+        routes = [(0,)] * number
+        cut = shared + 1
+        for level in range(1, levels):
+            first = len(trunk)
+            trunk += [
+                (("splits", str(level), str(node + 1)), Chain((whole[cut],))) for node in range(2**level)
+            ]
+            routes = [(*route, first + i * 2**level // number) for i, route in enumerate(routes)]
+            cut += 1
+    branches = tuple(Network(n.stages[cut:], n.head) for n in networks)
+    depth = min(compressed, *(len(b.stages) - (sharing == "none") for b in branches))
+    matched = []
+    for f, branch in zip(families, branches, strict=True):
+        names = [name for name, _ in branch.stages][-depth:]
+        pooled = (last_map or f.last_map) == "pooled"
+        matched.append((*names[:-1], "pooled" if pooled else names[-1]))
     return Ensemble(
-        base=Chain((("stem", whole.stem), *named(whole.stages)[:shared])),
-        branches=tuple(Branch(tuple(named(n.stages)[shared:]), n.head, pooled) for n in networks),
+        trunk=tuple(trunk),
+        routes=tuple(routes),
+        branches=branches,
+        networks=tuple(networks),
         students=tuple(students),
-        compressed=tuple(range(in_branch - compressed, in_branch)),
+        widths=tuple(widths),
+        matched=tuple(matched),
         base_gradients=base_gradients,
         mode=mode,
     )

@@ -1,0 +1,41 @@
+"""Methods of several stages: runs one after the other, each a run like any other.
+
+The earlier ones live in `stages/<name>` of the run's folder. A complete one is only read, so a run that
+was killed goes on where it was, in whichever stage that is.
+"""
+
+import pathlib
+import sys
+from typing import Any
+
+from jax.sharding import Mesh
+
+from ekd_jax import train
+from ekd_jax.config import resolve
+from ekd_jax.methods import METHODS
+from ekd_jax.workdir import STAGES, SUMMARY, check
+
+
+def before(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
+    """The runs that come before that of `config`, in order: name -> resolved configuration."""
+    earlier = METHODS[config.method.name].stages(config, workdir)
+    return {name: resolve(stage) for name, stage in earlier.items()}
+
+
+def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Trains all stages, or goes on with them; returns the summary of the last.
+
+    Args and errors as `train.run`.
+    """
+    earlier = before(config, path)
+    total = len(earlier) + 1
+    if earlier:
+        check(path, config)
+    for number, (name, stage) in enumerate(earlier.items(), 1):
+        if not (path / STAGES / name / SUMMARY).exists():
+            print(f"stage {number} of {total}: {name}", file=sys.stderr, flush=True)
+        train.run(stage, path / STAGES / name, mesh)
+    if earlier:
+        print(f"stage {total} of {total}", file=sys.stderr, flush=True)
+        config = resolve(METHODS[config.method.name].settled(config, path))
+    return train.run(config, path, mesh)
