@@ -327,7 +327,7 @@ def _coerce(path: str, value: Any, like: Any) -> Any:
         return float(value)
     if isinstance(like, tuple):
         values = tuple(value) if isinstance(value, list | tuple) else (value,)
-        return tuple(_coerce(path, v, like[0]) for v in values)
+        return tuple(_coerce(path, v, like[0] if like else "") for v in values)
     if type(value) is not type(like):
         raise UserError(
             f"config.{path}={value!r} must be of type {type(like).__name__}, like its default {like!r}"

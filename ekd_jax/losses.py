@@ -51,6 +51,92 @@ def knowledge_distillation(
     return divergence * temperature**2 if scale else divergence
 
 
+def standardised(logits: Array) -> Array:
+    """(z - mean) / std over the classes of every example, std unbiased plus 1e-7: logit standardisation
+    (Sun et al., CVPR 2024; official code, distillers/KD.py).
+
+    Args:
+        logits: (..., B, K) with K > 1.
+    """
+    mean = logits.mean(-1, keepdims=True)
+    # of equal logits the root has no gradient: they are 0 whatever the deviation
+    variance = jnp.square(logits - mean).sum(-1, keepdims=True) / (logits.shape[-1] - 1)
+    std = jnp.sqrt(jnp.where(variance > 0, variance, 1.0))
+    return (logits - mean) / (1e-7 + jnp.where(variance > 0, std, 0.0))
+
+
+def decoupled_distillation(
+    logits: Array,
+    teacher_logits: Array,
+    classes: Array,
+    temperature: float,
+    target_weight: float,
+    others_weight: float,
+    scale: bool = True,
+) -> Array:
+    """alpha TCKD + beta NCKD: the target's probability against all others', and the others among
+    themselves (DKD, Zhao et al., CVPR 2022, Eq. 7; official code, mdistiller/distillers/DKD.py).
+
+    Args:
+        logits: (..., B, K), the learner's, K > 1.
+        teacher_logits: (..., B, K), broadcast against `logits`.
+        classes: (B,) integers.
+        temperature: T > 0.
+        target_weight: alpha.
+        others_weight: beta.
+        scale: multiply by T^2 (official code: done).
+
+    Returns:
+        (...): one value for each leading index, means over the batch.
+    """
+    target = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
+
+    def split(z: Array) -> tuple[Array, Array]:
+        """log of (target, all others) and of the others among themselves."""
+        z = z / temperature
+        alone = jnp.where(target, -jnp.inf, z)
+        others = jax.nn.logsumexp(alone, -1)
+        two = jax.nn.log_softmax(jnp.stack([jnp.where(target, z, 0).sum(-1), others], -1))
+        return two, jnp.where(target, 0.0, z - others[..., None])
+
+    two, rest = split(logits)
+    teacher_two, teacher_rest = split(teacher_logits)
+    of_target = (jnp.exp(teacher_two) * (teacher_two - two)).sum(-1).mean(-1)
+    weights = jnp.where(target, 0.0, jnp.exp(teacher_rest))
+    of_others = (weights * (teacher_rest - rest)).sum(-1).mean(-1)
+    loss = target_weight * of_target + others_weight * of_others
+    return loss * temperature**2 if scale else loss
+
+
+def correlation_distillation(
+    logits: Array, teacher_logits: Array, temperature: float, between: float, within: float
+) -> Array:
+    """T^2 (beta inter + gamma intra): 1 - Pearson's correlation of the probabilities over the classes of
+    an example, and over the examples of a class, means (DIST, Huang et al., NeurIPS 2022, Eq. 6-10;
+    constants and T^2 as in METHODS.md 13).
+
+    Args:
+        logits: (..., B, K), the learner's.
+        teacher_logits: (..., B, K), broadcast against `logits`.
+        temperature: T > 0, of the softmaxes.
+        between: beta, weight of the inter-class relation.
+        within: gamma, weight of the intra-class relation.
+
+    Returns:
+        (...): one value for each leading index.
+    """
+    p, teacher = jax.nn.softmax(logits / temperature), jax.nn.softmax(teacher_logits / temperature)
+
+    def distance(axis: int) -> Array:
+        a, b = (v - v.mean(axis, keepdims=True) for v in (p, teacher))
+        product = (a * a).sum(axis) * (b * b).sum(axis)
+        # nothing varies, and nothing is correlated: the smallest float keeps the root's gradient finite
+        cosine = (a * b).sum(axis) / jnp.sqrt(jnp.maximum(product, jnp.finfo(p.dtype).tiny))
+        return (1 - cosine).mean(-1)
+
+    return temperature**2 * (between * distance(-1) + within * distance(-2))
+
+
 def mean_squared_error(a: Array, b: Array) -> Array:
     """Mean over all elements of (a - b)^2, computed in float32 at least (L_B; official nn.MSELoss)."""
     dtype = jnp.promote_types(a.dtype, jnp.float32)

@@ -156,9 +156,7 @@ def test_bfloat16_keeps_logits_and_statistics_in_float32():
     np.testing.assert_allclose(half.logits_SxBxK, full.logits_SxBxK, atol=0.1)
 
 
-@pytest.mark.parametrize(
-    "students", [0, -1, (), (1, 0), (1, -0.5), True, "five", (1, "?"), 2.5]
-)
+@pytest.mark.parametrize("students", [0, -1, (), (1, 0), (1, -0.5), True, "five", (1, "?"), 2.5])
 def test_impossible_students(students):
     with pytest.raises(UserError, match="students"):
         parse_students(students)

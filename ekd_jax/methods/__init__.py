@@ -2,6 +2,13 @@
 
 from ekd_jax.methods.base import Method
 from ekd_jax.methods.baseline import Baseline
+from ekd_jax.methods.dml import Dml
+from ekd_jax.methods.kd import Kd
 from ekd_jax.methods.oem import Oem
 
-METHODS: dict[str, type[Method]] = {"oem": Oem, "baseline": Baseline}
+METHODS: dict[str, type[Method]] = {
+    "oem": Oem,
+    "baseline": Baseline,
+    "dml": Dml,
+    "kd": Kd,
+}

@@ -10,8 +10,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from ekd_jax import losses
-from ekd_jax.errors import UserError, nearest
-from ekd_jax.methods.base import Batch, Method, Terms, label_terms, per_student
+from ekd_jax.methods.base import (
+    Batch,
+    Terms,
+    check_choice,
+    check_not_negative,
+    label_terms,
+    per_student,
+)
+from ekd_jax.methods.distilling import Distilling
 from ekd_jax.models.ensemble import Features, Outputs
 from ekd_jax.models.layers import BatchNorm, Linear, Mode, constant, torch_default
 
@@ -70,11 +77,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-class Oem(Method):
+class Oem(Distilling):
     """L = alpha * sum_i CE_i + beta * sum_b sum_{i>1} MSE_bi + gamma * sum_i T^2 KL(ensemble || i).
 
     Attributes:
-        temperature: T of both softmaxes of the KD loss (paper: 2).
         alpha: weight of the students' cross entropy (paper: .7).
         beta: weight of the intermediate loss (paper: .15).
         gamma: weight of the KD loss (paper: .15).
@@ -87,7 +93,8 @@ class Oem(Method):
             image, from the base block's map, by ONE's gate). The last two are ours: the weights,
             and they alone, are trained by the ensemble teacher's own cross entropy.
         base_gradient: who trains the base block: "all" students or the "pseudo_teacher" alone.
-        scale_by_temperature: the factor T^2 of the KD loss (official code: on).
+
+    The KD loss has the knobs of `Distilling`; T is 2 (paper), the factor T^2 the official code's.
     """
 
     temperature: float = 2.0
@@ -98,18 +105,11 @@ class Oem(Method):
     adaptation_learning_rate_scale: float = 0.5
     ensemble_weights: str = "uniform"
     base_gradient: str = "all"
-    scale_by_temperature: bool = True
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise UserError(f"method.{name}={value!r} is unknown{nearest(str(value), choices)}")
-        if not self.temperature > 0:
-            raise UserError(f"method.temperature={self.temperature:g} must be above 0 (paper: 2)")
-        for name in ("alpha", "beta", "gamma", "adaptation_learning_rate_scale"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"method.{name}={getattr(self, name):g} must not be negative")
+            check_choice(self, name, choices)
+        check_not_negative(self, "alpha", "beta", "gamma", "adaptation_learning_rate_scale")
         super().__post_init__()
 
     def setup(self) -> None:
@@ -126,12 +126,7 @@ class Oem(Method):
 
         # Students and base block enter as constants: only the ensemble weights can learn from this.
         teacher_BxK = self._combine(jax.tree.map(lax.stop_gradient, outputs), train=True)
-        kd_S = losses.knowledge_distillation(
-            outputs.logits_SxBxK,
-            lax.stop_gradient(teacher_BxK),
-            self.temperature,
-            self.scale_by_temperature,
-        )
+        kd_S = self.distil(outputs.logits_SxBxK, teacher_BxK, batch)
         terms |= per_student("loss_kd", kd_S)
 
         loss = self.alpha * ce + self.beta * intermediate_bxS.sum() + self.gamma * kd_S.sum()
