@@ -75,7 +75,7 @@ def measure(name: str) -> dict[str, float]:
     placed = parallel.replicate(mesh, (state, sums))
     one = parallel.replicate(mesh, np.int32(1))
     program = make_train_steps(
-        config, ensemble, method, optimizer, feed, classes, mesh, len(images), 1_000_000
+        config, ensemble, method, optimizer, feed, classes, mesh, 1_000_000
     )
     started = time.perf_counter()
     lowered = program.lower(*placed, feed.shapes, one, {"teachers": []})

@@ -66,7 +66,7 @@ class Setting:
         self.batches = feed.at(0), number, {"teachers": []}
         self.carry = parallel.replicate(mesh, (state, sums))
         train_steps = make_train_steps(
-            config, ensemble, method, optimizer, feed, CLASSES, mesh, len(images), 1_000_000
+            config, ensemble, method, optimizer, feed, CLASSES, mesh, 1_000_000
         )
         began = time.perf_counter()
         lowered = train_steps.lower(*self.carry, *self.batches)

@@ -58,7 +58,7 @@ def describe(
     widths = [[row[i].shape[-1] for row in outputs.features] for i in range(len(ensemble.students))]
     sizes = [count(ensemble.paths(params, i + 1)) for i in range(len(ensemble.students))]
     members = list(enumerate(ensemble.students)) * max(1, method.copies)
-    extra = 0
+    extra = None
     if teachers is not None:
         extra = count(init_variables(ensemble, method, None, input_shape, teachers)["params"]["method"])
     return {
@@ -107,7 +107,9 @@ def as_text(description: dict[str, Any]) -> str:
     lines = [table(rows, header)]
     if base:
         lines.append(f"base block: {base:,} parameters, counted in every student")
-    return "\n".join([*lines, f"the method's own layers: {own:,} parameters, in training only"])
+    if own is not None:
+        lines.append(f"the method's own layers: {own:,} parameters, in training only")
+    return "\n".join(lines)
 
 
 def label(student: dict[str, Any], model: str) -> str:
@@ -233,7 +235,9 @@ def main() -> None:
     known = known_facts(config)
     if FLAGS.num_classes is not None and FLAGS.num_classes < 1:
         raise UserError(f"--num_classes={FLAGS.num_classes} must be at least 1")
-    description = describe(config, known.input_shape, FLAGS.num_classes or known.num_classes)
+    classes = FLAGS.num_classes or known.num_classes
+    teachers = None if make_method(config).has_teachers else ()  # they are not looked for
+    description = describe(config, known.input_shape, classes, teachers)
     print(json.dumps(description, indent=2) if FLAGS.json else as_text(description))
 
 

@@ -46,7 +46,7 @@ def make_step(
     method: Method,
     optimizer: optax.GradientTransformation,
     steps: int = 1,
-    steps_per_epoch: float = 1.0,
+    epochs: float = 1.0,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """One update from one batch.
 
@@ -54,8 +54,7 @@ def make_step(
         ensemble: the networks.
         method: how they learn.
         optimizer: as `make_optimizer` gives it.
-        steps: of the whole run.
-        steps_per_epoch: how many of them go over the training set once.
+        steps, epochs: of the whole run.
 
     Returns:
         A function of (state, images (B, H, W, C) float32 normalised or a tuple of views of them, labels
@@ -73,7 +72,7 @@ def make_step(
         compared = state.copies.values() if method.compares_copies else ()
         batch = Batch(
             labels,
-            state.step / jnp.float32(steps_per_epoch),
+            state.step * jnp.float32(epochs / steps),
             key,
             teachers,
             tuple(ensemble.apply(copy, images, train=True, key=key)[0] for copy in compared),
@@ -97,7 +96,7 @@ def make_step(
             new = _only(learners, new, state)
         if method.copies:
             networks = of_networks(new.variables)
-            copies = method.update_copies(state.copies, networks, new.step, steps)
+            copies = method.update_copies(state.copies, networks, new.step, steps, epochs)
             new = dataclasses.replace(new, copies=copies)
         return new, metrics
 
@@ -124,7 +123,6 @@ def make_train_steps(
     feed: Feed,
     num_classes: int,
     mesh: Mesh,
-    examples: int,
     steps: int,
     teach: Teach = lambda frozen, images, examples: (),
 ) -> Any:
@@ -134,7 +132,6 @@ def make_train_steps(
         feed: where batches come from.
         num_classes: K.
         mesh: devices that share a batch.
-        examples: of the training set.
         steps: of the whole run.
         teach: (what is frozen, images, numbers of the examples) -> outputs of the teachers.
 
@@ -146,7 +143,7 @@ def make_train_steps(
         that one program serves any number of steps and the result does not depend on how training is
         cut into dispatches.
     """
-    step = make_step(ensemble, method, optimizer, steps, examples / config.train.batch_size)
+    step = make_step(ensemble, method, optimizer, steps, config.train.epochs)
     run_key = jax.random.key(config.seed)
 
     def train_steps(

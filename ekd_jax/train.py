@@ -294,7 +294,6 @@ def _loop(
         feed,
         job.data.facts.num_classes,
         mesh,
-        job.examples,
         job.steps,
         make_teach(job.teachers, config.data),
     )

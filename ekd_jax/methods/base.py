@@ -73,6 +73,7 @@ class Method(nn.Module):
     own_stages: ClassVar[int] = 0
     trains_networks: ClassVar[bool] = True  # False: the method's own parameters alone learn
     compares_copies: ClassVar[bool] = False  # the loss wants the outputs of the kept copies
+    has_teachers: ClassVar[bool] = False  # it learns from frozen networks
     uses_teacher_maps: ClassVar[bool] = False  # the loss wants more of teachers than their logits
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
@@ -130,14 +131,14 @@ class Method(nn.Module):
         """How many copies of the networks are kept; with some, they are what is evaluated and taken out."""
         return 0
 
-    def update_copies(self, copies: Any, networks: Any, step: Array, steps: int) -> Any:
+    def update_copies(self, copies: Any, networks: Any, step: Array, steps: int, epochs: float) -> Any:
         """The copies after a step.
 
         Args:
             copies: `{"1": variables of the networks, ...}`.
             networks: variables of the networks after the step.
             step: how many steps were taken, this one included.
-            steps: of the whole run.
+            steps, epochs: of the whole run.
         """
         return copies
 

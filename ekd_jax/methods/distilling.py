@@ -70,6 +70,8 @@ class Taught(Distilling):
             its ensemble, `RUN:2` for its student 2.
     """
 
+    has_teachers = True
+
     teachers: tuple[str, ...] = ()
 
     @property

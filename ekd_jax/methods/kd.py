@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from ekd_jax.methods.base import Batch, Terms, check_choice, check_not_negative, label_terms, per_student
-from ekd_jax.methods.distilling import Taught, mean_of
+from ekd_jax.methods.distilling import Distilling, Taught, mean_of
 from ekd_jax.models.ensemble import Outputs
 
 AVERAGES = ("logits", "probabilities")
 
 
-class Kd(Taught):
+class FromTeachers(Distilling):
     """L = sum over students of ce_weight * CE + kd_weight * T^2 KL(teacher || student).
 
     Every student learns by itself; several teachers are one, their average.
@@ -45,3 +45,7 @@ class Kd(Taught):
         kd_S = self.distil(outputs.logits_SxBxK, teacher_BxK, batch)
         terms |= per_student("loss_kd", kd_S)
         return self.ce_weight * ce + self.kd_weight * kd_S.sum(), terms
+
+
+class Kd(FromTeachers, Taught):
+    """Hinton's knowledge distillation, from teachers that are there: `FromTeachers`."""

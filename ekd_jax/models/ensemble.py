@@ -187,6 +187,7 @@ class Ensemble:
         return {
             kind: {name: leaf for path in parts for name, leaf in _at(tree, path).items()}
             for kind, tree in variables.items()
+            if kind in ("params", "batch_stats")
         }
 
     def placed(self, variables: Variables, student: int, network: Variables) -> Variables:
