@@ -107,7 +107,7 @@ def as_text(description: dict[str, Any]) -> str:
     lines = [table(rows, header)]
     if base:
         lines.append(f"base block: {base:,} parameters, counted in every student")
-    if own is not None:
+    if own:
         lines.append(f"the method's own layers: {own:,} parameters, in training only")
     return "\n".join(lines)
 

@@ -38,8 +38,9 @@ def dry_run(config: Any, path: pathlib.Path) -> str:
     Raises:
         UserError: what a run would raise before it starts.
     """
-    check(path, config)
     earlier = stages.before(config, path)
+    config = stages.settled(config, path)
+    check(path, config)
     parts = [
         f"stage {i} of {len(earlier) + 1}, {name}\n{_plan(stage, path / STAGES / name, path, bool(i - 1))}"
         for i, (name, stage) in enumerate(earlier.items(), 1)

@@ -22,20 +22,28 @@ def before(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     return {name: resolve(stage) for name, stage in earlier.items()}
 
 
+def settled(config: Any, workdir: pathlib.Path) -> Any:
+    """The configuration with what the earlier runs decide filled in; as it is while they are not complete."""
+    earlier = before(config, workdir)
+    if not earlier or not all((workdir / STAGES / name / SUMMARY).exists() for name in earlier):
+        return config
+    return resolve(METHODS[config.method.name].settled(config, workdir))
+
+
 def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None) -> dict[str, Any]:
     """Trains all stages, or goes on with them; returns the summary of the last.
 
     Args and errors as `train.run`.
     """
     earlier = before(config, path)
-    total = len(earlier) + 1
-    if earlier:
-        check(path, config)
+    folders = {name: path / STAGES / name for name in earlier}
+    check(path, settled(config, path))
+    for name, stage in earlier.items():
+        check(folders[name], stage)
     for number, (name, stage) in enumerate(earlier.items(), 1):
-        if not (path / STAGES / name / SUMMARY).exists():
-            print(f"stage {number} of {total}: {name}", file=sys.stderr, flush=True)
-        train.run(stage, path / STAGES / name, mesh)
-    if earlier:
-        print(f"stage {total} of {total}", file=sys.stderr, flush=True)
-        config = resolve(METHODS[config.method.name].settled(config, path))
-    return train.run(config, path, mesh)
+        if not (folders[name] / SUMMARY).exists():
+            print(f"stage {number} of {len(earlier) + 1}: {name}", file=sys.stderr, flush=True)
+            train.run(stage, folders[name], mesh)
+    if earlier and not (path / SUMMARY).exists():
+        print(f"stage {len(earlier) + 1} of {len(earlier) + 1}", file=sys.stderr, flush=True)
+    return train.run(settled(config, path), path, mesh)
