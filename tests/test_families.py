@@ -123,7 +123,7 @@ def test_the_cut_can_be_moved(shared):
 
 
 def test_impossible_cuts():
-    with pytest.raises(UserError, match="model.shared_stages=3: at least one of the 3 stages"):
+    with pytest.raises(UserError, match="model.shared_stages=3: at least 1 of the 3 stages"):
         alone("resnet20", 10, shared_stages=3)
     with pytest.raises(UserError, match="no_blocks=2 must be between 1 and 1"):
         alone("resnet20", 10, shared_stages=2, no_blocks=2)
@@ -228,7 +228,7 @@ def test_the_worked_example_of_the_docs():
     exec(code, module)
     options = Options(num_classes=1000)
     students = parse_students((1, 0.5))
-    ensemble = assemble(module["MODELS"]["mobilenet_v1"], students, options, Mode())
+    ensemble = assemble([module["MODELS"]["mobilenet_v1"]] * 2, students, options, Mode())
     params = ensemble.init(None, (224, 224, 3))["params"]
     assert count(ensemble.paths(params, 1)) == 4_231_976
     maps = ensemble.shapes((224, 224, 3)).features
