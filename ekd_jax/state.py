@@ -114,6 +114,9 @@ def init_variables(
         teachers: the shapes of what frozen teachers give, if the method has any.
     """
     variables = ensemble.init(seed, input_shape)
+    if method.same_beginning:
+        for tree in variables.values():
+            tree["students"] = {i: tree["students"]["1"] for i in tree["students"]}
     given = batch_shapes(ensemble, method, input_shape, teachers)
     own = draw(trace(method, *given).variables, seed, "method")
     return {kind: {**tree, "method": own.get(kind, {})} for kind, tree in variables.items()}

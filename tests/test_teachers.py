@@ -1,0 +1,92 @@
+"""Frozen teachers: what they say, and that it does not matter whether it is kept or computed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import one_device, tiny_config
+
+from ekd_jax import teachers, train
+from ekd_jax.data.augment import normalise
+from ekd_jax.data.sources import open_data
+from ekd_jax.errors import UserError
+from ekd_jax.evaluate import evaluate_run
+from ekd_jax.extract import extract
+from ekd_jax.restore import restore
+from ekd_jax.teachers import load_teacher, make_teach
+from ekd_jax.writers import read_metrics
+
+FIXED = {"data__crop_padding": 0, "train__epochs": 1, "model__students": (0.5,)}
+
+
+def images_of(config, number):
+    test = open_data(config).test
+    examples = [test[i] for i in range(number)]
+    return np.stack([e.image for e in examples]), np.array([e.label for e in examples])
+
+
+@pytest.mark.parametrize(("suffix", "name"), [("", "ensemble"), (":1", "student_1"), (":2", "student_2")])
+def test_a_finished_run_is_a_teacher(finished, suffix, name):
+    """Its ensemble, or one of its students: as accurate as its last evaluation says."""
+    path, summary = finished
+    teacher = load_teacher(f"{path}{suffix}", path)
+    images, labels = images_of(tiny_config(), 898)
+    said = teacher(teacher.frozen, normalise(images, teacher.mean, teacher.std))
+    accuracy = 100 * (np.argmax(said.logits, 1) == labels).mean()
+    assert accuracy == pytest.approx(evaluate_run(path)[1][f"{name}/top1"], abs=1e-4)
+    assert [m.shape[-1] for m in said.maps] == {"": [], ":1": [16, 32, 64], ":2": [8, 16, 32]}[suffix]
+
+
+def test_a_student_that_was_taken_out_is_the_same_teacher(finished, tmp_path):
+    extract(finished[0], 2, tmp_path / "student")
+    a, b = (load_teacher(s, tmp_path) for s in (f"{finished[0]}:2", str(tmp_path / "student")))
+    x = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
+    jax.tree.map(np.testing.assert_array_equal, a(a.frozen, x), b(b.frozen, x).replace(method=a.method))
+    assert a.shapes().logits.shape == (1, 10)
+
+
+def test_kept_logits_give_the_same_run(finished, tmp_path, monkeypatch):
+    """With fixed images the teacher's logits are a table; without it every loss is the same."""
+    config = tiny_config("kd", **FIXED, method__teachers=(str(finished[0]),))
+    seen = []
+    inputs = train.frozen_inputs
+    monkeypatch.setattr(train, "frozen_inputs", lambda *a: seen.append(inputs(*a)) or seen[-1])
+    train.run(config, tmp_path / "kept", one_device())
+    monkeypatch.setattr(teachers, "fixed_images", lambda data: False)
+    train.run(config, tmp_path / "computed", one_device())
+    assert [set(s) for s in seen] == [{"stored"}, {"teachers"}]
+    assert seen[0]["stored"].shape == (200, 1, 10)
+    kept, computed = (
+        [r["loss"] for r in read_metrics(tmp_path / name) if r["split"] == "train"]
+        for name in ("kept", "computed")
+    )
+    np.testing.assert_allclose(kept, computed, rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["flip", "crop_padding", "cutout", "mixup", "policy", "rotation"])
+def test_what_is_drawn_anew_is_not_kept(change):
+    fixed = tiny_config(**FIXED).data
+    assert teachers.fixed_images(fixed)
+    value = {"policy": "trivialaugment", "flip": True, "mixup": 0.2, "rotation": 5.0}.get(change, 2)
+    assert not teachers.fixed_images(tiny_config(**FIXED | {f"data__{change}": value}).data)
+
+
+def test_a_teacher_sees_images_normalised_its_way(finished):
+    config = tiny_config(data__mean=(0.25,), data__std=(0.125,))
+    teacher = load_teacher(str(finished[0]), finished[0])
+    images, _ = images_of(config, 8)
+    teach = make_teach([teacher], config.data)
+    (said,) = teach({"teachers": [teacher.frozen]}, normalise(images, (0.25,), (0.125,)), jnp.arange(8))
+    expected = teacher(teacher.frozen, normalise(images, teacher.mean, teacher.std)).logits
+    np.testing.assert_allclose(said.logits, expected, atol=1e-4)
+
+
+def test_a_run_has_no_such_student(finished):
+    with pytest.raises(UserError, match="has students 1 to 2"):
+        load_teacher(f"{finished[0]}:3", finished[0])
+
+
+def test_what_is_restored_is_what_was_trained(finished):
+    restored = restore(finished[0])
+    assert restored.names == ["student_1", "student_2", "ensemble"]
+    assert restored.step == finished[1]["steps"]
