@@ -9,7 +9,6 @@ import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from absl import flags
 from clu import parameter_overview
@@ -19,10 +18,9 @@ from ekd_jax import commands
 from ekd_jax.config import make_ensemble, make_method
 from ekd_jax.data.sources import known_facts
 from ekd_jax.errors import UserError
-from ekd_jax.methods.base import Batch, Method, TeacherOutputs
+from ekd_jax.methods.base import TeacherOutputs
 from ekd_jax.models.ensemble import Ensemble
-from ekd_jax.state import init_variables, of_method, of_networks
-from ekd_jax.step import objective
+from ekd_jax.state import init_variables
 from ekd_jax.writers import table
 
 FLAGS = flags.FLAGS
@@ -127,10 +125,12 @@ def human(count: float) -> str:
 
 
 class Cost(NamedTuple):
-    """Of one image: multiply-accumulates of convolutions and matrix products, and numbers they give."""
+    """Of one image: multiply-accumulates of convolutions and matrix products, how many numbers they give,
+    and how many they get and give."""
 
     macs: int = 0
     activations: int = 0
+    kept: int = 0
 
     def __add__(self, other: tuple[Any, ...]) -> "Cost":
         return Cost(*map(operator.add, self, other))
@@ -154,11 +154,11 @@ def count_cost(jaxpr: Any) -> Cost:
             kernel = eqn.invars[1].aval.shape
             numbers = eqn.params.get("dimension_numbers")
             outputs = kernel[numbers.rhs_spec[0] if numbers else -1]
-            total += Cost(given.size * math.prod(kernel) // outputs, given.size)
+            total += _of_product(eqn, given.size * math.prod(kernel) // outputs)
         elif name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
-            total += Cost(given.size * math.prod(shape[axis] for axis in contracted), given.size)
+            total += _of_product(eqn, given.size * math.prod(shape[axis] for axis in contracted))
         else:
             times = eqn.params["length"] if name == "scan" else 1
             inner = [count_cost(part) for part in jaxprs_in_params(eqn.params)]
@@ -166,67 +166,32 @@ def count_cost(jaxpr: Any) -> Cost:
     return total
 
 
-def memory(
-    config: Any, description: dict[str, Any], data: int, teachers: Sequence[TeacherOutputs] = ()
-) -> dict[str, int]:
+def _of_product(eqn: Any, macs: int) -> Cost:
+    given, taken = eqn.outvars[0].aval.size, eqn.invars[0].aval.size
+    return Cost(macs, given, given + taken)
+
+
+def memory(config: Any, description: dict[str, Any], data: int) -> dict[str, int]:
     """Bytes of device memory that training needs, estimated before anything is compiled.
 
     `state` is parameters, their gradients, the optimiser's slots and copies of the networks; `activations`
-    what the backward pass keeps of one batch (exact at the level of JAX, before XLA fuses); `data` what
-    the images on a device take. Frozen teachers are not counted.
+    what the backward pass keeps of one batch, taken to be what convolutions and matrix products get and
+    give; `data` what the images on a device take. Frozen teachers are not counted.
     """
     shape, classes = tuple(description["input_shape"]), description["num_classes"]
     ensemble, method = make_ensemble(config, classes), make_method(config)
-    variables = init_variables(ensemble, method, None, shape, teachers)
     momentum = 1 if config.optimizer.momentum else 0
     slots = {"sgd": momentum, "adam": 2, "rmsprop": 1 + momentum}[config.optimizer.name]
-    parameters = _bytes(variables["params"])
+    networks = count(ensemble.init(None, shape)["params"])
+    parameters = networks + (description["method_parameters"] or 0)
+    trunk, branches = ensemble.trace(shape)
+    kept = sum(count_cost(part.jaxpr).kept for part in [*trunk, *branches])
+    bytes_each = jnp.dtype(config.train.dtype).itemsize
     return {
-        "state": (2 + slots + method.copies) * parameters,
-        "activations": _kept(ensemble, method, config.train.batch_size, shape, tuple(teachers))
-        - parameters,
+        "state": 4 * ((2 + slots) * parameters + method.copies * networks),
+        "activations": config.train.batch_size * bytes_each * kept,
         "data": data,
     }
-
-
-def _kept(
-    ensemble: Ensemble,
-    method: Method,
-    batch_size: int,
-    shape: tuple[int, ...],
-    teachers: tuple[TeacherOutputs, ...],
-) -> int:
-    """Bytes that the backward pass needs of the forward pass, parameters among them."""
-    variables = init_variables(ensemble, method, None, shape, teachers)
-    images = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
-
-    def full_size(teacher: TeacherOutputs) -> TeacherOutputs:
-        one = (teacher.logits, teacher.maps)
-        logits, maps = jax.tree.map(lambda x: jnp.zeros((batch_size, *x.shape[1:]), x.dtype), one)
-        return TeacherOutputs(logits, maps, jax.tree.map(jnp.zeros_like, teacher.method))
-
-    def kept(params: Any, batch_stats: Any, images: Any) -> Any:
-        def loss(params: Any) -> Any:
-            full = {"params": params, "batch_stats": batch_stats}
-            networks = of_networks(full)
-            outputs, _ = ensemble.apply(networks, images, train=True, key=jax.random.key(0))
-            batch = Batch(
-                labels=jnp.zeros(batch_size, jnp.int32),
-                epoch=jnp.zeros(()),
-                key=jax.random.key(0),
-                teachers=tuple(map(full_size, teachers)),
-                copies=(outputs,) * method.copies if method.compares_copies else (),
-                networks=networks["params"],
-            )
-            return objective(method, of_method(full), outputs, batch)[0]
-
-        return jax.vjp(loss, params)[1]
-
-    return _bytes(jax.eval_shape(kept, variables["params"], variables["batch_stats"], images))
-
-
-def _bytes(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ def _plan(config: Any, path: pathlib.Path, workdir: pathlib.Path, later: bool) -
         f"{where['evaluation']}",
     ]
     if taught is not None:
-        needed = memory(config, description, resident_bytes(config, known, mesh), taught)
+        needed = memory(config, description, resident_bytes(config, known, mesh))
         sizes = ", ".join(f"{name} {human(size)}B" for name, size in needed.items())
         lines.append(f"memory, estimated: {human(sum(needed.values()))}B ({sizes})")
     return "\n".join([*lines, f"files go to {path}; nothing was trained"])

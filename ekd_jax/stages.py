@@ -23,7 +23,7 @@ def before(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def settled(config: Any, workdir: pathlib.Path) -> Any:
-    """The configuration with what the earlier runs decide filled in; as it is while they are not complete."""
+    """The configuration with what the earlier runs decide; as it is while they are not complete."""
     earlier = before(config, workdir)
     if not earlier or not all((workdir / STAGES / name / SUMMARY).exists() for name in earlier):
         return config
