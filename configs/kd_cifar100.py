@@ -5,21 +5,25 @@
     python -m ekd_jax.main --config=configs/kd_cifar100.py:pair=resnet32x4-resnet8x4,loss=dkd
 
 role: student (default); teacher or alone: teacher or student by the labels alone, by the same protocol.
-pair: resnet56-resnet20 (default), resnet110-resnet32, resnet110-resnet20, resnet32x4-resnet8x4. The teacher is
-    looked for in runs/teacher-NAME; elsewhere: --config.method.teachers="('DIR',)".
-loss: kl (default): .1 CE + .9 KL, T = 4; dkd: CE + DKD, T = 4, beta 2 (8 for resnet32x4); dist: CE + DIST, T =
-    4, beta = gamma = 2; lskd: .1 CE + 9 KL of standardised logits, T = 2; dkd_lskd: DKD of standardised logits.
-method: kd (default); dckd: two students with the teacher's help; ekd: a branch each for two teachers (runs/
-    teacher-NAME and -NAME-2), a reconstruction; srm: three stages; blockwise: a structure within half of the
-    student's operations; self_distillation, ensemble_distillation: teachers of their own, the student's kind.
+pair: resnet56-resnet20 (default), resnet110-resnet32, resnet110-resnet20, resnet32x4-resnet8x4. The
+    teacher is looked for in runs/teacher-NAME; elsewhere: --config.method.teachers="('DIR',)".
+loss: kl (default): .1 CE + .9 KL, T = 4; dkd: CE + DKD, T = 4, beta 2 (8 for resnet32x4); dist: CE + DIST,
+    T = 4, beta = gamma = 2; lskd: .1 CE + 9 KL of standardised logits, T = 2; dkd_lskd: dkd on standardised
+    logits (its own constants are not verified).
+method: kd (default); dckd: two students and the teacher, a reconstruction; ekd: a branch for each of two
+    teachers (runs/teacher-NAME and -NAME-2), a reconstruction; srm: three stages; blockwise: a structure
+    with half of the student's operations, a reconstruction; self_distillation, ensemble_distillation:
+    teachers of their own, of the student's kind.
 
-Protocol (RepDistiller, mdistiller; METHODS.md 4 and 13): 240 epochs, SGD .9 without Nesterov, .05 -> x.1 at 150,
-180, 210, weight decay 5e-4, batch 64; crop of the image padded by 4, flip.
+Protocol (RepDistiller, mdistiller; METHODS.md 4 and 13): 240 epochs, SGD .9 without Nesterov, .05 -> x.1 at
+150, 180, 210, weight decay 5e-4, batch 64; crop of the image padded by 4, flip.
 
-Expected top-1, per cent (last epoch or best: the sources differ): teachers ResNet-56 72.34, ResNet-110 74.31,
-32x4 79.42; alone ResNet-20 69.06, ResNet-32 71.14, 8x4 72.50. kl 70.66 (56-20), 73.08 (110-32), 73.33 (8x4);
-dkd 71.97, 74.11, 76.32; dist 71.75, -, 76.31; lskd 71.43, 74.17, 76.62; dkd_lskd 72.32, 74.29, 77.01 (METHODS.md
-13). Not measured here at full length: this wants an accelerator.
+Expected top-1, per cent (METHODS.md 4 and 13; last epoch or best, the sources differ). Teachers: ResNet-56
+72.34, ResNet-110 74.31, 32x4 79.42. Students alone and by kl, dkd, dist, lskd, dkd_lskd:
+    ResNet-20 of ResNet-56   69.06   70.66  71.97  71.75  71.43  72.32
+    ResNet-32 of ResNet-110  71.14   73.08  74.11      -  74.17  74.29
+    8x4 of 32x4              72.50   73.33  76.32  76.31  76.62  77.01
+Not measured here at full length: this wants an accelerator.
 """
 
 from ml_collections import ConfigDict

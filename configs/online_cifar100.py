@@ -6,9 +6,9 @@
 method (METHODS.md has the sources; numbers recalled there and not verified are marked *):
     one (default)  3 branches; SGD .9, .1 -> x.1 at 150, 225 of 300 epochs, weight decay 1e-4, batch 128.
     dml            2 networks; SGD Nesterov .9, .1 -> x.1 every 60 of 200 epochs*, 5e-4, batch 64*.
-    okddip         3 peers and a leader; cl_ilr: a tree of 4 heads; kdcl: 2 networks; pcl: 3 branches; ffl: 2
-                   branches: SGD Nesterov .9, .1 -> x.1 at 150, 225 of 300, 5e-4 (ffl 1e-4, images padded by
-                   reflection), batch 128.
+    okddip         3 peers and a leader; cl_ilr: a tree of 4 heads; kdcl: 2 networks; pcl: 3 branches;
+                   ffl: 2 branches. SGD Nesterov .9, .1 -> x.1 at 150, 225 of 300, 5e-4 (ffl 1e-4, images
+                   padded by reflection), batch 128.
     byot           one network; SGD .9, .1 -> x.1 at 1/3 and 2/3 and 10 epochs before the end of 250, 5e-4.
     snapshot       5 cycles of 40 epochs from .2; SGD Nesterov .9, 1e-4, batch 64; resnet110_a by default.
     baseline       one network by the protocol of okddip.

@@ -6,6 +6,7 @@ Shapes: logits (..., B, K), labels (B,) integers or (B, K) shares; a leading axi
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 Array = jax.Array
 
@@ -127,11 +128,21 @@ def correlation_distillation(
     """
     p, teacher = jax.nn.softmax(logits / temperature), jax.nn.softmax(teacher_logits / temperature)
 
+    def centred(v: Array, axis: int) -> Array:
+        """v less its mean, with 1 for its largest entry: neither shift nor scale changes a correlation, and
+        so products do not underflow. 0 where v varies by no more than its rounding."""
+        rounding = 16 * jnp.finfo(v.dtype).eps * v.max(axis, keepdims=True)
+        v = v - lax.slice_in_dim(v, 0, 1, axis=axis)  # of nearly equal entries the mean is exact then
+        v = v - v.mean(axis, keepdims=True)
+        largest = lax.stop_gradient(jnp.abs(v).max(axis, keepdims=True))
+        varies = largest > rounding
+        return jnp.where(varies, v / jnp.where(varies, largest, 1.0), 0.0)
+
     def distance(axis: int) -> Array:
-        a, b = (v - v.mean(axis, keepdims=True) for v in (p, teacher))
+        a, b = centred(p, axis), centred(teacher, axis)
         product = (a * a).sum(axis) * (b * b).sum(axis)
-        # nothing varies, and nothing is correlated: the smallest float keeps the root's gradient finite
-        cosine = (a * b).sum(axis) / jnp.sqrt(jnp.maximum(product, jnp.finfo(p.dtype).tiny))
+        # where nothing varies, nothing is correlated
+        cosine = (a * b).sum(axis) / jnp.sqrt(jnp.where(product > 0, product, 1.0))
         return (1 - cosine).mean(-1)
 
     return temperature**2 * (between * distance(-1) + within * distance(-2))

@@ -137,21 +137,20 @@ def make_train_steps(
 
     Returns:
         A jitted function of (state, sums, held, number, frozen) that gives (state, sums) after `number`
-        steps on the batches that the feed's `held` holds, with teachers whose variables are `frozen`.
-        `sums` are the metrics added up since they were
-        last zero. State and sums are donated. `number` is an argument of the compiled program, so
-        that one program serves any number of steps and the result does not depend on how training is
-        cut into dispatches.
+        steps on the batches that the feed's `held` holds. `frozen` is the run's key, an argument so that
+        all seeds share one program, and what `teach` needs of the teachers. `sums` are the metrics added
+        up since they were last zero. State and sums are donated. `number` is an argument of the compiled
+        program, so that one program serves any number of steps and the result does not depend on how
+        training is cut into dispatches.
     """
     step = make_step(ensemble, method, optimizer, steps, config.train.epochs)
-    run_key = jax.random.key(config.seed)
 
     def train_steps(
         state: TrainState, sums: Metrics, held: Any, number: Array, frozen: Any
     ) -> tuple[TrainState, Metrics]:
         def body(i: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, sums = carry
-            key = jax.random.fold_in(run_key, state.step)
+            key = jax.random.fold_in(frozen["key"], state.step)
             picked = feed.pick(held, i)
             images: Any
             images, targets = training_batch(key, *picked, num_classes, config.data)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ekd_jax.config import make_method
+from ekd_jax.config import make_ensemble, make_method, network_options
 from ekd_jax.data.augment import normalise
 from ekd_jax.data.feed import Feed
 from ekd_jax.data.resident import Resident, read_all
@@ -28,7 +28,7 @@ from ekd_jax.methods.base import TeacherOutputs
 from ekd_jax.models.ensemble import Variables
 from ekd_jax.restore import predictor, restore
 from ekd_jax.state import deployed
-from ekd_jax.workdir import SUMMARY
+from ekd_jax.workdir import SUMMARY, read
 
 Array = jax.Array
 Shape = tuple[int, ...]
@@ -89,6 +89,44 @@ def load_teacher(source: str, workdir: pathlib.Path) -> Teacher:
     Raises:
         UserError: there is none, or it is not complete.
     """
+    path, number = _find(source, workdir)
+    if (path / DESCRIPTION).exists():
+        return _of_student(path, source)
+    return _of_run(path, source, number)
+
+
+def network_of(source: str, workdir: pathlib.Path) -> dict[str, Any]:
+    """What student.json says of a teacher that is one network, or would say: `architecture` and
+    `preprocessing`; arguments as of `load_teacher`.
+
+    Raises:
+        UserError: there is none, it is not complete, or it is an ensemble.
+    """
+    path, number = _find(source, workdir)
+    if (path / DESCRIPTION).exists():
+        return load_student(path).description
+    run = read(path)
+    config, classes, students = run.config, run.students["num_classes"], len(run.students["students"])
+    _check_number(source, number, students)
+    if not number and students > 1:
+        raise UserError(f"method.teachers: {source} has {students} students: take one of them, {source}:1")
+    ensemble = make_ensemble(config, classes)
+    member = (int(number or 1) - 1) % len(ensemble.students)
+    return {
+        "architecture": {
+            "name": ensemble.students[member].network or config.model.name,
+            "widths": [str(width) for width in ensemble.widths[member]],
+            "num_classes": classes,
+            "input_shape": run.students["input_shape"],
+            "dtype": config.train.dtype,
+            "options": network_options(config),
+        },
+        "preprocessing": {"mean": config.data.mean, "std": config.data.std},
+    }
+
+
+def _find(source: str, workdir: pathlib.Path) -> tuple[pathlib.Path, str]:
+    """The folder of a student or of a finished run, and the number of the student, "" without one."""
     name, _, number = source.rpartition(":")
     if not (name and number.isdigit()):
         name, number = source, ""
@@ -98,9 +136,17 @@ def load_teacher(source: str, workdir: pathlib.Path) -> Teacher:
             f"method.teachers: there is no folder {path}: give folders that ekd_jax.extract or "
             f"ekd_jax.convert wrote, or that of a finished run"
         )
-    if (path / DESCRIPTION).exists():
-        return _of_student(path, source)
-    return _of_run(path, source, number)
+    if not any((path / name).exists() for name in (DESCRIPTION, SUMMARY)):
+        raise UserError(
+            f"method.teachers: {path} is neither a student's folder nor that of a finished run: let it "
+            f"finish, or take a student out with ekd_jax.extract"
+        )
+    return path, number
+
+
+def _check_number(source: str, number: str, students: int) -> None:
+    if number and not 1 <= int(number) <= students:
+        raise UserError(f"method.teachers: {source}: that run has students 1 to {students}")
 
 
 def _of_student(path: pathlib.Path, source: str) -> Teacher:
@@ -126,17 +172,11 @@ def _of_student(path: pathlib.Path, source: str) -> Teacher:
 
 
 def _of_run(path: pathlib.Path, source: str, number: str) -> Teacher:
-    if not (path / SUMMARY).exists():
-        raise UserError(
-            f"method.teachers: {path} is neither a student's folder nor that of a finished run: let it "
-            f"finish, or take a student out with ekd_jax.extract"
-        )
     restored = restore(path)
     networks = deployed(restored.variables)
     each = len(restored.ensemble.students)
     students = each * len(networks)
-    if number and not 1 <= int(number) <= students:
-        raise UserError(f"method.teachers: {source}: that run has students 1 to {students}")
+    _check_number(source, number, students)
     call: Any
     if number or students == 1:
         copy, member = divmod(int(number or 1) - 1, each)
@@ -182,16 +222,23 @@ def load_teachers(
     """
     teachers = [load_teacher(source, workdir) for source in sources]
     for teacher in teachers:
-        for what, own, wanted in (
-            ("classes", teacher.num_classes, num_classes),
-            ("images", teacher.input_shape, tuple(input_shape)),
-        ):
-            if own != wanted:
-                raise UserError(
-                    f"method.teachers: {teacher.source} was trained for {what} {_text(own)}, the data has "
-                    f"{_text(wanted)}: take a teacher of the same"
-                )
+        check_fit(teacher.source, teacher.num_classes, teacher.input_shape, num_classes, input_shape)
     return teachers
+
+
+def check_fit(
+    source: str, classes: int, images: Shape, num_classes: int, input_shape: Sequence[int]
+) -> None:
+    """Raises UserError unless a teacher's classes and images are those of the data."""
+    for what, own, wanted in (
+        ("classes", classes, num_classes),
+        ("images", images, tuple(input_shape)),
+    ):
+        if own != wanted:
+            raise UserError(
+                f"method.teachers: {source} was trained for {what} {_text(own)}, the data has "
+                f"{_text(wanted)}: take a teacher of the same"
+            )
 
 
 def _text(value: Any) -> str:

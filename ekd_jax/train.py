@@ -98,6 +98,11 @@ def prepare(config: Any, mesh: Mesh, path: pathlib.Path = pathlib.Path()) -> Job
     check_batches(config, mesh, len(data.train))
     steps = steps_in(config.train.epochs, config, len(data.train))
     method = make_method(config)
+    if method.separate_views and config.data.mixup:
+        raise UserError(
+            f"data.mixup={config.data.mixup:g} mixes labels with images, and {config.method.name} gives "
+            f"every student other images: leave it out"
+        )
     teachers = load_teachers(method.teacher_sources, path, classes, data.facts.input_shape)
     students = describe(config, data.facts.input_shape, classes, [t.shapes() for t in teachers])
     return Job(
@@ -285,7 +290,8 @@ def _loop(
     started = time.monotonic()
     progress.update(step, "compiling")
     one = parallel.replicate(mesh, np.int32(1))
-    frozen = parallel.replicate(mesh, frozen_inputs(job.teachers, config, job.data, feed))
+    frozen = frozen_inputs(job.teachers, config, job.data, feed)
+    frozen = parallel.replicate(mesh, {**frozen, "key": jax.random.key(config.seed)})
     train_steps = make_train_steps(
         config,
         job.ensemble,

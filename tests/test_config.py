@@ -17,7 +17,7 @@ from ekd_jax.main import dry_run
 from ekd_jax.methods import METHODS
 from ekd_jax.models.family import Options
 
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+CONFIGS = sorted(set(ROOT.glob("configs/*.py")) - set(ROOT.glob("configs/compare_*.py")))  # of one run each
 
 
 def recipe(path: pathlib.Path):

@@ -8,6 +8,7 @@ from conftest import REFERENCE
 
 from ekd_jax import losses
 from ekd_jax.methods import METHODS
+from ekd_jax.methods.base import Batch
 from ekd_jax.models.ensemble import Outputs
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
@@ -41,9 +42,10 @@ def inputs(reference):
 
 def official(reference, logits, maps, layers, **knobs):
     """The loss and its terms by our method."""
-    outputs = Outputs(logits, tuple(map(tuple, maps)), jnp.zeros((8, 1, 1, 1)))
+    outputs = Outputs(logits, tuple(map(tuple, maps)), (), jnp.zeros((8, 1, 1, 1)))
     method = METHODS["oem"](**knobs)
-    return method.apply({"params": {"adaptation_layers": layers}}, outputs, reference["labels"])
+    batch = Batch(reference["labels"], jnp.zeros(()))
+    return method.apply({"params": {"adaptation_layers": layers}}, outputs, batch)
 
 
 def term(terms, name):

@@ -10,8 +10,8 @@ import time
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from conftest import ROOT, one_device, tiny_config
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from ekd_jax import stages, train
 from ekd_jax.checkpoint import opened

@@ -28,7 +28,7 @@ def images_of(config, number):
 @pytest.mark.parametrize(("suffix", "name"), [("", "ensemble"), (":1", "student_1"), (":2", "student_2")])
 def test_a_finished_run_is_a_teacher(finished, suffix, name):
     """Its ensemble, or one of its students: as accurate as its last evaluation says."""
-    path, summary = finished
+    path, _ = finished
     teacher = load_teacher(f"{path}{suffix}", path)
     images, labels = images_of(tiny_config(), 898)
     said = teacher(teacher.frozen, normalise(images, teacher.mean, teacher.std))

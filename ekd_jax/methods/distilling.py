@@ -62,7 +62,7 @@ class Distilling(Method):
                 return losses.knowledge_distillation(logits, teacher_logits, temperature, scale)
 
 
-class Taught(Distilling):
+class Taught(Method):
     """A method whose students learn from frozen teachers.
 
     Attributes:

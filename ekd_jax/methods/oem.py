@@ -19,8 +19,9 @@ from ekd_jax.methods.base import (
     per_student,
 )
 from ekd_jax.methods.distilling import Distilling
+from ekd_jax.methods.gate import Gate
 from ekd_jax.models.ensemble import Features, Outputs
-from ekd_jax.models.layers import BatchNorm, Linear, Mode, constant, torch_default
+from ekd_jax.models.layers import Linear, constant, torch_default
 
 Array = jax.Array
 
@@ -56,17 +57,6 @@ class LearnedWeights(nn.Module):
         """(S, 1)"""
         shape = (len(outputs.logits_SxBxK),)
         return nn.softmax(self.param("logits", constant(0.0), shape, jnp.float32))[:, None]
-
-
-class Gate(nn.Module):
-    """softmax(ReLU(BN(linear(GAP(base map))))), ONE's gate (METHODS.md 2)."""
-
-    @nn.compact
-    def __call__(self, outputs: Outputs, train: bool) -> Array:
-        """(S, B)"""
-        pooled = outputs.base.mean((1, 2), dtype=jnp.float32)
-        scores = Linear(len(outputs.logits_SxBxK), torch_default, name="linear")(pooled)
-        return nn.softmax(nn.relu(BatchNorm(name="bn")(scores, Mode(train)))).T
 
 
 WEIGHTINGS = {"uniform": UniformWeights, "learned": LearnedWeights, "gated": Gate}
