@@ -4,7 +4,8 @@
     python -m ekd_jax.compare --config=configs/compare_digits.py --methods=oem,kd --seeds=1
 
 Data and optimiser are those of configs/digits.py, for a third of its epochs; which labels there are says
-ekd_jax/compared.py.
+ekd_jax/compared.py. One seed of all 26 labels took 31 minutes, 17 of processor time, on two CPU cores that
+had other work; a run of oem 63 seconds, compiling included.
 """
 
 from ml_collections import ConfigDict

@@ -5,6 +5,7 @@ What a comparison is says `ekd_jax.compare`, the command.
 
 import contextlib
 import dataclasses
+import gc
 import json
 import pathlib
 import re
@@ -261,6 +262,7 @@ def train_all(runs: list[Run]) -> None:
             print(f"run {number} of {len(runs)}: {name}{about}", file=sys.stderr, flush=True)
             with contextlib.redirect_stdout(sys.stderr):
                 stages.run(run.config, run.path)
+            gc.collect()  # compiled programs are part of reference cycles
 
 
 def time_left(runs: list[Run]) -> float:

@@ -8,6 +8,8 @@ import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Networks are tiny here: compiling is what takes time. The README's commands run optimised programs.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ekd_jax-cache-")  # not the user's
 
 import jax

@@ -130,6 +130,46 @@ def test_every_row_of_the_papers_tables_can_be_run(name, argument, data, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "method", ["one", "dml", "okddip", "cl_ilr", "kdcl", "ffl", "pcl", "byot", "snapshot"]
+)
+def test_every_online_method_has_a_protocol(method, tmp_path):
+    config = resolve(recipe(ROOT / "configs/online_cifar100.py").get_config(f"method={method}"))
+    assert config.method.name == method
+    assert "nothing was trained" in dry_run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["kd", "dckd", "ekd", "srm", "blockwise", "self_distillation"])
+@pytest.mark.parametrize("pair", ["resnet56-resnet20", "resnet32x4-resnet8x4"])
+def test_every_method_with_teachers_has_a_protocol(method, pair):
+    get_config = recipe(ROOT / "configs/kd_cifar100.py").get_config
+    teacher, student = pair.split("-")
+    config = resolve(get_config(f"pair={pair},method={method}"))
+    assert (config.method.name, config.model.name) == (method, student)
+    alone = resolve(get_config(f"pair={pair},role=teacher"))
+    assert (alone.method.name, alone.model.name) == ("baseline", teacher)
+    assert (config.train, config.optimizer, config.data) == (alone.train, alone.optimizer, alone.data)
+
+
+@pytest.mark.parametrize(
+    ("pair", "loss", "expected"),
+    [
+        ("resnet56-resnet20", "kl", ("kl", False, 4.0, 0.1, 0.9, 2.0)),
+        ("resnet56-resnet20", "dkd", ("dkd", False, 4.0, 1.0, 1.0, 2.0)),
+        ("resnet32x4-resnet8x4", "dkd", ("dkd", False, 4.0, 1.0, 1.0, 8.0)),
+        ("resnet110-resnet32", "dist", ("dist", False, 4.0, 1.0, 1.0, 2.0)),
+        ("resnet56-resnet20", "lskd", ("kl", True, 2.0, 0.1, 9.0, 2.0)),
+        ("resnet32x4-resnet8x4", "dkd_lskd", ("dkd", True, 4.0, 1.0, 1.0, 8.0)),
+    ],
+)
+def test_losses_of_the_usual_protocol(pair, loss, expected):
+    """METHODS.md 4 and 13."""
+    get_config = recipe(ROOT / "configs/kd_cifar100.py").get_config
+    own = resolve(get_config(f"pair={pair},loss={loss}")).method
+    found = (own.kd_loss, own.standardise, own.temperature, own.ce_weight, own.kd_weight, own.dkd_beta)
+    assert found == expected
+
+
 def test_the_default_recipe_is_the_papers():
     config = resolve(recipe(ROOT / "configs/resnet_cifar100.py").get_config())
     optimizer, method = config.optimizer, config.method

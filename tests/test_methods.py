@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import ROOT, tiny_config
 
 from ekd_jax.config import make_ensemble, make_method
 from ekd_jax.errors import UserError
+from ekd_jax.methods import METHODS
 from ekd_jax.methods.base import Batch
 from ekd_jax.optimizer import learning_rate, make_optimizer
 from ekd_jax.state import init_state, init_variables, of_method, of_networks
@@ -177,3 +178,22 @@ def test_learning_rate_drops_at_the_milestones():
 def test_impossible_knobs(knob, value, message):
     with pytest.raises(UserError, match=message):
         tiny_config(**{f"method__{knob}": value})
+
+
+def test_the_worked_example_of_the_docs(batch):
+    """docs/methods.md: codistillation is DML against the mean of the others, after its burn-in."""
+    text = (ROOT / "docs/methods.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert code.count("\n") < 60
+    module = {"__name__": "codistillation"}
+    exec(code, module)
+    ensemble = make_ensemble(tiny_config("dml", model__students=STUDENTS), 10)
+    variables = init_variables(ensemble, METHODS["dml"](), 0, SHAPE)
+    outputs, _ = ensemble.apply(of_networks(variables), batch[0], train=True)
+    for epoch, share in ((4.0, 0.0), (5.0, 1.0)):
+        given = Batch(batch[1], jnp.asarray(epoch))
+        loss, terms = module["Codistillation"]().apply({}, outputs, given)
+        expected, dml = METHODS["dml"](target="mean_probabilities").apply({}, outputs, given)
+        kd = sum(dml[f"student_{i}/loss_kd"] for i in (1, 2, 3))
+        assert float(loss) == pytest.approx(float(expected - (1 - share) * kd), rel=1e-6)
+        assert terms.keys() == dml.keys()

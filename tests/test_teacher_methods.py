@@ -44,14 +44,6 @@ def _float64():
         yield
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    """Nothing here runs long: what it takes is to compile it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 float64 = pytest.mark.usefixtures("_float64")
 
 
