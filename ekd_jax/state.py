@@ -115,8 +115,9 @@ def init_variables(
     """
     variables = ensemble.init(seed, input_shape)
     if method.same_beginning:
+        first = [str(ensemble.students.index(member) + 1) for member in ensemble.students]
         for tree in variables.values():
-            tree["students"] = {i: tree["students"]["1"] for i in tree["students"]}
+            tree["students"] = {str(i): tree["students"][own] for i, own in enumerate(first, 1)}
     given = batch_shapes(ensemble, method, input_shape, teachers)
     own = draw(trace(method, *given).variables, seed, "method")
     return {kind: {**tree, "method": own.get(kind, {})} for kind, tree in variables.items()}

@@ -72,7 +72,7 @@ class Method(nn.Module):
     sharing: ClassVar[str] = "base"
     own_stages: ClassVar[int] = 0
     trains_networks: ClassVar[bool] = True  # False: the method's own parameters alone learn
-    same_beginning: ClassVar[bool] = False  # all students begin with the values of student 1
+    same_beginning: ClassVar[bool] = False  # students of the same width begin with the same values
     compares_copies: ClassVar[bool] = False  # the loss wants the outputs of the kept copies
     has_teachers: ClassVar[bool] = False  # it learns from frozen networks
     uses_teacher_maps: ClassVar[bool] = False  # the loss wants more of teachers than their logits

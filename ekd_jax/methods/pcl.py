@@ -41,7 +41,7 @@ class Pcl(Ramped):
     What is evaluated and taken out are the averaged networks. The ensemble's classifier is not averaged: it
     is the latest one, on the features of the averaged networks.
 
-    The branches begin alike, as in the paper. (The unofficial code draws the convolutions of its copied
+    Branches of the same width begin alike, as in the paper. (The unofficial code draws the convolutions of its copied
     branches once more.)
 
     Attributes:
