@@ -197,3 +197,14 @@ def test_the_worked_example_of_the_docs(batch):
         kd = sum(dml[f"student_{i}/loss_kd"] for i in (1, 2, 3))
         assert float(loss) == pytest.approx(float(expected - (1 - share) * kd), rel=1e-6)
         assert terms.keys() == dml.keys()
+
+
+def test_students_of_the_same_width_may_begin_alike():
+    """PCL's do, and no others'."""
+    for name, alike in (("pcl", True), ("oem", False)):
+        config = tiny_config(name, model__students=(0.5, 0.5, 0.25))
+        variables = init_variables(make_ensemble(config, 10), make_method(config), 0, SHAPE)
+        students = variables["params"]["students"]
+        one, two, three = (students[i]["head"]["linear"]["kernel"] for i in "123")
+        assert np.array_equal(one, two) == alike
+        assert three.shape != one.shape

@@ -41,8 +41,8 @@ class Pcl(Ramped):
     What is evaluated and taken out are the averaged networks. The ensemble's classifier is not averaged: it
     is the latest one, on the features of the averaged networks.
 
-    Branches of the same width begin alike, as in the paper. (The unofficial code draws the convolutions of its copied
-    branches once more.)
+    Branches of the same width begin alike, as in the paper. (The unofficial code draws the convolutions of
+    its copied branches once more.)
 
     Attributes:
         momentum: of the moving average; after t steps it is 1 - 1 / (t + 1) where that is less, so that the
