@@ -123,7 +123,14 @@ def state_of(path):
     return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}, records
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - PARTS))
+# Of each kind one: copies, averages and views, steps of one student alone, teachers and three stages.
+ALWAYS = {"snapshot", "pcl", "dml", "srm"}
+NAMES = sorted(METHODS.keys() - PARTS)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ALWAYS else pytest.mark.slow) for n in NAMES]
+)
 def test_killed_in_every_stage(name, teacher, tmp_path):
     config = config_of(name, teacher)
     folders = [f"{STAGES}/{stage}" for stage in stages.before(config, tmp_path / "killed")] + ["."]
