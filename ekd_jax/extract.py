@@ -28,9 +28,9 @@ from ekd_jax import __version__, checkpoint, commands, models
 from ekd_jax.config import identity, make_ensemble, make_method, network_options
 from ekd_jax.data.augment import normalise
 from ekd_jax.errors import UserError, reason
-from ekd_jax.models.ensemble import Student, Variables, parse_member
+from ekd_jax.models.ensemble import Ensemble, Student, Variables, parse_member
 from ekd_jax.state import deployed
-from ekd_jax.workdir import read
+from ekd_jax.workdir import Run, read
 from ekd_jax.writers import read_metrics, write_json
 
 FLAGS = flags.FLAGS
@@ -125,6 +125,18 @@ def load_student(folder: str | os.PathLike[str]) -> LoadedStudent:
     return LoadedStudent(description, variables)
 
 
+def architecture(run: Run, ensemble: Ensemble, member: int) -> dict[str, Any]:
+    """What makes the network of a run's student anew; `member` counts the ensemble's students from 0."""
+    return {
+        "name": ensemble.students[member].network or run.config.model.name,
+        "widths": [str(width) for width in ensemble.widths[member]],
+        "num_classes": run.students["num_classes"],
+        "input_shape": run.students["input_shape"],
+        "dtype": run.config.train.dtype,
+        "options": network_options(run.config),
+    }
+
+
 def extract(
     workdir: pathlib.Path,
     student: int,
@@ -167,15 +179,7 @@ def extract(
     variables = restored["copies"][str(copy + 1)] if kept else restored
     own, name = students[student - 1], f"student_{student}/"
     description = {
-        "architecture": {
-            "name": ensemble.students[member].network or config.model.name,
-            "widths": [str(width) for width in ensemble.widths[member]],
-            "channels": own["widths"],
-            "num_classes": run.students["num_classes"],
-            "input_shape": run.students["input_shape"],
-            "dtype": config.train.dtype,
-            "options": network_options(config),
-        },
+        "architecture": {**architecture(run, ensemble, member), "channels": own["widths"]},
         "student": student,
         "parameters": own["parameters"],
         "macs": own["macs"],

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ekd_jax.config import make_ensemble, make_method, network_options
+from ekd_jax.config import make_ensemble, make_method
 from ekd_jax.data.augment import normalise
 from ekd_jax.data.feed import Feed
 from ekd_jax.data.resident import Resident, read_all
 from ekd_jax.data.sources import Data
 from ekd_jax.errors import UserError
-from ekd_jax.extract import DESCRIPTION, load_student
+from ekd_jax.extract import DESCRIPTION, architecture, load_student
 from ekd_jax.methods.base import TeacherOutputs
 from ekd_jax.models.ensemble import Variables
 from ekd_jax.restore import predictor, restore
@@ -113,14 +113,7 @@ def network_of(source: str, workdir: pathlib.Path) -> dict[str, Any]:
     ensemble = make_ensemble(config, classes)
     member = (int(number or 1) - 1) % len(ensemble.students)
     return {
-        "architecture": {
-            "name": ensemble.students[member].network or config.model.name,
-            "widths": [str(width) for width in ensemble.widths[member]],
-            "num_classes": classes,
-            "input_shape": run.students["input_shape"],
-            "dtype": config.train.dtype,
-            "options": network_options(config),
-        },
+        "architecture": architecture(run, ensemble, member),
         "preprocessing": {"mean": config.data.mean, "std": config.data.std},
     }
 
