@@ -16,11 +16,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ekd_jax import parallel, stages, train
+from ekd_jax import parallel, stages
 from ekd_jax.config import KNOBS, make_ensemble, make_method, resolve, result_fields, to_dict
 from ekd_jax.data.sources import known_facts
 from ekd_jax.describe import describe
 from ekd_jax.errors import UserError, nearest
+from ekd_jax.job import check_batches, steps_in
 from ekd_jax.optimizer import make_optimizer
 from ekd_jax.teachers import load_teachers
 from ekd_jax.workdir import STAGES, SUMMARY
@@ -215,10 +216,8 @@ def check(runs: list[Run]) -> None:
         seen.add(run.label)
         with _about(f"label {run.label}"):
             config, method, known = run.config, make_method(run.config), known_facts(run.config)
-            train.check_batches(config, mesh, known.train_examples)
-            make_optimizer(
-                config, method, train.steps_in(config.train.epochs, config, known.train_examples)
-            )
+            check_batches(config, mesh, known.train_examples)
+            make_optimizer(config, method, steps_in(config.train.epochs, config, known.train_examples))
             outside = [source for source in method.teacher_sources if not _inside(source, run, runs)]
             taught = None if method.teacher_sources else ()
             describe(config, known.input_shape, known.num_classes, taught)

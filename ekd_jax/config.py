@@ -237,6 +237,11 @@ def resolve(config: Mapping[str, Any], overridden: Iterable[str] = ()) -> Frozen
         _check(path, values[path])
     complete = FrozenConfigDict(_nest(values))
     make_ensemble(complete, num_classes=1)
+    if complete.data.mixup and make_method(complete).separate_views:
+        raise UserError(
+            f"config.data.mixup={complete.data.mixup:g} mixes labels with images, and {method} gives every "
+            f"student other images: leave it out"
+        )
     return complete
 
 

@@ -14,6 +14,7 @@ from ekd_jax.config import fingerprint, make_method, to_dict
 from ekd_jax.data.feed import placements, resident_bytes
 from ekd_jax.data.sources import known_facts
 from ekd_jax.describe import as_text, describe, human, memory
+from ekd_jax.job import check_batches, steps_in
 from ekd_jax.teachers import load_teachers
 from ekd_jax.workdir import STAGES, check
 
@@ -52,7 +53,7 @@ def dry_run(config: Any, path: pathlib.Path) -> str:
 def _plan(config: Any, path: pathlib.Path, workdir: pathlib.Path, later: bool) -> str:
     """One run; with `later` its teachers may come out of runs before it."""
     mesh, known = parallel.make_mesh(), known_facts(config)
-    train.check_batches(config, mesh, known.train_examples)
+    check_batches(config, mesh, known.train_examples)
     method, classes = make_method(config), known.num_classes
     taught = None
     if not later:
@@ -60,7 +61,7 @@ def _plan(config: Any, path: pathlib.Path, workdir: pathlib.Path, later: bool) -
         taught = [teacher.shapes() for teacher in teachers]
     description = describe(config, known.input_shape, classes, taught)
     where = placements(config, known, mesh)
-    steps = train.steps_in(config.train.epochs, config, known.train_examples)
+    steps = steps_in(config.train.epochs, config, known.train_examples)
     held_out = f"{known.validation_examples:,} for validation, " if known.validation_examples else ""
     lines = [
         json.dumps(to_dict(config), indent=2),

@@ -16,124 +16,29 @@ import pathlib
 import signal
 import threading
 import time
-from functools import cached_property
 from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from ekd_jax import parallel, workdir
 from ekd_jax.checkpoint import Checkpoints
-from ekd_jax.config import identity, make_ensemble, make_method
+from ekd_jax.config import identity
 from ekd_jax.data.feed import EvaluationSet, Feed, evaluation_set, training_feed
-from ekd_jax.data.sources import Data, facts, open_data
-from ekd_jax.describe import describe, human, label
+from ekd_jax.data.sources import facts
+from ekd_jax.describe import human, label
 from ekd_jax.errors import UserError, reason
 from ekd_jax.evaluate import make_evaluator, measure, results
-from ekd_jax.methods.base import Method, TeacherOutputs
-from ekd_jax.models.ensemble import Ensemble
-from ekd_jax.optimizer import make_optimizer
+from ekd_jax.job import Job, check_batches, prepare, steps_in
 from ekd_jax.restore import predictor
-from ekd_jax.state import TrainState, begin_with, deployed_names, init_state
+from ekd_jax.state import TrainState, begin_with, init_state
 from ekd_jax.step import make_train_steps, zero_metrics
-from ekd_jax.teachers import Teacher, frozen_inputs, load_teacher, load_teachers, make_teach
+from ekd_jax.teachers import frozen_inputs, load_teacher, make_teach
 from ekd_jax.writers import MetricWriter, Progress, clock, table, write_json
 
 DISPATCH_SECONDS = 1.0  # a dispatch is about this long: rare enough to cost nothing, short to wait for
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What is trained, on what, for how long: all that follows from a configuration."""
-
-    config: Any
-    mesh: Mesh
-    data: Data
-    ensemble: Ensemble
-    method: Method
-    optimizer: optax.GradientTransformation
-    teachers: list[Teacher]
-    students: dict[str, Any]  # as students.json
-    steps: int
-
-    @property
-    def examples(self) -> int:
-        return len(self.data.train)
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return self.data.facts.input_shape
-
-    @property
-    def watched(self) -> str:
-        """What is measured while training, and decides which checkpoint is best."""
-        return "test" if self.data.validation is None else "validation"
-
-    @property
-    def taught(self) -> list[TeacherOutputs]:
-        """Shapes of what the teachers give for an image."""
-        return [teacher.shapes() for teacher in self.teachers]
-
-    @cached_property
-    def names(self) -> list[str]:
-        """Of all that is evaluated: every student, and last the ensemble."""
-        return deployed_names(self.ensemble, self.method, self.input_shape)
-
-    @cached_property
-    def learning(self) -> list[str]:
-        """The same of what learns."""
-        return self.method.names(self.ensemble.shapes(self.input_shape))
-
-    def epochs(self, step: int) -> float:
-        return step * self.config.train.batch_size / self.examples
-
-
-def prepare(config: Any, mesh: Mesh, path: pathlib.Path = pathlib.Path()) -> Job:
-    """Opens the data and builds everything for a run in the folder `path`, compiles nothing."""
-    data = open_data(config)
-    classes = data.facts.num_classes
-    check_batches(config, mesh, len(data.train))
-    steps = steps_in(config.train.epochs, config, len(data.train))
-    method = make_method(config)
-    if method.separate_views and config.data.mixup:
-        raise UserError(
-            f"data.mixup={config.data.mixup:g} mixes labels with images, and {config.method.name} gives "
-            f"every student other images: leave it out"
-        )
-    teachers = load_teachers(method.teacher_sources, path, classes, data.facts.input_shape)
-    students = describe(config, data.facts.input_shape, classes, [t.shapes() for t in teachers])
-    return Job(
-        config=config,
-        mesh=mesh,
-        data=data,
-        ensemble=make_ensemble(config, classes, mesh.size),
-        method=method,
-        optimizer=make_optimizer(config, method, steps),
-        teachers=teachers,
-        students={
-            **students,
-            "class_names": list(data.facts.class_names),
-            "teachers": [teacher.identity for teacher in teachers],
-        },
-        steps=steps,
-    )
-
-
-def steps_in(epochs: float, config: Any, examples: int) -> int:
-    """Steps nearest to so many epochs, at least one."""
-    return max(1, round(epochs * examples / config.train.batch_size))
-
-
-def check_batches(config: Any, mesh: Mesh, examples: int | None) -> None:
-    """Raises UserError for a batch that devices cannot share or that is larger than the data set."""
-    parallel.check_divisible("train.batch_size", config.train.batch_size, mesh)
-    if examples is not None and config.train.batch_size > examples:
-        raise UserError(
-            f"train.batch_size={config.train.batch_size} is above the {examples} training examples"
-        )
 
 
 class Interrupt:

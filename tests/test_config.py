@@ -251,3 +251,10 @@ def test_importing_the_package_starts_nothing():
     assert out.stdout.split()[1] == "False"
     assert len(jax.devices()) == 8
     assert TINY
+
+
+def test_views_of_their_own_are_not_mixed():
+    """Every student's images would want labels of their own."""
+    with pytest.raises(UserError, match=r"mixup=0.2 mixes labels .* pcl gives every student other images"):
+        tiny_config("pcl", data__mixup=0.2)
+    tiny_config("one", data__mixup=0.2)

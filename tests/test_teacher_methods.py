@@ -19,6 +19,7 @@ from ekd_jax.config import make_ensemble, make_method
 from ekd_jax.data import resident
 from ekd_jax.errors import UserError
 from ekd_jax.extract import load_student, write_student
+from ekd_jax.job import prepare
 from ekd_jax.main import dry_run
 from ekd_jax.methods import METHODS
 from ekd_jax.methods.base import Batch, TeacherOutputs
@@ -686,7 +687,7 @@ def test_teachers_are_frozen(teacher, tmp_path):
 
 def run_folder(path, config, complete=True):
     """The folder of a run whose students trained nothing."""
-    job = train.prepare(config, one_device(), path)
+    job = prepare(config, one_device(), path)
     path.mkdir()
     workdir.claim(path, config)
     workdir.describe(path, job.students)
@@ -747,7 +748,7 @@ def test_unfit_teachers(name, problem, tmp_path, monkeypatch):
 
 def prepared(name, tmp_path, **changes):
     """What a run does before it compiles."""
-    return train.prepare(tiny_config(name, **changes), one_device(), tmp_path)
+    return prepare(tiny_config(name, **changes), one_device(), tmp_path)
 
 
 def test_what_methods_want_of_teachers(teacher, tmp_path, ensemble_run):
