@@ -36,6 +36,8 @@ def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None) -> dict[str, 
     Args and errors as `train.run`.
     """
     earlier = before(config, path)
+    if not earlier:
+        return train.run(config, path, mesh)
     folders = {name: path / STAGES / name for name in earlier}
     check(path, settled(config, path))
     for name, stage in earlier.items():
@@ -44,6 +46,6 @@ def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None) -> dict[str, 
         if not (folders[name] / SUMMARY).exists():
             print(f"stage {number} of {len(earlier) + 1}: {name}", file=sys.stderr, flush=True)
             train.run(stage, folders[name], mesh)
-    if earlier and not (path / SUMMARY).exists():
+    if not (path / SUMMARY).exists():
         print(f"stage {len(earlier) + 1} of {len(earlier) + 1}", file=sys.stderr, flush=True)
     return train.run(settled(config, path), path, mesh)

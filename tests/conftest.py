@@ -8,8 +8,6 @@ import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Networks are tiny here: compiling is what takes time. The README's commands run optimised programs.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ekd_jax-cache-")  # not the user's
 
 import jax
@@ -17,6 +15,9 @@ import pytest
 
 from ekd_jax import parallel, train
 from ekd_jax.config import default, resolve
+
+# Networks are tiny here: compiling is what takes time. Commands run optimised programs, as a user's do.
+jax.config.update("jax_disable_most_optimizations", True)
 
 ROOT = pathlib.Path(__file__).parent.parent
 REFERENCE = pathlib.Path(__file__).parent / "reference"

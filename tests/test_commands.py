@@ -109,6 +109,7 @@ def test_from_training_to_an_answer(tmp_path):
     assert TINY
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept_for_the_next_run(tmp_path):
     """Two runs at a time share the folder; a third compiles nothing anew and ends with the same numbers."""
     cache = tmp_path / "cache"

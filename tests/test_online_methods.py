@@ -514,6 +514,7 @@ WHO = {  # method: number of students, {term: what it trains}
 
 
 @pytest.mark.parametrize("name", WHO)
+@pytest.mark.slow
 def test_what_each_term_trains(name):
     students, expected = WHO[name]
     config = tiny_config(name, model__students=(1,) * students)

@@ -830,6 +830,7 @@ def srm_config(teacher, **changes):
     )
 
 
+@pytest.mark.slow
 def test_srm_goes_through_its_stages(teacher, tmp_path):
     """Dictionaries of the frozen teacher; a student that learns its codes; then that student goes on."""
     path = tmp_path / "run"

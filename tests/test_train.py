@@ -180,6 +180,7 @@ def test_interrupted_runs_save_and_say_how_to_go_on(uninterrupted, tmp_path, num
     finish_and_compare(path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_streamed_runs_end_with_the_same_bits(tmp_path):
     """Ctrl-C, which worker processes get, too; SIGKILL; and another number of workers each time."""
     path, streamed = tmp_path / "run", {"data__placement": "stream", "train__epochs": 4}
@@ -281,6 +282,7 @@ def test_a_full_disk_is_noticed_before_writing(uninterrupted, small_disk):
     finish_and_compare(path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_half_way_loses_nothing(uninterrupted, tmp_path):
     """No file may grow past 40 kB: the checkpoint cannot be written. Without the limit the run goes on."""
     path = tmp_path / "run"
