@@ -125,7 +125,14 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "argument", "data"), ROWS, ids=lambda value: value)
+SLOW = [row for row in ROWS if row[0] in ("densenet", "efficientnet") and row[2] != "cifar10"]
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "data"),
+    [pytest.param(*row, marks=pytest.mark.slow if row in SLOW else ()) for row in ROWS],
+    ids=lambda value: value,
+)
 def test_every_row_of_the_papers_tables_can_be_run(name, argument, data, tmp_path):
     config = resolve(recipe(ROOT / "configs" / f"{name}.py").get_config(argument))
     assert config.data.name == DATA[data]

@@ -167,7 +167,7 @@ def test_killed_runs_end_with_the_same_bits(uninterrupted, tmp_path):
     assert len(json.loads((path / "environment.json").read_text())) >= 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_interrupted_runs_save_and_say_how_to_go_on(uninterrupted, tmp_path, number):
     path = tmp_path / "run"
     process = start(path)
