@@ -86,6 +86,7 @@ def macs_by_hand():
     return total + 64 * 10
 
 
+@pytest.mark.slow
 def test_from_training_to_an_answer(tmp_path):
     """Train, extract by budget, evaluate, predict: the README's first command on a smaller network."""
     from PIL import Image

@@ -385,6 +385,7 @@ def test_folders_that_do_not_do(folder):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_folder(folder, tmp_path):
     """Streamed, cut at random, by worker processes; and the student that comes out of it predicts."""
     flags = [f"--config={ROOT}/configs/digits.py"]

@@ -45,6 +45,7 @@ def _float64():
         yield
 
 
+pytestmark = pytest.mark.slow  # two minutes of compiling; test_teachers.py is always run
 float64 = pytest.mark.usefixtures("_float64")
 
 
