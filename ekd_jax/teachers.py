@@ -79,17 +79,18 @@ class Teacher:
         return given
 
 
-def load_teacher(source: str, workdir: pathlib.Path) -> Teacher:
+def load_teacher(source: str, workdir: pathlib.Path, knob: str = "method.teachers") -> Teacher:
     """The teacher in a folder.
 
     Args:
         source: folder of a student, or `RUN` or `RUN:student`; `stages/...` is one of the run's own.
         workdir: of the run that learns from it.
+        knob: that names it, for errors.
 
     Raises:
         UserError: there is none, or it is not complete.
     """
-    path, number = _find(source, workdir)
+    path, number = _find(source, workdir, knob)
     if (path / DESCRIPTION).exists():
         return _of_student(path, source)
     return _of_run(path, source, number)
@@ -118,7 +119,7 @@ def network_of(source: str, workdir: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def _find(source: str, workdir: pathlib.Path) -> tuple[pathlib.Path, str]:
+def _find(source: str, workdir: pathlib.Path, knob: str = "method.teachers") -> tuple[pathlib.Path, str]:
     """The folder of a student or of a finished run, and the number of the student, "" without one."""
     name, _, number = source.rpartition(":")
     if not (name and number.isdigit()):
@@ -126,12 +127,12 @@ def _find(source: str, workdir: pathlib.Path) -> tuple[pathlib.Path, str]:
     path = workdir / name if name.startswith("stages/") else pathlib.Path(name)
     if not path.is_dir():
         raise UserError(
-            f"method.teachers: there is no folder {path}: give folders that ekd_jax.extract or "
+            f"{knob}: there is no folder {path}: give folders that ekd_jax.extract or "
             f"ekd_jax.convert wrote, or that of a finished run"
         )
     if not any((path / name).exists() for name in (DESCRIPTION, SUMMARY)):
         raise UserError(
-            f"method.teachers: {path} is neither a student's folder nor that of a finished run: let it "
+            f"{knob}: {path} is neither a student's folder nor that of a finished run: let it "
             f"finish, or take a student out with ekd_jax.extract"
         )
     return path, number

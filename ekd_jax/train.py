@@ -107,7 +107,7 @@ def _run(job: Job, path: pathlib.Path) -> dict[str, Any]:
         state, remembered = checkpoints.restore(state, checkpoints.choose())
         log = Log.recall(remembered)
     elif source := job.config.model.initial_weights:
-        network = load_teacher(source, path).variables
+        network = load_teacher(source, path, "model.initial_weights").variables
         state = begin_with(state, job.ensemble, network, source)
     workdir.describe(path, job.students)
     writer = MetricWriter(path, int(state.step))

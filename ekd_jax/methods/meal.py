@@ -26,7 +26,7 @@ from ekd_jax.methods.base import (
     per_student,
 )
 from ekd_jax.methods.distilling import Taught
-from ekd_jax.models.ensemble import Outputs
+from ekd_jax.models.ensemble import Outputs, scale_gradient
 from ekd_jax.models.layers import Linear, torch_default
 
 Array = jax.Array
@@ -70,13 +70,9 @@ class Discriminators(nn.Module):
         return optax.sigmoid_binary_cross_entropy(scores, truth).mean()
 
 
-@jax.custom_vjp
 def reversed_gradient(x: Array) -> Array:
     """x; what comes back is negated."""
-    return x
-
-
-reversed_gradient.defvjp(lambda x: (x, None), lambda _, gradient: (-gradient,))
+    return scale_gradient(x, -1.0)
 
 
 def adaptive_average_pool(x: Array, length: int) -> Array:

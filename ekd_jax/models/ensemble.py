@@ -244,7 +244,7 @@ class Ensemble:
                     seen[way] = call(part, path, x, number)
                 x = seen[way]
                 if self.base_gradients == "mean":
-                    x = _scale_gradient(x, 1 / self._parts(route[:depth]))
+                    x = scale_gradient(x, 1 / self._parts(route[:depth]))
             if i > 0 and route and self.base_gradients == "pseudo_teacher":
                 x = lax.stop_gradient(x)
             inputs.append(x)
@@ -284,12 +284,12 @@ def _put(tree: Any, path: Path, value: Any) -> None:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _scale_gradient(x: Array, factor: float) -> Array:
+def scale_gradient(x: Array, factor: float) -> Array:
     """x; what comes back is multiplied by `factor`."""
     return x
 
 
-_scale_gradient.defvjp(lambda x, factor: (x, None), lambda factor, _, gradient: (gradient * factor,))
+scale_gradient.defvjp(lambda x, factor: (x, None), lambda factor, _, gradient: (gradient * factor,))
 
 
 def parse_students(value: Any) -> tuple[Member, ...]:
