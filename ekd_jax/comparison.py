@@ -25,7 +25,6 @@ from ekd_jax.job import check_batches, steps_in
 from ekd_jax.optimizer import make_optimizer
 from ekd_jax.teachers import load_teachers
 from ekd_jax.workdir import STAGES, SUMMARY
-from ekd_jax.workdir import check as check_folder
 from ekd_jax.writers import clock
 
 PARTS = ("common", "seeds", "methods", "allow")
@@ -68,9 +67,7 @@ class Run:
 
     def check(self) -> None:
         """Raises UserError unless it may begin or go on in its folder; what it needs is complete."""
-        check_folder(self.path, stages.settled(self.config, self.path))
-        for name, stage in stages.before(self.config, self.path).items():
-            check_folder(self.path / STAGES / name, stage)
+        stages.check(stages.runs(self.config, self.path))
 
 
 # --- which runs there are ------------------------------------------------------------------------

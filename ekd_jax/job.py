@@ -31,6 +31,7 @@ class Job:
     method: Method
     optimizer: optax.GradientTransformation
     teachers: list[Teacher]
+    taught: list[TeacherOutputs]  # shapes of what they give for an image
     students: dict[str, Any]  # as students.json
     steps: int
 
@@ -46,11 +47,6 @@ class Job:
     def watched(self) -> str:
         """What is measured while training, and decides which checkpoint is best."""
         return "test" if self.data.validation is None else "validation"
-
-    @cached_property
-    def taught(self) -> list[TeacherOutputs]:
-        """Shapes of what the teachers give for an image."""
-        return [teacher.shapes() for teacher in self.teachers]
 
     @cached_property
     def names(self) -> list[str]:
@@ -74,7 +70,8 @@ def prepare(config: Any, mesh: Mesh, path: pathlib.Path = pathlib.Path()) -> Job
     steps = steps_in(config.train.epochs, config, len(data.train))
     method = make_method(config)
     teachers = load_teachers(method.teacher_sources, path, classes, data.facts.input_shape)
-    students = describe(config, data.facts.input_shape, classes, [t.shapes() for t in teachers])
+    taught = [teacher.shapes() for teacher in teachers]
+    students = describe(config, data.facts.input_shape, classes, taught)
     return Job(
         config=config,
         mesh=mesh,
@@ -83,6 +80,7 @@ def prepare(config: Any, mesh: Mesh, path: pathlib.Path = pathlib.Path()) -> Job
         method=method,
         optimizer=make_optimizer(config, method, steps),
         teachers=teachers,
+        taught=taught,
         students={
             **students,
             "class_names": list(data.facts.class_names),

@@ -16,7 +16,6 @@ from ekd_jax.data.sources import known_facts
 from ekd_jax.describe import as_text, describe, human, memory
 from ekd_jax.job import check_batches, steps_in
 from ekd_jax.teachers import load_teachers
-from ekd_jax.workdir import STAGES, check
 
 FLAGS = flags.FLAGS
 
@@ -39,15 +38,14 @@ def dry_run(config: Any, path: pathlib.Path) -> str:
     Raises:
         UserError: what a run would raise before it starts.
     """
-    earlier = stages.before(config, path)
-    config = stages.settled(config, path)
-    check(path, config)
-    parts = [
-        f"stage {i} of {len(earlier) + 1}, {name}\n{_plan(stage, path / STAGES / name, path, bool(i - 1))}"
-        for i, (name, stage) in enumerate(earlier.items(), 1)
-    ]
-    last = f"stage {len(earlier) + 1} of {len(earlier) + 1}\n" if earlier else ""
-    return "\n\n".join([*parts, last + _plan(config, path, path, bool(earlier))])
+    planned = stages.runs(config, path)
+    stages.check(planned)
+    parts = []
+    for number, (folder, stage) in enumerate(planned.items(), 1):
+        name = "" if folder == path else f", {folder.name}"
+        title = f"stage {number} of {len(planned)}{name}\n" if len(planned) > 1 else ""
+        parts.append(title + _plan(stage, folder, path, later=number > 1))
+    return "\n\n".join(parts)
 
 
 def _plan(config: Any, path: pathlib.Path, workdir: pathlib.Path, later: bool) -> str:

@@ -10,24 +10,30 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from ekd_jax import train
+from ekd_jax import train, workdir
 from ekd_jax.config import resolve
 from ekd_jax.methods import METHODS
-from ekd_jax.workdir import STAGES, SUMMARY, check
+from ekd_jax.workdir import STAGES, SUMMARY
+
+Runs = dict[pathlib.Path, Any]
 
 
-def before(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
-    """The runs that come before that of `config`, in order: name -> resolved configuration."""
-    earlier = METHODS[config.method.name].stages(config, workdir)
-    return {name: resolve(stage) for name, stage in earlier.items()}
+def runs(config: Any, path: pathlib.Path) -> Runs:
+    """All runs that `config` in the folder `path` stands for, in order: folder -> resolved configuration.
+
+    Its own, in `path`, is the last, with what the earlier ones decide as soon as they are complete.
+    """
+    method = METHODS[config.method.name]
+    earlier = {path / STAGES / name: resolve(stage) for name, stage in method.stages(config, path).items()}
+    if earlier and all((folder / SUMMARY).exists() for folder in earlier):
+        config = resolve(method.settled(config, path))
+    return {**earlier, path: config}
 
 
-def settled(config: Any, workdir: pathlib.Path) -> Any:
-    """The configuration with what the earlier runs decide; as it is while they are not complete."""
-    earlier = before(config, workdir)
-    if not earlier or not all((workdir / STAGES / name / SUMMARY).exists() for name in earlier):
-        return config
-    return resolve(METHODS[config.method.name].settled(config, workdir))
+def check(planned: Runs) -> None:
+    """Raises UserError if a folder holds something else than its run."""
+    for folder, config in planned.items():
+        workdir.check(folder, config)
 
 
 def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None) -> dict[str, Any]:
@@ -35,17 +41,14 @@ def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None) -> dict[str, 
 
     Args and errors as `train.run`.
     """
-    earlier = before(config, path)
+    *earlier, _ = planned = runs(config, path)
     if not earlier:
         return train.run(config, path, mesh)
-    folders = {name: path / STAGES / name for name in earlier}
-    check(path, settled(config, path))
-    for name, stage in earlier.items():
-        check(folders[name], stage)
-    for number, (name, stage) in enumerate(earlier.items(), 1):
-        if not (folders[name] / SUMMARY).exists():
-            print(f"stage {number} of {len(earlier) + 1}: {name}", file=sys.stderr, flush=True)
-            train.run(stage, folders[name], mesh)
+    check(planned)
+    for number, folder in enumerate(earlier, 1):
+        if not (folder / SUMMARY).exists():
+            print(f"stage {number} of {len(planned)}: {folder.name}", file=sys.stderr, flush=True)
+            train.run(planned[folder], folder, mesh)
     if not (path / SUMMARY).exists():
-        print(f"stage {len(earlier) + 1} of {len(earlier) + 1}", file=sys.stderr, flush=True)
-    return train.run(settled(config, path), path, mesh)
+        print(f"stage {len(planned)} of {len(planned)}", file=sys.stderr, flush=True)
+    return train.run(runs(config, path)[path], path, mesh)

@@ -134,7 +134,9 @@ NAMES = sorted(METHODS.keys() - PARTS)
 )
 def test_killed_in_every_stage(name, teacher, tmp_path):
     config = config_of(name, teacher)
-    folders = [f"{STAGES}/{stage}" for stage in stages.before(config, tmp_path / "killed")] + ["."]
+    folders = [
+        folder.relative_to(tmp_path / "killed") for folder in stages.runs(config, tmp_path / "killed")
+    ]
     for folder in folders:
         kill_in(tmp_path / "killed" / folder, start(config, tmp_path / "killed"))
         assert list((tmp_path / "killed" / folder / "checkpoints").glob("[0-9]*"))

@@ -885,10 +885,10 @@ def test_what_srm_wants(teacher, tmp_path, ensemble_run):
     ]
     for changes, source, message in cases:
         with pytest.raises(UserError, match=message):
-            stages.before(srm_config(source, **changes), tmp_path / "run")
+            stages.runs(srm_config(source, **changes), tmp_path / "run")
     two = srm_config(teacher, method__teachers=(teacher, teacher))
     with pytest.raises(UserError, match="not 1 from 2"):
-        stages.before(two, tmp_path / "run")
+        stages.runs(two, tmp_path / "run")
 
 
 def test_the_one_network_of_a_teacher(teacher, ensemble_run):
@@ -898,7 +898,7 @@ def test_the_one_network_of_a_teacher(teacher, ensemble_run):
     assert found["architecture"]["widths"] == ["1/2"] * 3
     assert found["architecture"]["name"] == "resnet8"
     assert found["preprocessing"] == {"mean": (0.0,), "std": (1.0,)}
-    first = stages.before(srm_config(f"{ensemble_run}:2"), pathlib.Path("run"))["dictionaries"]
+    first = next(iter(stages.runs(srm_config(f"{ensemble_run}:2"), pathlib.Path("run")).values()))
     assert first.model.students == (("1/2", "1/2", "1/2"),)
     assert first.model.initial_weights == f"{ensemble_run}:2"
     with pytest.raises(UserError, match="has students 1 to 2"):

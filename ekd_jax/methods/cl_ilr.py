@@ -5,11 +5,10 @@ models/cl_ilr_resnet.py (METHODS.md 12.2).
 """
 
 import jax
-import jax.numpy as jnp
 
 from ekd_jax.errors import UserError
 from ekd_jax.methods.base import Batch, Terms, label_terms, per_student
-from ekd_jax.methods.distilling import Distilling, mean_of
+from ekd_jax.methods.distilling import Distilling, mean_of, of_peers
 from ekd_jax.models.ensemble import Outputs
 
 Array = jax.Array
@@ -40,8 +39,10 @@ class ClIlr(Distilling):
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
         ce, terms = label_terms(outputs, batch.labels)
-        kd_S = jnp.stack(
-            [self._of_others(outputs.logits_SxBxK, h, batch) for h in range(len(outputs.pooled))]
+        kd_S = of_peers(
+            lambda own, others: self.distil(own, mean_of(others, self.temperature, "logits"), batch),
+            outputs.logits_SxBxK,
+            outputs.logits_SxBxK,
         )
         terms |= per_student("loss_kd", kd_S)
         return self.beta * ce + (1 - self.beta) * kd_S.sum(), terms
@@ -49,10 +50,3 @@ class ClIlr(Distilling):
     @property
     def base_gradients(self) -> str:
         return "mean"
-
-    def _of_others(self, logits_SxBxK: Array, h: int, batch: Batch) -> Array:
-        """The KD loss of head h, a scalar; 0 for one alone."""
-        others = jnp.delete(logits_SxBxK, h, axis=0)
-        if not len(others):
-            return jnp.zeros((), logits_SxBxK.dtype)
-        return self.distil(logits_SxBxK[h], mean_of(others, self.temperature, "logits"), batch)

@@ -19,7 +19,7 @@ from ekd_jax.methods.base import (
     per_student,
     ramp_up,
 )
-from ekd_jax.methods.distilling import Distilling, Taught, mean_of
+from ekd_jax.methods.distilling import Distilling, Taught, mean_of, of_peers
 from ekd_jax.methods.kd import AVERAGES
 from ekd_jax.models.ensemble import Outputs
 
@@ -64,18 +64,15 @@ class Dckd(Distilling, Taught):
         teachers_TxBxK = jnp.stack([teacher.logits for teacher in batch.teachers])
         teacher_BxK = mean_of(teachers_TxBxK, self.temperature, self.average)
         kd_S = self.distil(logits_SxBxK, teacher_BxK, batch)
-        peers_S = jnp.stack([self._of_peers(logits_SxBxK, i, batch) for i in range(len(logits_SxBxK))])
+        peers_S = of_peers(lambda own, peers: self._collect(own, peers, batch), logits_SxBxK, logits_SxBxK)
         terms |= per_student("loss_kd", kd_S) | per_student("loss_peers", peers_S)
         ramped = self.peers_weight * ramp_up(batch.epoch, self.rampup_epochs)
         loss = self.ce_weight * ce + self.teacher_weight * kd_S.sum() + ramped * peers_S.sum()
         return loss, terms
 
-    def _of_peers(self, logits_SxBxK: Array, i: int, batch: Batch) -> Array:
-        """T^2 KL(q_i || i), a scalar; 0 for a student without peers."""
-        own, peers = logits_SxBxK[i], jnp.delete(logits_SxBxK, i, axis=0)
-        if not len(peers):
-            return jnp.zeros((), own.dtype)
-        collected = mean_of(peers, self.temperature, "probabilities")
+    def _collect(self, own: Array, peers_PxBxK: Array, batch: Batch) -> Array:
+        """T^2 KL(q_i || i), a scalar."""
+        collected = mean_of(peers_PxBxK, self.temperature, "probabilities")
         if not self.others_only:
             return self.distil(own, collected, batch)
         collected = lax.stop_gradient(collected)

@@ -1,6 +1,7 @@
 """What methods with a KD loss have in common: which loss that is, and its constants."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,15 @@ class Taught(Method):
                 "--config.method.teachers=\"('runs/teacher',)\""
             )
         return self.teachers
+
+
+def of_peers(loss: Callable[[Array, Array], Array], own_SxBxK: Array, all_SxBxK: Array) -> Array:
+    """(S,): for every student the `loss` of its own logits (B, K) and those of all others (S - 1, B, K), a
+    scalar; 0 for one alone."""
+    students = range(len(own_SxBxK))
+    if len(students) == 1:
+        return jnp.zeros(1, own_SxBxK.dtype)
+    return jnp.stack([loss(own_SxBxK[i], jnp.delete(all_SxBxK, i, axis=0)) for i in students])
 
 
 def mean_of(logits_TxBxK: Array, temperature: float, average: str) -> Array:

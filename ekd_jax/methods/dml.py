@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ekd_jax.methods.base import Batch, Terms, check_choice, label_terms, per_student
-from ekd_jax.methods.distilling import Distilling, mean_of
+from ekd_jax.methods.distilling import Distilling, mean_of, of_peers
 from ekd_jax.models.ensemble import Outputs
 
 Array = jax.Array
@@ -43,9 +43,8 @@ class Dml(Distilling):
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
         ce, terms = label_terms(outputs, batch.labels)
-        kd_S = jnp.stack(
-            [self._of_peers(outputs.logits_SxBxK, k, batch) for k in range(len(outputs.pooled))]
-        )
+        logits_SxBxK = outputs.logits_SxBxK
+        kd_S = of_peers(lambda own, peers: self._distil(own, peers, batch), logits_SxBxK, logits_SxBxK)
         terms |= per_student("loss_kd", kd_S)
         return ce + kd_S.sum(), terms
 
@@ -54,13 +53,9 @@ class Dml(Distilling):
             return None
         return jnp.arange(students) == step % students
 
-    def _of_peers(self, logits_SxBxK: Array, k: int, batch: Batch) -> Array:
-        """The KD loss of network k, a scalar; 0 for one without peers."""
-        peers = jnp.delete(logits_SxBxK, k, axis=0)
-        if not len(peers):
-            return jnp.zeros((), logits_SxBxK.dtype)
+    def _distil(self, own_BxK: Array, peers_PxBxK: Array, batch: Batch) -> Array:
         if self.target == "pairwise":
-            losses = self.distil(jnp.broadcast_to(logits_SxBxK[k], peers.shape), peers, batch)
+            losses = self.distil(jnp.broadcast_to(own_BxK, peers_PxBxK.shape), peers_PxBxK, batch)
             return losses.mean() if self.peer_reduction == "mean" else losses.sum()
         average = self.target.removeprefix("mean_")
-        return self.distil(logits_SxBxK[k], mean_of(peers, self.temperature, average), batch)
+        return self.distil(own_BxK, mean_of(peers_PxBxK, self.temperature, average), batch)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ekd_jax import losses
 from ekd_jax.errors import UserError
 from ekd_jax.methods.base import Batch, Terms, label_terms, per_student
+from ekd_jax.methods.distilling import of_peers
 from ekd_jax.methods.ramped import Ramped
 from ekd_jax.models.ensemble import Outputs
 from ekd_jax.models.layers import Linear, global_pool, torch_default
@@ -70,9 +71,10 @@ class Pcl(Ramped):
         teacher_BxK = self.classifier(outputs)
         terms["ensemble/loss_ce"] = losses.cross_entropy(teacher_BxK, batch.labels)
         kd_S = self.distil(outputs.logits_SxBxK, teacher_BxK, batch)
-        averaged_SxBxK = batch.copies[0].logits_SxBxK
-        peers_S = jnp.stack(
-            [self._of_peers(z, averaged_SxBxK, i, batch) for i, z in enumerate(outputs.logits_SxBxK)]
+        peers_S = of_peers(
+            lambda own, peers: self.distil(jnp.broadcast_to(own, peers.shape), peers, batch).mean(),
+            outputs.logits_SxBxK,
+            batch.copies[0].logits_SxBxK,
         )
         terms |= per_student("loss_kd", kd_S) | per_student("loss_peers", peers_S)
         return ce + terms["ensemble/loss_ce"] + self.ramp(batch) * (kd_S + peers_S).sum(), terms
@@ -92,10 +94,3 @@ class Pcl(Ramped):
         """alpha * average + (1 - alpha) * network."""
         alpha = jnp.minimum(1 - 1 / (step + 1), self.momentum)
         return {"1": jax.tree.map(lambda mean, x: alpha * mean + (1 - alpha) * x, copies["1"], networks)}
-
-    def _of_peers(self, logits_BxK: Array, averaged_SxBxK: Array, i: int, batch: Batch) -> Array:
-        """Mean of the KD losses of student i against its peers' averages, a scalar; 0 for one alone."""
-        peers = jnp.delete(averaged_SxBxK, i, axis=0)
-        if not len(peers):
-            return jnp.zeros((), logits_BxK.dtype)
-        return self.distil(jnp.broadcast_to(logits_BxK, peers.shape), peers, batch).mean()
