@@ -76,7 +76,9 @@ def measure(name: str) -> dict[str, float]:
     one = parallel.replicate(mesh, np.int32(1))
     program = make_train_steps(config, ensemble, method, optimizer, feed, classes, mesh, 1_000_000)
     started = time.perf_counter()
-    lowered = program.lower(*placed, feed.shapes, one, {"teachers": [], "key": jax.random.key(0)})
+    lowered = program.lower(
+        *placed, feed.shapes, one, {"teachers": [], "key": jax.random.key_data(jax.random.key(0))}
+    )
     traced = time.perf_counter() - started
     started = time.perf_counter()
     memory = lowered.compile().memory_analysis()

@@ -63,7 +63,7 @@ class Setting:
         facts = Facts("noise", SHAPE, tuple(map(str, range(CLASSES))), EXAMPLES, 0, 0)
         feed = Resident(config, Data(facts, noise, None, noise, Reader(SHAPE)), mesh, "replicated")
         number = parallel.replicate(mesh, np.int32(FLAGS.steps))
-        self.batches = feed.at(0), number, {"teachers": [], "key": jax.random.key(0)}
+        self.batches = feed.at(0), number, {"teachers": [], "key": jax.random.key_data(jax.random.key(0))}
         self.carry = parallel.replicate(mesh, (state, sums))
         train_steps = make_train_steps(config, ensemble, method, optimizer, feed, CLASSES, mesh, 1_000_000)
         began = time.perf_counter()

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from ekd_jax import parallel
 from ekd_jax.errors import UserError, reason
 from ekd_jax.state import TrainState
 
@@ -85,7 +86,7 @@ class Checkpoints:
             run: JSON values to remember.
             evaluation: test metrics of this very state, if there are any; decide which is best.
         """
-        tree = jax.device_get(_as_tree(state))
+        tree = parallel.fetch(_as_tree(state))
         run = {**run, "evaluation": evaluation, "sha256": _digests(tree)}
         with self._saving():
             self._check_room(tree)

@@ -13,6 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from ekd_jax import parallel
 from ekd_jax.config import resolve
 from ekd_jax.errors import UserError, nearest, reason
 from ekd_jax.writers import user_cache
@@ -116,8 +117,19 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         app.run(start, flags_parser=parse)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2, f"error: {parallel.who()}{error}")
+    except jax.errors.JaxRuntimeError as error:
+        if not parallel.several():
+            raise
+        lost = f"{parallel.who()}a computation over all processes failed, most likely because one of them"
+        leave(1, f"error: {lost} ended ({reason(error)}): run the same command in all of them to go on")
     except KeyboardInterrupt:
-        print("interrupted; run the same command to go on", file=sys.stderr)
-        sys.exit(130)
+        leave(130, "interrupted; run the same command to go on")
+
+
+def leave(code: int, message: str) -> None:
+    """Exits; one of several processes at once, as an orderly exit would wait for the others for ever."""
+    print(message, file=sys.stderr, flush=True)
+    if parallel.several():
+        os._exit(code)
+    sys.exit(code)

@@ -206,13 +206,14 @@ def check(runs: list[Run]) -> None:
     Raises:
         UserError: as `train.run`.
     """
-    mesh, seen = parallel.make_mesh(), set()
+    seen: set[str] = set()
     for run in runs:
         if run.complete or run.label in seen:
             continue
         seen.add(run.label)
         with _about(f"label {run.label}"):
             config, method, known = run.config, make_method(run.config), known_facts(run.config)
+            mesh = parallel.make_mesh(fsdp=config.train.fsdp)
             check_batches(config, mesh, known.train_examples)
             make_optimizer(config, method, steps_in(config.train.epochs, config, known.train_examples))
             outside = [source for source in method.teacher_sources if not _inside(source, run, runs)]

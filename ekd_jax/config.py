@@ -147,6 +147,19 @@ KNOBS: dict[str, Knob] = {
         "sgd", "adam or rmsprop; with L2 decay as in PyTorch", **_one_of(("sgd", "adam", "rmsprop"))
     ),
     "optimizer.learning_rate": Knob(0.1, "to begin with", **_POSITIVE),
+    "optimizer.reference_batch_size": Knob(
+        0,
+        "the batch size that the rate is for: it is scaled by train.batch_size over this (Goyal et al. "
+        "2017); 0: as it is",
+        **_NOT_NEGATIVE,
+    ),
+    "optimizer.warmup_epochs": Knob(
+        -1.0,
+        "over which the rate rises to its value, from what it is without scaling or from 0; -1: 5 if it is "
+        "scaled up, or else 0",
+        lambda v: v == -1 or v >= 0,
+        "be -1, or not negative",
+    ),
     "optimizer.momentum": Knob(0.9, "of sgd and rmsprop", **_FRACTION),
     "optimizer.nesterov": Knob(True, "Nesterov's momentum for sgd"),
     "optimizer.weight_decay": Knob(1e-4, "L2, added to the gradient of every parameter", **_NOT_NEGATIVE),
@@ -160,6 +173,21 @@ KNOBS: dict[str, Knob] = {
     ),
     "train.epochs": Knob(300.0, "passes over the training set", **_POSITIVE),
     "train.batch_size": Knob(128, "examples a step, over all devices", **_POSITIVE),
+    "train.accumulate": Knob(
+        1,
+        "parts of a batch that go through the networks one after the other; see docs/scale.md",
+        **_POSITIVE,
+    ),
+    "train.rematerialise": Knob(
+        "none",
+        "what the backward pass computes again instead of keeping it: nothing, or all but what goes into "
+        "blocks or stages",
+        **_one_of(("none", "blocks", "stages")),
+        changes_result=False,
+    ),
+    "train.fsdp": Knob(
+        1, "devices that share one copy of parameters, optimiser state and averages", **_POSITIVE_STEP
+    ),
     "train.dtype": Knob("float32", "what convolutions compute in", **_one_of(("float32", "bfloat16"))),
     "train.log_every_steps": Knob(100, "steps that one training record averages", **_POSITIVE_STEP),
     "train.evaluate_every_epochs": Knob(5.0, "epochs between evaluations", **_POSITIVE_STEP),
@@ -267,6 +295,7 @@ def make_ensemble(config: Any, num_classes: int, devices: int = 1) -> Ensemble:
         last_map=model.last_map,
         base_gradients=method.base_gradients,
         batch_norm_groups=devices if model.batch_norm == "local" else 1,
+        rematerialise=config.train.rematerialise,
         **network_options(config),
     )
 

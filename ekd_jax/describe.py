@@ -5,7 +5,6 @@ python -m ekd_jax.describe --config=configs/resnet_cifar100.py [--num_classes=K]
 
 import json
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -125,15 +124,28 @@ def human(count: float) -> str:
 
 
 class Cost(NamedTuple):
-    """Of one image: multiply-accumulates of convolutions and matrix products, how many numbers they give,
-    and how many they get and give."""
+    """Of one image.
+
+    Attributes:
+        macs: multiply-accumulates of convolutions and matrix products.
+        activations: how many numbers they give.
+        kept: how many numbers the backward pass keeps, taken to be what they get and give; of what is
+            computed again (`train.rematerialise`) the outcome.
+        again: of all that is computed again at once, the most that is kept meanwhile.
+    """
 
     macs: int = 0
     activations: int = 0
     kept: int = 0
+    again: int = 0
 
     def __add__(self, other: tuple[Any, ...]) -> "Cost":
-        return Cost(*map(operator.add, self, other))
+        macs, activations, kept, again = other
+        more = self.macs + macs, self.activations + activations, self.kept + kept
+        return Cost(*more, max(self.again, again))
+
+    def times(self, number: int) -> "Cost":
+        return Cost(number * self.macs, number * self.activations, number * self.kept, self.again)
 
 
 def student_cost(ensemble: Ensemble, student: int, input_shape: tuple[int, ...]) -> Cost:
@@ -161,8 +173,10 @@ def count_cost(jaxpr: Any) -> Cost:
             total += _of_product(eqn, given.size * math.prod(shape[axis] for axis in contracted))
         else:
             times = eqn.params["length"] if name == "scan" else 1
-            inner = [count_cost(part) for part in jaxprs_in_params(eqn.params)]
-            total += Cost(*(times * sum(part) for part in zip(*inner, strict=True))) if inner else Cost()
+            inner = sum(map(count_cost, jaxprs_in_params(eqn.params)), Cost())
+            if name == "checkpoint":
+                inner = inner._replace(kept=given.size, again=inner.kept)
+            total += inner.times(times)
     return total
 
 
@@ -185,11 +199,11 @@ def memory(config: Any, description: dict[str, Any], data: int) -> dict[str, int
     networks = count(ensemble.init(None, shape)["params"])
     parameters = networks + (description["method_parameters"] or 0)
     trunk, branches = ensemble.trace(shape)
-    kept = sum(count_cost(part.jaxpr).kept for part in [*trunk, *branches])
-    bytes_each = jnp.dtype(config.train.dtype).itemsize
+    cost = sum((count_cost(part.jaxpr) for part in [*trunk, *branches]), Cost())
+    images = config.train.batch_size // config.train.accumulate
     return {
         "state": 4 * ((2 + slots) * parameters + method.copies * networks),
-        "activations": config.train.batch_size * bytes_each * kept,
+        "activations": images * jnp.dtype(config.train.dtype).itemsize * (cost.kept + cost.again),
         "data": data,
     }
 

@@ -57,6 +57,8 @@ def make_evaluator(
     batch_size = evaluation_batch(config, examples, mesh)
 
     def evaluate(variables: Variables, images: Array, labels: Array, number: Array) -> Array:
+        variables = parallel.whole(mesh, variables)
+
         def scores(images: Array, labels: Array, counts: Array) -> Array:
             logits = predict(variables, normalise(images, config.data.mean, config.data.std))
             wanted = jnp.broadcast_to(labels, logits.shape[:2])[..., None]

@@ -97,7 +97,10 @@ def steps_in(epochs: float, config: Any, examples: int) -> int:
 
 def check_batches(config: Any, mesh: Mesh, examples: int | None) -> None:
     """Raises UserError for a batch that devices cannot share or that is larger than the data set."""
-    parallel.check_divisible("train.batch_size", config.train.batch_size, mesh)
+    parts, what = mesh.size * config.train.accumulate, f"{mesh.size} devices"
+    if config.train.accumulate > 1:
+        what += f" x train.accumulate={config.train.accumulate}"
+    parallel.check_divisible("train.batch_size", config.train.batch_size, parts, what)
     if examples is not None and config.train.batch_size > examples:
         raise UserError(
             f"train.batch_size={config.train.batch_size} is above the {examples} training examples"

@@ -1,9 +1,14 @@
 """Trains a family of students: python -m ekd_jax.main --config=configs/digits.py [--workdir=DIR]
 
 Run the same command again to go on after an interruption. `--dry_run` prints what would happen.
+
+Several processes, each on its own devices, train together: started by Slurm, Open MPI, GKE or on a Cloud
+TPU pod they find each other; elsewhere --coordinator, --num_processes and --process_id tell them.
 """
 
+import contextlib
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -15,6 +20,7 @@ from ekd_jax.data.feed import placements, resident_bytes
 from ekd_jax.data.sources import known_facts
 from ekd_jax.describe import as_text, describe, human, memory
 from ekd_jax.job import check_batches, steps_in
+from ekd_jax.optimizer import rate_in_words
 from ekd_jax.teachers import load_teachers
 
 FLAGS = flags.FLAGS
@@ -23,6 +29,16 @@ FLAGS = flags.FLAGS
 def main() -> None:
     """The command."""
     config = commands.config()
+    parallel.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.coordinator_timeout)
+    with contextlib.ExitStack() as stack:
+        if not parallel.is_main():
+            nothing = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nothing))
+            stack.enter_context(contextlib.redirect_stderr(nothing))
+        _main(config)
+
+
+def _main(config: Any) -> None:
     path = pathlib.Path(FLAGS.workdir or f"runs/{commands.config_name()}")
     if FLAGS.dry_run:
         print(dry_run(config, path))
@@ -50,7 +66,7 @@ def dry_run(config: Any, path: pathlib.Path) -> str:
 
 def _plan(config: Any, path: pathlib.Path, workdir: pathlib.Path, later: bool) -> str:
     """One run; with `later` its teachers may come out of runs before it."""
-    mesh, known = parallel.make_mesh(), known_facts(config)
+    mesh, known = parallel.make_mesh(fsdp=config.train.fsdp), known_facts(config)
     check_batches(config, mesh, known.train_examples)
     method, classes = make_method(config), known.num_classes
     taught = None
@@ -67,6 +83,7 @@ def _plan(config: Any, path: pathlib.Path, workdir: pathlib.Path, later: bool) -
         f"fingerprint {fingerprint(config)}",
         f"{steps:,} steps of {config.train.batch_size} images, {config.train.epochs:g} epochs "
         f"of {known.train_examples:,}, on {mesh.size} x {mesh.devices.flat[0].device_kind}",
+        *filter(None, [rate_in_words(config)]),
         f"images: training set {where['train']}; {held_out}{known.test_examples:,} to test on, "
         f"{where['evaluation']}",
     ]
@@ -81,4 +98,8 @@ if __name__ == "__main__":
     commands.define_config()
     flags.DEFINE_string("workdir", None, "folder of the run; runs/<name of the config> if not given")
     flags.DEFINE_boolean("dry_run", False, "print configuration, students, steps and memory; train nothing")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT that process 0 listens at, for several processes")
+    flags.DEFINE_integer("num_processes", None, "how many processes train together", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "number of this process, from 0", lower_bound=0)
+    flags.DEFINE_integer("coordinator_timeout", 300, "seconds to wait for the others", lower_bound=1)
     commands.run(main)

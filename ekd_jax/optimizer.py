@@ -9,6 +9,46 @@ from ekd_jax.methods.base import Method
 RMSPROP_DECAY, RMSPROP_EPSILON = 0.9, 1e-3  # of EfficientNet; the epsilon is added under the root
 
 
+def batch_scale(config: Any) -> float:
+    """Factor on the learning rate: the batch over `reference_batch_size`, the linear scaling rule (Goyal et
+    al. 2017, arXiv 1706.02677); 1 unless asked for."""
+    reference = config.optimizer.reference_batch_size
+    return config.train.batch_size / reference if reference else 1.0
+
+
+def warmup_epochs(config: Any) -> float:
+    """Goyal et al.'s 5 epochs for a rate that is scaled up, unless it is said otherwise."""
+    asked = config.optimizer.warmup_epochs
+    return asked if asked >= 0 else 5.0 * (batch_scale(config) > 1)
+
+
+def warmed_up(rate: optax.Schedule, config: Any, steps: int) -> optax.Schedule:
+    """The schedule scaled by the batch, with its first epochs on the way from the unscaled rate, or from 0
+    where none is scaled up, in equal steps."""
+    scale, epochs = batch_scale(config), warmup_epochs(config)
+    if not epochs:
+        return lambda step: scale * rate(step)
+    first = 1.0 if scale > 1 else 0.0
+    rise = optax.linear_schedule(first, scale, max(1, round(epochs * steps / config.train.epochs)))
+    return lambda step: rise(step) * rate(step)
+
+
+def rate_in_words(config: Any) -> str:
+    """How the rate was changed because of the batch, or "" if it was not asked for."""
+    knobs, scale, epochs = config.optimizer, batch_scale(config), warmup_epochs(config)
+    rate = knobs.learning_rate
+    parts = []
+    if knobs.reference_batch_size:
+        parts.append(
+            f"learning rate {scale * rate:g} = {rate:g} x {config.train.batch_size} / "
+            f"{knobs.reference_batch_size} (optimizer.reference_batch_size)"
+        )
+    if epochs:
+        begin = rate if scale > 1 else 0.0
+        parts.append(f"warm-up from {begin:g} over {epochs:g} epochs (optimizer.warmup_epochs)")
+    return ", ".join(parts)
+
+
 def learning_rate(config: Any, steps: int) -> optax.Schedule:
     """Step -> rate: `learning_rate`, times `decay` at each milestone (a fraction of training) and every
     `decay_every_epochs`; or half a cosine down to 0."""
@@ -32,6 +72,8 @@ def make_optimizer(config: Any, method: Method, steps: int) -> optax.GradientTra
     """
     knobs = config.optimizer
     rate = method.learning_rate(config, steps) or learning_rate(config, steps)
+    if batch_scale(config) != 1 or warmup_epochs(config):
+        rate = warmed_up(rate, config, steps)
     momentum = knobs.momentum or None
     match knobs.name:
         case "adam":

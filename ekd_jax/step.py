@@ -47,6 +47,8 @@ def make_step(
     optimizer: optax.GradientTransformation,
     steps: int = 1,
     epochs: float = 1.0,
+    accumulate: int = 1,
+    mesh: Mesh | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """One update from one batch.
 
@@ -55,6 +57,10 @@ def make_step(
         method: how they learn.
         optimizer: as `make_optimizer` gives it.
         steps, epochs: of the whole run.
+        accumulate: the batch goes through the networks in so many parts, every part's example number
+            i * accumulate + j being part j's number i; gradients and metrics are the parts' means. Batch
+            norm's statistics, and losses that compare examples, are those of a part.
+        mesh: devices that share the batch, if there are several.
 
     Returns:
         A function of (state, images (B, H, W, C) float32 normalised or a tuple of views of them, labels
@@ -69,25 +75,35 @@ def make_step(
         key: Array | None = None,
         teachers: tuple[TeacherOutputs, ...] = (),
     ) -> tuple[TrainState, Metrics]:
-        compared = state.copies.values() if method.compares_copies else ()
-        batch = Batch(
-            labels,
-            state.step * jnp.float32(epochs / steps),
-            key,
-            teachers,
-            tuple(ensemble.apply(copy, images, train=True, key=key)[0] for copy in compared),
-        )
-
-        def loss_of(learned: Any) -> tuple[Array, tuple[Metrics, Any]]:
-            variables = {"params": {**state.params, **learned}, "batch_stats": state.batch_stats}
-            networks = of_networks(variables)
-            outputs, stats = ensemble.apply(networks, images, train=method.trains_networks, key=key)
-            given = dataclasses.replace(batch, networks=networks["params"])
-            loss, (metrics, own) = objective(method, of_method(variables), outputs, given)
-            return loss, (metrics, {**stats, "method": own})
-
         learned = trainable(method, state.params)
-        (_, (metrics, stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(learned)
+        epoch = state.step * jnp.float32(epochs / steps)
+        compared = whole(tuple(state.copies.values()) if method.compares_copies else ())
+
+        def gradients_of(
+            stats: Any, images: Any, labels: Array, key: Array | None, teachers: tuple[TeacherOutputs, ...]
+        ) -> tuple[Any, Metrics, Any]:
+            """Gradients, metrics and the new batch statistics."""
+            copies = tuple(ensemble.apply(copy, images, train=True, key=key)[0] for copy in compared)
+            batch = Batch(labels, epoch, key, teachers, copies)
+
+            def loss_of(learned: Any) -> tuple[Array, tuple[Metrics, Any]]:
+                variables = {"params": whole({**state.params, **learned}), "batch_stats": stats}
+                networks = of_networks(variables)
+                outputs, new = ensemble.apply(networks, images, train=method.trains_networks, key=key)
+                given = dataclasses.replace(batch, networks=networks["params"])
+                loss, (metrics, own) = objective(method, of_method(variables), outputs, given)
+                return loss, (metrics, {**new, "method": own})
+
+            (_, (metrics, new)), gradients = jax.value_and_grad(loss_of, has_aux=True)(learned)
+            return gradients, metrics, new
+
+        stats = whole(state.batch_stats)
+        if accumulate == 1:
+            gradients, metrics, stats = gradients_of(stats, images, labels, key, teachers)
+        else:
+            gradients, metrics, stats = in_parts(
+                gradients_of, accumulate, mesh, stats, images, labels, key, teachers
+            )
         updates, opt_state = optimizer.update(gradients, state.opt_state, learned)
         params = {**state.params, **optax.apply_updates(learned, updates)}
         new = TrainState(state.step + 1, params, stats, opt_state, state.copies)
@@ -100,7 +116,54 @@ def make_step(
             new = dataclasses.replace(new, copies=copies)
         return new, metrics
 
+    def whole(tree: Any) -> Any:
+        return tree if mesh is None else parallel.whole(mesh, tree)
+
     return step
+
+
+def in_parts(
+    gradients_of: Callable[..., tuple[Any, Metrics, Any]],
+    parts: int,
+    mesh: Mesh | None,
+    stats: Any,
+    images: Any,
+    labels: Array,
+    key: Array | None,
+    teachers: Sequence[TeacherOutputs],
+) -> tuple[Any, Metrics, Any]:
+    """As `gradients_of` one batch, which goes through it part by part: means of gradients and metrics, and
+    the batch statistics after the last part."""
+
+    def cut(leaf: Array) -> Array:
+        """(B, ...) -> (parts, B / parts, ...); every device keeps its rows."""
+        leaf = leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1)
+        return leaf if mesh is None else lax.with_sharding_constraint(leaf, parallel.split(mesh, axis=1))
+
+    said = [(teacher.logits, teacher.maps) for teacher in teachers]
+    numbers = jnp.arange(parts)
+    batches = (numbers, *jax.tree.map(cut, (images, labels, said)))
+
+    def one(stats: Any, batch: Any) -> tuple[Any, Metrics, Any]:
+        number, images, labels, said = batch
+        own_key = None if key is None else jax.random.fold_in(key, number)
+        taught = tuple(
+            dataclasses.replace(teacher, logits=logits, maps=maps)
+            for teacher, (logits, maps) in zip(teachers, said, strict=True)
+        )
+        return gradients_of(stats, images, labels, own_key, taught)
+
+    def body(carry: tuple[Any, Any], batch: Any) -> tuple[tuple[Any, Any], None]:
+        sums, stats = carry
+        gradients, metrics, stats = one(stats, batch)
+        return (jax.tree.map(jnp.add, sums, (gradients, metrics)), stats), None
+
+    first = jax.tree.map(lambda leaf: leaf[0], batches)
+    shapes = jax.eval_shape(one, stats, first)[:2]
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    (sums, stats), _ = lax.scan(body, (zeros, stats), batches)
+    gradients, metrics = jax.tree.map(lambda leaf: leaf / parts, sums)
+    return gradients, metrics, stats
 
 
 def _only(learners: Array, new: TrainState, old: TrainState) -> TrainState:
@@ -125,6 +188,7 @@ def make_train_steps(
     mesh: Mesh,
     steps: int,
     teach: Teach = lambda frozen, images, examples: (),
+    shardings: Any = None,
 ) -> Any:
     """Many steps in one dispatch, as one jitted function.
 
@@ -134,6 +198,7 @@ def make_train_steps(
         mesh: devices that share a batch.
         steps: of the whole run.
         teach: (what is frozen, images, numbers of the examples) -> outputs of the teachers.
+        shardings: of the state, as `parallel.state_shardings` gives them; all whole if not given.
 
     Returns:
         A jitted function of (state, sums, held, number, frozen) that gives (state, sums) after `number`
@@ -143,14 +208,14 @@ def make_train_steps(
         program, so that one program serves any number of steps and the result does not depend on how
         training is cut into dispatches.
     """
-    step = make_step(ensemble, method, optimizer, steps, config.train.epochs)
+    step = make_step(ensemble, method, optimizer, steps, config.train.epochs, config.train.accumulate, mesh)
 
     def train_steps(
         state: TrainState, sums: Metrics, held: Any, number: Array, frozen: Any
     ) -> tuple[TrainState, Metrics]:
         def body(i: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, sums = carry
-            key = jax.random.fold_in(frozen["key"], state.step)
+            key = jax.random.fold_in(jax.random.wrap_key_data(frozen["key"]), state.step)
             picked = feed.pick(held, i)
             images: Any
             images, targets = training_batch(key, *picked, num_classes, config.data)
@@ -166,7 +231,7 @@ def make_train_steps(
         return lax.fori_loop(0, number, body, (state, sums))
 
     copied = parallel.replicated(mesh)
-    return jax.jit(train_steps, donate_argnums=(0, 1), out_shardings=(copied, copied))
+    return jax.jit(train_steps, donate_argnums=(0, 1), out_shardings=(shardings or copied, copied))
 
 
 def zero_metrics(

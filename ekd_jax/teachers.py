@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ekd_jax import parallel
 from ekd_jax.config import make_ensemble, make_method
 from ekd_jax.data.augment import normalise
 from ekd_jax.data.feed import Feed
@@ -273,7 +274,8 @@ def _logits(teachers: Sequence[Teacher], config: Any, data: Data) -> np.ndarray:
         for first in range(0, number, size):
             places = np.arange(first, first + size).clip(max=number - 1)  # one shape, compiled once
             parts.append(np.asarray(say(frozen, images[places])))
-    return np.concatenate(parts)[:number]
+    logits: np.ndarray = parallel.from_main(np.concatenate(parts)[:number])
+    return logits
 
 
 def make_teach(teachers: Sequence[Teacher], data: Any) -> Any:

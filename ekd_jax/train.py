@@ -32,6 +32,7 @@ from ekd_jax.describe import human, label
 from ekd_jax.errors import UserError, reason
 from ekd_jax.evaluate import make_evaluator, measure, results
 from ekd_jax.job import Job, check_batches, prepare, steps_in
+from ekd_jax.optimizer import rate_in_words
 from ekd_jax.restore import predictor
 from ekd_jax.state import TrainState, begin_with, init_state
 from ekd_jax.step import make_train_steps, zero_metrics
@@ -42,7 +43,8 @@ DISPATCH_SECONDS = 1.0  # a dispatch is about this long: rare enough to cost not
 
 
 class Interrupt:
-    """Remembers SIGINT and SIGTERM, so that the loop can stop where nothing is lost.
+    """Remembers SIGINT and SIGTERM, so that the loop can stop where nothing is lost; in all processes of
+    the run, whichever of them it came to.
 
     Attributes:
         signal: the number of the signal that came, 0 if none did.
@@ -57,6 +59,14 @@ class Interrupt:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self.restore()  # a second one acts at once
+
+    def agreed(self, dispatch: int) -> tuple[int, int]:
+        """What all processes do next: the length of process 0's next dispatch, and the signal that came to
+        any of them, 0 if none did."""
+        said = parallel.gathered(np.array([dispatch, self.signal], np.int32))
+        stop = int(said[:, 1].max())
+        self.signal = self.signal or stop
+        return int(said[0, 0]), stop
 
     def restore(self) -> None:
         for number, handler in self._before.items():
@@ -76,10 +86,11 @@ def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None) -> dict[str, 
         UserError: the folder holds something else, the data is missing, the loss is not finite.
         SystemExit: SIGINT or SIGTERM came; a checkpoint was saved.
     """
-    mesh = mesh or parallel.make_mesh()
+    mesh = mesh or parallel.make_mesh(fsdp=config.train.fsdp)
     known = facts(config)
     check_batches(config, mesh, known.train_examples if known else None)
     workdir.check(path, config)
+    workdir.check_shared(path, config)
     if (path / workdir.SUMMARY).exists():
         print(f"{path} holds the complete run: nothing to train")
         summary: dict[str, Any] = json.loads((path / workdir.SUMMARY).read_text())
@@ -109,8 +120,9 @@ def _run(job: Job, path: pathlib.Path) -> dict[str, Any]:
     elif source := job.config.model.initial_weights:
         network = load_teacher(source, path, "model.initial_weights").variables
         state = begin_with(state, job.ensemble, network, source)
-    workdir.describe(path, job.students)
-    writer = MetricWriter(path, int(state.step))
+    if parallel.is_main():
+        workdir.describe(path, job.students)
+    writer = MetricWriter(path if parallel.is_main() else None, int(state.step))
     progress = Progress(job.steps, int(state.step))
     interrupt = Interrupt()
     try:
@@ -120,6 +132,8 @@ def _run(job: Job, path: pathlib.Path) -> dict[str, Any]:
             f"{job.data.facts.name} ({job.examples:,} images), "
             f"{job.mesh.size} x {job.mesh.devices.flat[0].device_kind}"
         )
+        if said := rate_in_words(job.config):
+            progress.line(said)
         progress.update(int(state.step), "reading")
         started = time.monotonic()
         watched = evaluation_set(job.config, job.data, job.mesh, job.watched)
@@ -138,7 +152,9 @@ def _run(job: Job, path: pathlib.Path) -> dict[str, Any]:
         print(f"interrupted at step {step:,}, saved in {path}: run the same command to go on")
         raise SystemExit(128 + interrupt.signal)
     summary = _summary(job, log)
-    write_json(path / workdir.SUMMARY, summary)
+    if parallel.is_main():
+        write_json(path / workdir.SUMMARY, summary)
+    parallel.wait_for_all("summary")
     return summary
 
 
@@ -190,13 +206,14 @@ def _loop(
     config, mesh = job.config, job.mesh
     batch_size, step = config.train.batch_size, int(state.step)
     zeros = jax.tree.map(np.zeros_like, log.sums)
-    state, log.sums = parallel.replicate(mesh, (state, log.sums))
+    shardings = parallel.state_shardings(mesh, state)
+    state, log.sums = parallel.place(state, shardings), parallel.replicate(mesh, log.sums)
 
     started = time.monotonic()
     progress.update(step, "compiling")
     one = parallel.replicate(mesh, np.int32(1))
     frozen = frozen_inputs(job.teachers, config, job.data, feed)
-    frozen = parallel.replicate(mesh, {**frozen, "key": jax.random.key(config.seed)})
+    frozen = parallel.replicate(mesh, {**frozen, "key": jax.random.key_data(jax.random.key(config.seed))})
     train_steps = make_train_steps(
         config,
         job.ensemble,
@@ -207,6 +224,7 @@ def _loop(
         mesh,
         job.steps,
         make_teach(job.teachers, config.data),
+        shardings,
     )
     train_steps = train_steps.lower(state, log.sums, feed.shapes, one, frozen).compile()
     predict = predictor(job.ensemble, job.method)
@@ -217,10 +235,10 @@ def _loop(
     record_every = config.train.log_every_steps
     evaluate_every = steps_in(config.train.evaluate_every_epochs, config, job.examples)
     save_every = steps_in(config.train.checkpoint_every_epochs, config, job.examples)
-    dispatch = 1
+    dispatch, stop = 1, 0
     progress.begin()
     with jax.transfer_guard("disallow"):
-        while step < job.steps and not interrupt.signal:
+        while step < job.steps and not stop:
             due = min(job.steps, *((step // n + 1) * n for n in (record_every, evaluate_every, save_every)))
             number = min(dispatch, due - step, feed.most())
             started = time.monotonic()
@@ -232,10 +250,11 @@ def _loop(
             log.seconds["train"] += took
             log.window += took
             dispatch = max(1, min(2 * dispatch, math.floor(DISPATCH_SECONDS * number / took)))
+            dispatch, stop = interrupt.agreed(dispatch)
             step += number
             epoch = job.epochs(step)
             progress.update(step, f"epoch {epoch:.2f}  {number * batch_size / took:,.0f} images/s")
-            if step < due and not interrupt.signal:
+            if step < due and not stop:
                 continue
 
             sums = {name: float(value) for name, value in jax.device_get(log.sums).items()}
@@ -271,7 +290,7 @@ def _loop(
                     writer.write(step, epoch, "test", log.last)
                     progress.line(_evaluation_line("test", epoch, log.last, job.names))
                 log.seconds["evaluate"] += time.monotonic() - started
-            if evaluation or step % save_every == 0 or interrupt.signal:
+            if evaluation or step % save_every == 0 or stop:
                 remembered = {"epoch": epoch, "log": log.as_json(), "evaluated_on": watched.name}
                 checkpoints.save(state, remembered, evaluation)
     return step

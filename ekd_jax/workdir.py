@@ -17,12 +17,15 @@ import os
 import pathlib
 import platform
 import time
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import FrozenConfigDict
 
+from ekd_jax import parallel
 from ekd_jax.config import resolve, result_fields, to_dict
 from ekd_jax.errors import UserError, reason
 from ekd_jax.writers import write_json
@@ -67,7 +70,10 @@ def read(path: pathlib.Path) -> Run:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """Keeps a second process out of a run's folder; a killed process lets go by itself."""
+    """Keeps a second run out of a run's folder; a killed one lets go by itself."""
+    if not parallel.is_main():
+        yield
+        return
     with open(path / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,6 +125,21 @@ def check(path: pathlib.Path, config: FrozenConfigDict) -> None:
         )
 
 
+def check_shared(path: pathlib.Path, config: FrozenConfigDict) -> None:
+    """Raises UserError unless all processes of a run ask for the same and see the same folder; waits for
+    all of them, so that none looks into the folder while another one writes there."""
+    seen = [str(file.relative_to(path)) for file in path.glob("checkpoints/[0-9]*")]
+    own = [zlib.crc32(json.dumps(what).encode()) for what in (to_dict(config), sorted(seen))]
+    told = parallel.gathered(np.array(own, np.uint32))
+    for what, numbers in zip(("the configuration", "the content of --workdir"), told.T, strict=True):
+        other = np.flatnonzero(numbers != numbers[0])
+        if len(other):
+            raise UserError(
+                f"{what} of process {other[0]} is not that of process 0: start all processes with the same "
+                f"command, and give them a folder that they share ({path})"
+            )
+
+
 def check_teachers(path: pathlib.Path, teachers: list[dict[str, Any]]) -> None:
     """Raises UserError unless a run that goes on in `path` has the teachers that it began with."""
     if not (path / STUDENTS).exists():
@@ -134,7 +155,7 @@ def check_teachers(path: pathlib.Path, teachers: list[dict[str, Any]]) -> None:
 
 def claim(path: pathlib.Path, config: FrozenConfigDict) -> None:
     """Makes the folder this configuration's, before anything else is written; it has been checked."""
-    if not (path / CONFIG).exists():
+    if parallel.is_main() and not (path / CONFIG).exists():
         write_json(path / CONFIG, to_dict(config))
 
 

@@ -36,12 +36,16 @@ class MetricWriter:
     """Appends records to metrics.jsonl and TensorBoard.
 
     Args:
-        workdir: of the run.
+        workdir: of the run; None: nothing is written.
         step: that the run goes on from. Records of later steps, left by a run that was killed after
             its last checkpoint, are dropped: they will be written again.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int):
+    def __init__(self, workdir: pathlib.Path | None, step: int):
+        self._file: Any = None
+        self._board: Any = None
+        if workdir is None:
+            return
         self.path = workdir / METRICS
         kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
         write_bytes(self.path, "".join(kept).encode())
@@ -50,6 +54,8 @@ class MetricWriter:
 
     def write(self, step: int, epoch: float, split: str, values: dict[str, float]) -> None:
         """One record: `{"step", "epoch", "split", ...values}`, one line."""
+        if self._file is None:
+            return
         record = {"step": step, "epoch": round(epoch, 4), "split": split, **values}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -57,8 +63,9 @@ class MetricWriter:
             self._board.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
 
     def _lines(self) -> list[str]:
         """Complete lines; a last one that a kill cut short is left out."""
@@ -79,11 +86,11 @@ class Progress:
     Args:
         total: steps of the run.
         start: step it goes on from.
-        stream: where to.
+        stream: where to; standard error if not given.
     """
 
-    def __init__(self, total: int, start: int, stream: TextIO = sys.stderr):
-        self.total, self.start, self.stream = total, start, stream
+    def __init__(self, total: int, start: int, stream: TextIO | None = None):
+        self.total, self.start, self.stream = total, start, stream or sys.stderr
         self._width = 0
         self.begin()
 

@@ -17,7 +17,6 @@ from ekd_jax import stages, train
 from ekd_jax.checkpoint import opened
 from ekd_jax.config import to_dict
 from ekd_jax.methods import METHODS
-from ekd_jax.workdir import STAGES
 from ekd_jax.writers import METRICS, read_metrics
 
 SMALL = {

@@ -47,6 +47,7 @@ def build(
     base_gradients: str = "all",
     batch_norm_groups: int = 1,
     batch_norm_epsilon: float = 1e-5,
+    rematerialise: str = "none",
     **options: Any,
 ) -> Ensemble:
     """The network `name`, or those that the students name, for each of `students`.
@@ -58,7 +59,7 @@ def build(
         dtype: what convolutions compute in, "float32" or "bfloat16".
         sharing, no_blocks, shared_stages, own_stages, last_map, base_gradients: what students have in
             common; see `family.assemble`.
-        batch_norm_groups, batch_norm_epsilon: see `layers.Mode`.
+        batch_norm_groups, batch_norm_epsilon, rematerialise: see `layers.Mode`.
         **options: of the networks; see `family.Options`.
 
     Raises:
@@ -69,7 +70,12 @@ def build(
     for own in names:
         if own not in MODELS:
             raise UserError(f"model.students: there is no network {own!r}{nearest(own, MODELS)}")
-    mode = Mode(dtype=jnp.dtype(dtype), groups=batch_norm_groups, epsilon=batch_norm_epsilon)
+    mode = Mode(
+        dtype=jnp.dtype(dtype),
+        groups=batch_norm_groups,
+        epsilon=batch_norm_epsilon,
+        rematerialise=rematerialise,
+    )
     return assemble(
         [MODELS[own] for own in names],
         students,

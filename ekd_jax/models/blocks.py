@@ -31,6 +31,21 @@ Part = Callable[..., nn.Module]
 Block = Callable[..., nn.Module]  # a part that takes stride=
 
 
+def call(module: nn.Module, x: Array, mode: Mode, in_loop: bool = False) -> Array:
+    """`module(x, mode)`, of which the backward pass keeps `x` alone if `mode` says so.
+
+    Args:
+        module: a stage (`Chain`, `Stage`) or a block.
+        x: (B, H, W, C).
+        mode: see `Mode.rematerialise`.
+        in_loop: of a scan, where XLA needs no barriers to keep what is computed again apart.
+    """
+    what = "stages" if isinstance(module, Chain | Stage) else "blocks"
+    if mode.rematerialise != what:
+        return module(x, mode)
+    return nn.remat(lambda module, x: module(x, mode), prevent_cse=not in_loop)(module, x)
+
+
 class Chain(nn.Module):
     """Parts one after the other."""
 
@@ -39,7 +54,7 @@ class Chain(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
         for name, part in self.parts:
-            x = part(name=name)(x, mode)
+            x = call(part(name=name), x, mode)
         return x
 
 
@@ -53,10 +68,10 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        x = self.block(stride=self.stride, name="first")(x, mode)
+        x = call(self.block(stride=self.stride, name="first"), x, mode)
         if self.blocks > 1:
             x, _ = nn.scan(
-                lambda block, x, _: (block(x, mode), None),
+                lambda block, x, _: (call(block, x, mode, in_loop=True), None),
                 variable_axes={"params": 0, "batch_stats": 0},
                 split_rngs={"params": True, "drop": True},
                 length=self.blocks - 1,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ekd_jax.errors import UserError
-from ekd_jax.models.blocks import Part
+from ekd_jax.models.blocks import Part, call
 from ekd_jax.models.layers import Array, Mode, Traced, draw, trace
 
 Variables = dict[str, Any]
@@ -58,7 +58,7 @@ class Network(nn.Module):
     def __call__(self, x: Array, mode: Mode) -> tuple[Array, Maps, Array]:
         maps = {}
         for name, stage in self.stages:
-            x = maps[name] = stage(name=name)(x, mode)
+            x = maps[name] = call(stage(name=name), x, mode)
         logits, pooled = self.head(name="head")(x, mode)
         return logits, maps, pooled
 
@@ -221,7 +221,7 @@ class Ensemble:
         views: list[Any] = list(images) if isinstance(images, tuple | list) else [images]
         stats = jax.tree.map(lambda leaf: leaf, variables["batch_stats"])
 
-        def call(module: nn.Module, path: Path, x: Array, number: int) -> Any:
+        def run(module: nn.Module, path: Path, x: Array, number: int) -> Any:
             own = {"params": _at(variables["params"], path), "batch_stats": _at(stats, path)}
             if not train:
                 return module.apply(own, x, mode)
@@ -241,14 +241,14 @@ class Ensemble:
                 if way not in seen:
                     number = 0 if node == 0 and view == 0 else students + node * len(views) + view + 1
                     path, part = self.trunk[node]
-                    seen[way] = call(part, path, x, number)
+                    seen[way] = run(part, path, x, number)
                 x = seen[way]
                 if self.base_gradients == "mean":
                     x = scale_gradient(x, 1 / self._parts(route[:depth]))
             if i > 0 and route and self.base_gradients == "pseudo_teacher":
                 x = lax.stop_gradient(x)
             inputs.append(x)
-            found.append(call(branch, ("students", str(i + 1)), x, i + 1))
+            found.append(run(branch, ("students", str(i + 1)), x, i + 1))
         logits = jnp.stack([logits for logits, _, _ in found])
         return self._outputs(logits, found, inputs[0]), stats if train else variables["batch_stats"]
 
