@@ -151,6 +151,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # a background write that failed is raised here, as many kinds
+            if parallel.several() and isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # another process ended
             raise UserError(
                 f"cannot write a checkpoint to {self.directory}: {reason(error)}; "
                 f"make room and run the same command to go on from step {max(self.steps(), default=0)}"

@@ -174,7 +174,7 @@ def count_cost(jaxpr: Any) -> Cost:
         else:
             times = eqn.params["length"] if name == "scan" else 1
             inner = sum(map(count_cost, jaxprs_in_params(eqn.params)), Cost())
-            if name == "checkpoint":
+            if name in ("remat2", "checkpoint"):  # its name in older and newer JAX
                 inner = inner._replace(kept=given.size, again=inner.kept)
             total += inner.times(times)
     return total

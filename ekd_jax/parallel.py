@@ -7,9 +7,12 @@ Every process runs the same program on its own devices. Where they could part, i
 or a folder tells one of them, they agree here first.
 """
 
+import contextlib
 import math
 import os
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -54,19 +57,45 @@ def start(coordinator: str | None, processes: int | None, number: int | None, ti
         if not 0 <= number < processes:
             raise UserError(f"--process_id={number} must be from 0 to {processes - 1}")
     jax.config.update("jax_enable_preemption_service", False)  # signals are the training loop's
-    try:
-        jax.distributed.initialize(coordinator, processes, number, initialization_timeout=timeout)
-    except ValueError as error:
-        if "coordinator_address" not in str(error):
+    with _patience(coordinator, processes, number, timeout):
+        try:
+            jax.distributed.initialize(coordinator, processes, number, initialization_timeout=timeout + 60)
+        except ValueError as error:
+            if "coordinator_address" not in str(error):
+                raise UserError(f"cannot join the other processes: {reason(error)}") from error
+            # no cluster: this process is alone
+        except RuntimeError as error:
             raise UserError(f"cannot join the other processes: {reason(error)}") from error
-        return  # no cluster: this process is alone
-    except RuntimeError as error:
-        where = coordinator or "the address that the cluster gives"
-        raise UserError(
-            f"process {number} could not reach the coordinator, process 0 at {where}, within {timeout} s: "
-            f"check that it runs and that its port is open, or raise --coordinator_timeout "
-            f"({reason(error)})"
-        ) from error
+
+
+@contextlib.contextmanager
+def _patience(
+    coordinator: str | None, processes: int | None, number: int | None, seconds: int
+) -> Iterator[None]:
+    """Ends this process with a line when its time is over; JAX would abort it with a stack trace."""
+    where = f"at {coordinator}" if coordinator else "at the address that the cluster gives"
+    if number == 0:
+        what = f"process 0 waited {seconds} s {where} for the other {(processes or 0) - 1} to come"
+    else:
+        own = "this process" if number is None else f"process {number}"
+        what = f"{own} could not reach the coordinator, process 0 {where}, in {seconds} s"
+
+    def give_up() -> None:
+        print(
+            f"error: {what}: check that all processes were started and that the port is open between them, "
+            f"or raise --coordinator_timeout",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # another try may succeed
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def is_main() -> bool:

@@ -1,0 +1,257 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU pod: makes it, installs ekd_jax on its workers, starts the program and follows it.
+#
+#   launch/tpu_pod.sh --name=my-pod --zone=us-east5-b --accelerator_type=v6e-16 --version=v2-alpha-tpuv6e \
+#     --bucket=my-bucket -- --config=configs/resnet_imagenet.py --workdir=/shared/runs/imagenet
+#   launch/tpu_pod.sh --name=my-pod --zone=us-east5-b --delete
+#
+# What follows -- goes to `python -m ekd_jax.main` on every worker. The program outlives this terminal. Run the
+# same again at any time: steps that are done are skipped, a program that still runs is only followed, and
+# a pod that was preempted is made anew, where the run goes on. A pod costs money until it is deleted.
+#
+#   --name=NAME              of the pod
+#   --zone=ZONE              where it is
+#   --project=PROJECT        if not given, gcloud's own
+#   --accelerator_type=TYPE  v6e-16, v5litepod-16, v4-32, ...
+#   --version=VERSION        of its software: v2-alpha-tpuv6e, v2-alpha-tpuv5, v2-alpha-tpuv5-lite (v5e),
+#                            tpu-ubuntu2204-base (v4 and older)
+#   --spot                   cheaper, and may be preempted
+#   --queue                  wait until there is capacity (a queued resource), instead of failing
+#   --source=URL or FOLDER   of ekd_jax: a git repository, installed once, or a folder, installed again when
+#                            its files change; if not given, the one that this script is in
+#   --bucket=BUCKET          mounted at /shared on every worker; --workdir is then below it
+#   --poll=30                seconds between two looks at what is waited for
+#   --delete                 let the program save, then delete the pod
+#   --dry_run                print the commands as they are if there is nothing yet; run nothing
+
+set -euo pipefail
+# shellcheck source=launch/common.sh
+. "$(dirname "$0")/common.sh"
+
+name='' zone='' project='' accelerator_type='' version='' spot='' queue='' bucket='' poll=30 delete=''
+source=$(cd "$(dirname "$0")/.." && pwd)
+parse 'name zone project accelerator_type version source bucket poll' 'spot queue delete' "$@"
+needed name zone
+where=("--zone=$zone" ${project:+"--project=$project"})
+
+# --- the pod -------------------------------------------------------------------------------------
+
+look_up() { # tpu-vm|queued-resources FIELD: $found is its value, or absent
+  local errors query=(gcloud compute tpus "$1" describe "$name" "${where[@]}" "--format=value($2)")
+  if [[ -n $dry_run ]]; then
+    quoted "${query[@]}"
+    found=absent
+    return
+  fi
+  errors=$(mktemp)
+  if ! found=$("${query[@]}" 2>"$errors"); then
+    grep -q NOT_FOUND "$errors" || fail "gcloud cannot describe $name: $(tail -n 1 "$errors")" 1
+    found=absent
+  fi
+  rm -f "$errors"
+}
+
+create_pod() {
+  say "creating $name ($accelerator_type in $zone)"
+  if [[ -n $queue ]]; then
+    step "queue a request for $name" gcloud compute tpus queued-resources create "$name" "--node-id=$name" \
+      "${where[@]}" "--accelerator-type=$accelerator_type" "--runtime-version=$version" ${spot:+--spot}
+  else
+    step "create $name (without capacity --queue waits for it)" gcloud compute tpus tpu-vm create "$name" \
+      "${where[@]}" "--accelerator-type=$accelerator_type" "--version=$version" ${spot:+--spot}
+  fi
+}
+
+delete_pod() {
+  look_up queued-resources state.state
+  if [[ $found != absent || -n $dry_run ]]; then
+    say "deleting the queued request $name, and its pod"
+    step "delete $name: IT MAY STILL COST MONEY" \
+      gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
+  fi
+  look_up tpu-vm state
+  if [[ $found != absent || -n $dry_run ]]; then
+    say "deleting the pod $name"
+    step "delete $name: IT MAY STILL COST MONEY" \
+      gcloud compute tpus tpu-vm delete "$name" "${where[@]}" --quiet
+  fi
+}
+
+ready_pod() { # returns when there is a pod that can be used
+  local state
+  while true; do
+    look_up tpu-vm state
+    state=$found
+    if [[ $state == absent ]]; then
+      look_up queued-resources state.state
+      [[ $found == absent ]] || state="queue: $found"
+    fi
+    case $state in
+      READY) return ;;
+      absent) create_pod ;;
+      PREEMPTED | TERMINATED | 'queue: SUSPENDED')
+        say "$name was preempted ($state)"
+        delete_pod
+        ;;
+      STOPPED) step "start $name" gcloud compute tpus tpu-vm start "$name" "${where[@]}" ;;
+      'queue: FAILED')
+        fail "the queued request $name failed; gcloud compute tpus queued-resources describe says why" 1
+        ;;
+      *)
+        say "waiting for $name ($state)"
+        sleep "$poll"
+        ;;
+    esac
+    [[ -z $dry_run ]] || return 0
+  done
+}
+
+# --- what runs on the workers: sent there as text, each function must stand alone ----------------
+
+look() { # ID: what this worker has
+  if pgrep -F ~/ekd_jax.pid -f ekd_jax.main >/dev/null 2>&1; then echo running; fi
+  if [[ $(cat ~/ekd_jax/.installed 2>/dev/null) == "$1" ]]; then echo installed; else echo missing; fi
+}
+
+install() { # ID SOURCE: into ~/ekd_jax, with a Python of its own, as the system's may be too old for JAX
+  set -e
+  cd ~
+  rm -rf ekd_jax
+  if [[ -n $2 ]]; then
+    git clone --quiet --depth=1 "$2" ekd_jax
+  else
+    mkdir ekd_jax
+    tar -xzf ekd_jax.tar.gz -C ekd_jax
+  fi
+  PATH=$HOME/.local/bin:$PATH
+  command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+  cd ekd_jax
+  uv venv --quiet --python=3.12 .venv
+  uv pip install --quiet --python=.venv/bin/python -e '.[imagenet,gcs]' 'jax[tpu]'
+  echo "$1" >.installed
+}
+
+share() { # BUCKET: at /shared, without caches, as every worker must see at once what another one wrote
+  set -e
+  if mountpoint -q /shared; then return; fi
+  if ! command -v gcsfuse >/dev/null; then
+    curl -LsSf https://packages.cloud.google.com/apt/doc/apt-key.gpg |
+      sudo tee /usr/share/keyrings/cloud.google.asc >/dev/null
+    echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt" \
+      "gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+    sudo apt-get -qq -o DPkg::Lock::Timeout=300 update
+    sudo apt-get -qq -o DPkg::Lock::Timeout=300 install -y gcsfuse
+  fi
+  sudo mkdir -p /shared
+  sudo chown "$(id -u)" /shared
+  gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 "$1" /shared
+}
+
+start() { # OPTION...: the program, in a session of its own, which the end of the connection does not reach
+  cd ~/ekd_jax || return
+  if pgrep -F ~/ekd_jax.pid -f ekd_jax.main >/dev/null 2>&1; then return; fi
+  rm -f ~/ekd_jax.code
+  # shellcheck disable=SC2016
+  setsid bash -c 'trap : TERM; .venv/bin/python -m ekd_jax.main "$@"; echo $? >~/ekd_jax.code' \
+    ekd_jax.main "$@" >>~/ekd_jax.log 2>&1 </dev/null &
+  echo $! >~/ekd_jax.pid
+}
+
+follow() { # the log, until the program ends, with its exit code
+  tail -n 100 -f --pid="$(cat ~/ekd_jax.pid)" ~/ekd_jax.log
+  exit "$(cat ~/ekd_jax.code || echo 1)"
+}
+
+last_words() { # of this worker
+  echo "--- $(hostname)"
+  tail -n 3 ~/ekd_jax.log
+}
+
+stop() { # tells the program to save and end, and gives it two minutes
+  if pkill -TERM -P "$(cat ~/ekd_jax.pid 2>/dev/null)" 2>/dev/null; then
+    timeout 120 tail -f --pid="$(cat ~/ekd_jax.pid)" /dev/null
+  fi
+}
+
+on_workers() { # all|NUMBER FUNCTION ARGUMENT...
+  local workers=$1
+  shift
+  run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "--worker=$workers" \
+    "--command=$(declare -f "$1"); $(quoted "$@")"
+}
+
+# --- in order ------------------------------------------------------------------------------------
+
+if [[ -n $delete ]]; then
+  look_up tpu-vm state
+  if [[ $found == READY || -n $dry_run ]]; then
+    say "letting the program save"
+    on_workers 0 stop || say "it could not be reached"
+  fi
+  delete_pod
+  say "there is no $name in $zone any more"
+  exit
+fi
+
+needed accelerator_type version source
+seconds poll
+of_program config >/dev/null
+workdir=$(of_program workdir)
+[[ -z $bucket || $workdir == /shared/?* ]] || fail "--workdir=$workdir must be below /shared, the bucket"
+[[ $workdir != gs://* ]] || fail "--workdir=$workdir must be a folder: mount the bucket with --bucket"
+
+# Not copied with a folder.
+skip=(.git .venv .mypy_cache .ruff_cache .pytest_cache .benchmarks __pycache__ '*.egg-info' runs students)
+if [[ -d $source ]]; then
+  unwanted=()
+  for word in "${skip[@]}"; do unwanted+=(-name "$word" -prune -o); done
+  id=$(cd "$source" && find . "${unwanted[@]}" -type f -exec cksum {} + | sort | cksum)
+elif [[ $source == *:* ]]; then
+  id=$source
+else
+  fail "--source=$source is neither a folder nor a URL"
+fi
+
+reminder="$name costs money until it is deleted: $0 --name=$name ${where[*]} --delete"
+trap 'say "$reminder"' EXIT
+
+while true; do
+  ready_pod
+  seen=$(on_workers all look "$id") || fail "cannot look at the workers of $name, see above" $?
+  [[ -z $dry_run ]] || { echo "$seen" && seen=missing; }
+  if [[ $seen == *running* ]]; then
+    say "the program runs already, with the options that it was started with"
+  else
+    if [[ $seen == *missing* ]]; then
+      say "installing"
+      url=$source
+      if [[ -d $source ]]; then
+        url='' archive=${TMPDIR:-/tmp}/ekd_jax.$name.tar.gz
+        step "pack $source" tar -czf "$archive" "${skip[@]/#/--exclude=}" -C "$source" .
+        step "copy $source" gcloud compute tpus tpu-vm scp "$archive" "$name:ekd_jax.tar.gz" \
+          "${where[@]}" --worker=all
+        run rm -f "$archive"
+      fi
+      step "install" on_workers all install "$id" "$url"
+    fi
+    [[ -z $bucket ]] || step "mount $bucket" on_workers all share "$bucket"
+    say "starting"
+    step "start the program" on_workers all start "${program[@]}"
+  fi
+
+  say "the log of worker 0 (~/ekd_jax.log on each); the program outlives this terminal"
+  code=0
+  on_workers 0 follow || code=$?
+  [[ -z $dry_run ]] || exit 0
+  if ((code == 0)); then
+    say "complete: $workdir"
+    exit
+  elif ((code == 143 || code == 255)); then # stopped, or the connection broke: was the pod preempted?
+    sleep "$poll"
+    look_up tpu-vm state
+    if [[ $found != READY ]] || ((code == 255)); then continue; fi
+    fail "the program was told to end, and saved; run the same again to go on" 143
+  fi
+  on_workers all last_words || true
+  fail "the program ended with code $code" "$code"
+done

@@ -1,0 +1,214 @@
+"""What several devices share, and what fits batches and networks that are too large: each by option."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import one_device, tiny_config
+
+from ekd_jax import parallel, train
+from ekd_jax.config import make_ensemble, make_method
+from ekd_jax.data.feed import training_feed
+from ekd_jax.describe import describe, memory
+from ekd_jax.errors import UserError
+from ekd_jax.job import check_batches, prepare
+from ekd_jax.main import dry_run
+from ekd_jax.optimizer import make_optimizer
+from ekd_jax.state import init_state
+from ekd_jax.step import make_step, make_train_steps, zero_metrics
+from ekd_jax.writers import read_metrics
+
+SHAPE = (8, 8, 1)
+
+
+def state_and_step(config, groups=1, accumulate=1, classes=10):
+    ensemble, method = make_ensemble(config, classes, groups), make_method(config)
+    sgd = optax.sgd(1.0)
+    state = init_state(ensemble, method, sgd, 0, SHAPE)
+    return state, jax.jit(make_step(ensemble, method, sgd, accumulate=accumulate))
+
+
+def batch(size=12):
+    generator = np.random.default_rng(0)
+    return generator.normal(size=(size, *SHAPE)).astype(np.float32), np.arange(size) % 10
+
+
+@pytest.mark.parametrize(
+    ("method", "parts"), [("oem", 3), ("pcl", 2), pytest.param("oem", 2, marks=pytest.mark.slow)]
+)
+def test_accumulated_gradients_are_those_of_the_parts(method, parts):
+    """Part j of a batch are examples j, j + parts, ...: what batch norm does with these as its groups."""
+    images, labels = batch()
+    state, accumulated = state_and_step(tiny_config(method), accumulate=parts)
+    apart = tiny_config(method, model__batch_norm="local")
+    _, grouped = state_and_step(apart, groups=parts)
+    order = np.concatenate([np.arange(len(images))[j::parts] for j in range(parts)])
+    views = (images,) * 2 if method == "pcl" else images
+    ordered = jax.tree.map(lambda x: x[order], views)
+    found, metrics = accumulated(state, views, labels)
+    expected, others = grouped(state, ordered, labels[order])
+    # gradients, at a rate of 1, up to the order of sums
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found.params, expected.params
+    )
+    for name in metrics:
+        assert float(metrics[name]) == pytest.approx(float(others[name]), rel=1e-5, abs=1e-5), name
+
+
+def test_running_statistics_see_every_part():
+    """m parts move them m times, each by its own mean."""
+    images, labels = batch()
+    state, step = state_and_step(tiny_config(), accumulate=2)
+    _, whole = state_and_step(tiny_config())
+    found = step(state, images, labels)[0].batch_stats["base"]["stem"]["bn"]["mean"]
+    first, second = (
+        whole(state, images[j::2], labels[j::2])[0].batch_stats["base"]["stem"]["bn"]["mean"] / 0.1
+        for j in range(2)
+    )
+    np.testing.assert_allclose(found, 0.9 * 0.1 * first + 0.1 * second, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("resnet14", "blocks"), ("vgg8", "blocks"), ("wrn_10_1", "stages")]
+)
+def test_what_is_computed_again_is_the_same(what, name):
+    images, labels = batch(4)
+    key = jax.random.key(0)
+    changes = {"model__name": name, "model__students": (0.5,), "model__dropout": 0.1}
+    state, plain = state_and_step(tiny_config(**changes))
+    _, again = state_and_step(tiny_config(**changes, train__rematerialise=what))
+    (a, m), (b, n) = plain(state, images, labels, key), again(state, images, labels, key)
+    assert float(m["loss"]) == pytest.approx(float(n["loss"]), rel=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a.params, b.params)
+
+
+def test_what_is_computed_again_is_not_kept():
+    """Of every block, or stage, the backward pass keeps what goes in; and the estimate knows."""
+    kept, estimated = {}, {}
+    images, _ = batch(8)
+    for what in ("none", "blocks", "stages"):
+        config = tiny_config(model__name="resnet56", model__students=(1,), train__rematerialise=what)
+        ensemble, method = make_ensemble(config, 10), make_method(config)
+        state = init_state(ensemble, method, optax.sgd(1.0), 0, SHAPE)
+
+        def loss(params, state=state, ensemble=ensemble):
+            networks = {"params": params, "batch_stats": state.batch_stats}
+            return ensemble.apply(networks, jnp.asarray(images), train=True)[0].logits_SxBxK.sum()
+
+        networks = {name: tree for name, tree in state.params.items() if name != "method"}
+        _, backward = jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p), networks)
+        both = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (backward, networks)]
+        kept[what] = both[0] - both[1]  # beside the parameters
+        description = describe(config, SHAPE, 10, ())
+        estimated[what] = memory(config, description, 0)["activations"]
+    assert kept["blocks"] < kept["none"] / 4
+    assert kept["stages"] < kept["blocks"]
+    assert estimated["blocks"] < estimated["none"] / 2
+    assert estimated["stages"] < estimated["none"]
+
+
+def test_the_state_is_cut_over_the_second_axis():
+    """Arrays of the state take a fourth of each device; batches are still shared by all eight."""
+    config = tiny_config(optimizer__learning_rate=1e-4)
+    mesh = parallel.make_mesh(fsdp=4)
+    job = prepare(config, mesh)
+    state = init_state(job.ensemble, job.method, job.optimizer, 0, SHAPE)
+    shardings = parallel.state_shardings(mesh, state)
+    placed = parallel.place(state, shardings)
+    sums = parallel.replicate(mesh, zero_metrics(job.ensemble, job.method, state, SHAPE))
+    frozen = parallel.replicate(mesh, {"teachers": [], "key": jax.random.key_data(jax.random.key(0))})
+    feed = training_feed(config, job.data, mesh, 4)
+    program = make_train_steps(
+        config, job.ensemble, job.method, job.optimizer, feed, 10, mesh, 4, shardings=shardings
+    )
+    after, _ = program(placed, sums, feed.at(0), parallel.replicate(mesh, np.int32(1)), frozen)
+    cut = 0
+    for leaf, began in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        here = leaf.addressable_shards[0].data.size
+        assert here == leaf.size // (4 if leaf.size >= parallel.LEAST_CUT else 1)
+        cut += here < leaf.size
+        assert leaf.shape == np.shape(began)
+    assert cut >= 4  # parameters and momentum of both students' widest convolutions
+    whole = parallel.fetch(after)
+    assert all(isinstance(leaf, np.ndarray | np.generic) for leaf in jax.tree.leaves(whole))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"train__fsdp": 4}, pytest.param({"train__fsdp": 8, "train__accumulate": 2}, marks=pytest.mark.slow)],
+)
+def test_a_run_does_not_depend_on_how_the_state_is_kept(changes, tmp_path):
+    """And goes on with any other number of devices to a copy."""
+    config = tiny_config(**changes, optimizer__learning_rate=1e-4)
+    plain = tiny_config(**changes | {"train__fsdp": 1}, optimizer__learning_rate=1e-4)
+    train.run(config, tmp_path / "cut")
+    train.run(plain, tmp_path / "whole", parallel.make_mesh())
+    cut, whole = ([r for r in read_metrics(tmp_path / name)] for name in ("cut", "whole"))
+    for a, b in zip(cut, whole, strict=True):
+        assert {k: a[k] for k in a if "loss" in k} == pytest.approx(
+            {k: b[k] for k in b if "loss" in k}, rel=1e-5
+        )
+    assert train.run(plain, tmp_path / "cut", one_device())["steps"] == 19  # the same run
+
+
+def test_batches_and_devices_that_do_not_fit():
+    mesh = parallel.make_mesh()
+    with pytest.raises(UserError, match=r"train.fsdp=3 does not divide the 8 devices; nearest: 2"):
+        parallel.make_mesh(fsdp=3)
+    check_batches(tiny_config(train__batch_size=64, train__accumulate=4), mesh, None)
+    message = r"train.batch_size=40 cannot be split over 8 devices x train.accumulate=2; nearest: 32 or 48"
+    with pytest.raises(UserError, match=message):
+        check_batches(tiny_config(train__batch_size=40, train__accumulate=2), mesh, None)
+    with pytest.raises(UserError, match="train.accumulate=0 must be above 0"):
+        tiny_config(train__accumulate=0)
+    with pytest.raises(UserError, match="train.rematerialise='block' must be one of none, blocks, stages"):
+        tiny_config(train__rematerialise="block")
+
+
+def rates(steps, **changes):
+    """The learning rate of each step, seen in what plain SGD does to a parameter with gradient 1."""
+    config = tiny_config("baseline", optimizer__momentum=0.0, optimizer__nesterov=False, **changes)
+    tree = {"method": {}, "w": jnp.zeros(())}
+    optimizer = make_optimizer(config, make_method(config), steps)
+    state, found = optimizer.init(tree), []
+    for _ in range(steps):
+        updates, state = optimizer.update({"method": {}, "w": jnp.ones(())}, state, tree)
+        found.append(-float(updates["w"]))
+    return found
+
+
+PLAIN = {
+    "optimizer__weight_decay": 0.0,
+    "optimizer__learning_rate": 0.1,
+    "train__batch_size": 256,
+    "train__epochs": 20.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, [0.1] * 8),
+        ({"optimizer__reference_batch_size": 64}, [0.1, 0.175, 0.25, 0.325, 0.4, 0.4, 0.4, 0.4]),
+        ({"optimizer__reference_batch_size": 64, "optimizer__warmup_epochs": 0.0}, [0.4] * 8),
+        ({"optimizer__reference_batch_size": 512}, [0.05] * 8),
+        ({"optimizer__warmup_epochs": 2.5}, [0.0, 0.05, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]),
+    ],
+)
+def test_the_rate_is_scaled_only_when_asked_for(asked, expected):
+    """Goyal et al. 2017: times the batch over the reference, reached in equal steps over 5 epochs."""
+    assert rates(16, **PLAIN, **asked)[:8] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_drops_stay_where_they_are():
+    found = rates(16, **PLAIN, optimizer__reference_batch_size=64)
+    assert found[7:] == pytest.approx([0.4, *[0.04] * 4, *[0.004] * 4], rel=1e-5)
+
+
+def test_a_scaled_rate_is_printed(tmp_path):
+    asked = {"optimizer__reference_batch_size": 8, "optimizer__learning_rate": 0.05}
+    said = dry_run(tiny_config(**asked), tmp_path / "run")
+    assert "learning rate 0.2 = 0.05 x 32 / 8 (optimizer.reference_batch_size)" in said
+    assert "warm-up from 0.05 over 5 epochs" in said
+    assert "learning rate" not in dry_run(tiny_config(), tmp_path / "run")

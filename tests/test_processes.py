@@ -1,0 +1,212 @@
+"""Several processes that train together, for real: each with two virtual devices, over gloo."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, one_device, tiny_flags
+
+from ekd_jax import parallel, train, workdir
+from ekd_jax.checkpoint import opened
+from ekd_jax.writers import read_metrics
+
+STEADY = {"optimizer__learning_rate": 1e-4}  # so that rounding stays rounding: docs/decisions.md
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return listening.getsockname()[1]
+
+
+@contextlib.contextmanager
+def processes(number, path, each=None, devices=2, timeout=60, **changes):
+    """So many processes of one run; `each` changes knobs of single ones. Ends them with the block."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # to compile faster
+    }
+    port = free_port()
+    started = []
+    for i in range(number):
+        flags = [*tiny_flags(**changes | (each or {}).get(i, {})), f"--workdir={path}", f"--process_id={i}"]
+        flags += [f"--coordinator=localhost:{port}", f"--num_processes={number}"]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "ekd_jax.main", *flags, f"--coordinator_timeout={timeout}"],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def ended(started):
+    """Exit codes and what was printed, of all of them."""
+    printed = [process.communicate(timeout=200)[0] for process in started]
+    return [process.returncode for process in started], printed
+
+
+def wait_for_records(path, number, process):
+    deadline = time.monotonic() + 120
+    while not (path / "metrics.jsonl").exists() or len(read_metrics(path)) < number:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+def assert_same_run(path, other, rtol):
+    """The same records but for times, and the same parameters, up to rounding."""
+    ours, theirs = read_metrics(path), read_metrics(other)
+    assert [(r["step"], r["split"]) for r in ours] == [(r["step"], r["split"]) for r in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        losses = [name for name in a if "loss" in name or "nll" in name]
+        assert losses
+        np.testing.assert_allclose([a[n] for n in losses], [b[n] for n in losses], rtol=rtol)
+    a, b = (state_of(folder)["params"] for folder in (path, other))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6), a, b)
+
+
+def state_of(path):
+    with opened(path) as checkpoints:
+        step = checkpoints.choose()
+        return checkpoints.restore_variables(checkpoints.shapes(step), step)[0]
+
+
+RUNS = {
+    "oem": {"train__fsdp": 4},
+    "streamed": {"data__placement": "stream", "data__workers": 0},
+    "sharded": {"data__placement": "sharded", "train__accumulate": 2},
+    "one": {"method__name": "one"},
+    "kd": {"method__name": "kd", "model__students": (0.5,)},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("oem", 2),
+        pytest.param("oem", 4, marks=pytest.mark.slow),
+        *(pytest.param(n, 2, marks=pytest.mark.slow) for n in RUNS if n != "oem"),
+        *(pytest.param(n, 4, marks=pytest.mark.slow) for n in ("streamed", "one", "kd")),
+    ],
+)
+def test_as_one_process_with_as_many_devices(name, number, tmp_path, request):
+    """Training, evaluation and checkpoints; process 0 alone reports and writes."""
+    changes = RUNS[name] | STEADY
+    if name == "kd":
+        changes |= {"method__teachers": (str(request.getfixturevalue("finished")[0]),)}
+    with processes(number, tmp_path / "several", **changes) as started:
+        codes, printed = ended(started)
+    assert codes == [0] * number, printed
+    assert f"{2 * number} x cpu" in printed[0]
+    assert "everything is in" in printed[0]
+    for text in printed[1:]:
+        assert not [line for line in text.splitlines() if not line.startswith("[Gloo]")]
+    mesh = parallel.make_mesh(jax.devices()[: 2 * number])
+    train.run(workdir.read(tmp_path / "several").config, tmp_path / "one", mesh)
+    assert_same_run(tmp_path / "several", tmp_path / "one", rtol=1e-5)
+
+
+def test_preempted_and_restored_by_another_number_of_processes(tmp_path):
+    """SIGTERM to one: all save and end. One process with one device then goes on from there."""
+    path = tmp_path / "several"
+    frequent = {"train__log_every_steps": 1, **STEADY}
+    with processes(2, path, **frequent, train__fsdp=2) as started:
+        wait_for_records(path, 3, started[0])
+        started[1].send_signal(signal.SIGTERM)
+        codes, printed = ended(started)
+    assert codes == [128 + signal.SIGTERM] * 2, printed
+    step = int(re.search(r"interrupted at step (\d+), saved in", printed[0])[1])
+    with opened(path) as checkpoints:
+        assert checkpoints.choose() == step < 19
+    config = workdir.read(path).config
+    train.run(config, path, one_device())
+    train.run(config, tmp_path / "one", one_device())
+    assert_same_run(path, tmp_path / "one", rtol=1e-5)
+
+
+@pytest.mark.parametrize("who", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_one_is_killed(who, tmp_path):
+    """The others say so and end; the same command goes on."""
+    path = tmp_path / "run"
+    frequent = {"train__log_every_steps": 1, "train__checkpoint_every_epochs": 0.2}
+    with processes(2, path, **frequent) as started:
+        wait_for_records(path, 4, started[0])
+        started[who].kill()
+        codes, printed = ended(started)
+    other = 1 - who
+    assert codes[who] == -signal.SIGKILL
+    assert codes[other] > 0
+    assert f"error: process {other}: " in printed[other]
+    assert "run the same command in all of them to go on" in printed[other]
+    if who == 0:
+        return
+    with processes(2, path, **frequent) as started:
+        codes, printed = ended(started)
+    assert codes == [0, 0], printed
+    assert "going on from step" in printed[0]
+
+
+def test_processes_that_disagree(tmp_path):
+    with processes(2, tmp_path / "run", {1: {"optimizer__learning_rate": 0.2}}) as started:
+        codes, printed = ended(started)
+    assert 2 in codes
+    assert any("the configuration of process 1 is not that of process 0" in text for text in printed)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_nobody_answers(number, tmp_path):
+    """One line with the address and the time that it waited."""
+    port = free_port()
+    address = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={number}"]
+    failed = subprocess.run(
+        [sys.executable, "-m", "ekd_jax.main", *tiny_flags(), *address, "--coordinator_timeout=2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert failed.returncode == 1
+    (line,) = failed.stderr.splitlines()
+    what = f"waited 2 s at localhost:{port}" if number == 0 else f"at localhost:{port}, in 2 s"
+    assert line.startswith("error: process ")
+    assert what in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_processes=2"], "--coordinator and --process_id missing"),
+        (["--coordinator=host", "--num_processes=2", "--process_id=0"], "must be HOST:PORT"),
+        (["--coordinator=h:1", "--num_processes=2", "--process_id=2"], "must be from 0 to 1"),
+    ],
+)
+def test_wrong_flags(flags, message, tmp_path):
+    failed = subprocess.run(
+        [sys.executable, "-m", "ekd_jax.main", *tiny_flags(), f"--workdir={tmp_path}/run", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert failed.returncode == 2
+    assert message in failed.stderr
+    assert len(failed.stderr.splitlines()) == 1
