@@ -179,10 +179,8 @@ KNOBS: dict[str, Knob] = {
         **_POSITIVE,
     ),
     "train.rematerialise": Knob(
-        "none",
-        "what the backward pass computes again instead of keeping it: nothing, or all but what goes into "
-        "blocks or stages",
-        **_one_of(("none", "blocks", "stages")),
+        False,
+        "the backward pass keeps what goes into blocks alone, and computes the rest again",
         changes_result=False,
     ),
     "train.fsdp": Knob(

@@ -93,11 +93,16 @@ def test_a_complete_run_is_only_reported(finished, capsys):
     assert (path / METRICS).read_bytes() == before
 
 
-def test_one_and_eight_devices_give_equal_losses(tmp_path):
+@pytest.mark.parametrize(
+    "method", ["oem", *(pytest.param(m, marks=pytest.mark.slow) for m in ("one", "kd"))]
+)
+def test_one_and_eight_devices_give_equal_losses(method, tmp_path, request):
     changes = {"train__epochs": 8, "train__log_every_steps": 1, "train__evaluate_every_epochs": 8}
     # A small rate: with a large one training itself spreads any difference, on one device too when its
     # weights are changed by 1e-7 (docs/decisions.md).
-    config = tiny_config(**changes, optimizer__learning_rate=1e-4)
+    if method == "kd":
+        changes["method__teachers"] = (str(request.getfixturevalue("finished")[0]),)
+    config = tiny_config(method, **changes, optimizer__learning_rate=1e-4)
     for name, devices in (("one", 1), ("eight", 8)):
         train.run(config, tmp_path / name, parallel.make_mesh(jax.devices()[:devices]))
     one, eight = (

@@ -47,7 +47,7 @@ def build(
     base_gradients: str = "all",
     batch_norm_groups: int = 1,
     batch_norm_epsilon: float = 1e-5,
-    rematerialise: str = "none",
+    rematerialise: bool = False,
     **options: Any,
 ) -> Ensemble:
     """The network `name`, or those that the students name, for each of `students`.

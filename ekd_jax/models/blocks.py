@@ -32,16 +32,15 @@ Block = Callable[..., nn.Module]  # a part that takes stride=
 
 
 def call(module: nn.Module, x: Array, mode: Mode, in_loop: bool = False) -> Array:
-    """`module(x, mode)`, of which the backward pass keeps `x` alone if `mode` says so.
+    """`module(x, mode)`; with `mode.rematerialise` the backward pass keeps, of a block, `x` alone.
 
     Args:
-        module: a stage (`Chain`, `Stage`) or a block.
+        module: a stage (`Chain`, `Stage`), which keeps what its blocks do, or a block.
         x: (B, H, W, C).
-        mode: see `Mode.rematerialise`.
+        mode: of the network.
         in_loop: of a scan, where XLA needs no barriers to keep what is computed again apart.
     """
-    what = "stages" if isinstance(module, Chain | Stage) else "blocks"
-    if mode.rematerialise != what:
+    if not mode.rematerialise or isinstance(module, Chain | Stage):
         return module(x, mode)
     return nn.remat(lambda module, x: module(x, mode), prevent_cse=not in_loop)(module, x)
 

@@ -182,15 +182,14 @@ class Mode:
         dtype: what convolutions compute in, float32 or bfloat16.
         groups: batch norm takes the statistics of so many parts of the batch apart from each other.
         epsilon: added to batch norm's variance.
-        rematerialise: the backward pass keeps what goes into "blocks" or "stages" alone, and computes the
-            rest again; "none": it keeps everything.
+        rematerialise: the backward pass keeps what goes into blocks alone, and computes the rest again.
     """
 
     train: bool = flax.struct.field(pytree_node=False, default=False)
     dtype: Any = flax.struct.field(pytree_node=False, default=jnp.float32)
     groups: int = flax.struct.field(pytree_node=False, default=1)
     epsilon: float = flax.struct.field(pytree_node=False, default=1e-5)
-    rematerialise: str = flax.struct.field(pytree_node=False, default="none")
+    rematerialise: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 class Conv(nn.Module):
