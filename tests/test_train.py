@@ -101,8 +101,8 @@ def test_one_and_eight_devices_give_equal_losses(method, tmp_path, request):
     # A small rate: with a large one training itself spreads any difference, on one device too when its
     # weights are changed by 1e-7 (docs/decisions.md).
     if method == "kd":
-        changes["method__teachers"] = (str(request.getfixturevalue("finished")[0]),)
-    config = tiny_config(method, **changes, optimizer__learning_rate=1e-4)
+        changes["method__teachers"] = (f"{request.getfixturevalue('finished')[0]}:1",)
+    config = tiny_config(method, **changes, optimizer__learning_rate=3e-5)
     for name, devices in (("one", 1), ("eight", 8)):
         train.run(config, tmp_path / name, parallel.make_mesh(jax.devices()[:devices]))
     one, eight = (
