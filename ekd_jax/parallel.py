@@ -130,12 +130,6 @@ def from_main(tree: Any) -> Any:
         return multihost_utils.broadcast_one_to_all(tree)
 
 
-def wait_for_all(what: str) -> None:
-    """Returns when every process is here."""
-    with jax.transfer_guard("allow"):
-        multihost_utils.sync_global_devices(what)
-
-
 # --- devices -------------------------------------------------------------------------------------
 
 

@@ -60,9 +60,9 @@ class Interrupt:
         self.signal = number
         self.restore()  # a second one acts at once
 
-    def agreed(self, dispatch: int) -> tuple[int, int]:
+    def agreed(self, dispatch: int = 0) -> tuple[int, int]:
         """What all processes do next: the length of process 0's next dispatch, and the signal that came to
-        any of them, 0 if none did."""
+        any of them, 0 if none did; waits for all of them."""
         said = parallel.gathered(np.array([dispatch, self.signal], np.int32))
         stop = int(said[:, 1].max())
         self.signal = self.signal or stop
@@ -154,7 +154,10 @@ def _run(job: Job, path: pathlib.Path) -> dict[str, Any]:
     summary = _summary(job, log)
     if parallel.is_main():
         write_json(path / workdir.SUMMARY, summary)
-    parallel.wait_for_all("summary")
+    _, stop = interrupt.agreed()  # also: all wait until the summary is there
+    if stop:  # while the run ended; another one may be to follow
+        print(f"interrupted; the run in {path} is complete: run the same command to go on")
+        raise SystemExit(128 + stop)
     return summary
 
 

@@ -112,6 +112,22 @@ def test_one_and_eight_devices_give_equal_losses(method, tmp_path, request):
     np.testing.assert_allclose([r["loss"] for r in one], [r["loss"] for r in eight], rtol=1e-5)
 
 
+def test_a_signal_while_a_run_ends_is_not_lost(tmp_path, monkeypatch):
+    """The run is complete, and nothing that was to follow it begins."""
+    write = MetricWriter.write
+
+    def signalled(self, step, epoch, split, values):
+        write(self, step, epoch, split, values)
+        if (step, split) == (19, "test"):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(MetricWriter, "write", signalled)
+    with pytest.raises(SystemExit) as ended:
+        train.run(tiny_config(), tmp_path / "run", one_device())
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert train.run(tiny_config(), tmp_path / "run", one_device())["steps"] == 19
+
+
 def start(path, before=(), **changes):
     """A run in a process, and process group, of its own that logs every step."""
     frequent = {"train__log_every_steps": 1, "train__checkpoint_every_epochs": 0.2, "train__epochs": 6}
