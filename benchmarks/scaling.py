@@ -1,0 +1,563 @@
+"""What the devices exchange in a training step, and how long a step would take on many chips.
+
+    python benchmarks/scaling.py --models=resnet20,resnet110 --devices=2,4,8 --json=out.json
+    python benchmarks/scaling.py --read=out.json --chips=tpu_v5e --override=hop=2e-6     # compiles nothing
+
+Measured: the training step is compiled for so many virtual CPU devices, each setting in a process of its
+own, and its collectives are read from the optimised HLO: how many, how many bytes, what for. A collective
+in a loop counts as often as the loop turns: its `known_trip_count`, or the constant that its condition
+compares with; the one loop that has neither is the loop over steps and counts once. One step is then run
+under the profiler, and the collectives that the devices ran are counted. Neither may depend on the number
+of devices.
+
+Predicted: step time = computing + all collectives one after the other, nothing overlapped; computing is
+FLOPs over the chip's stated FLOP/s times an assumed utilisation, or what `--step_seconds` says; an
+all-reduce of b bytes among n chips takes a latency and 2 (n - 1) / n b / bandwidth. What `CHIPS` says is
+stated by others, with the source beside it; nothing of it was measured here.
+"""
+
+import collections
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from ekd_jax import models, parallel
+from ekd_jax.config import default, make_ensemble, make_method, resolve
+from ekd_jax.data.images import Reader
+from ekd_jax.data.resident import Resident
+from ekd_jax.data.sources import Data, Facts, Pixels
+from ekd_jax.describe import count, count_cost
+from ekd_jax.errors import UserError, nearest
+from ekd_jax.optimizer import make_optimizer
+from ekd_jax.state import TrainState, init_state
+from ekd_jax.step import make_train_steps, zero_metrics
+from ekd_jax.workdir import environment
+from ekd_jax.writers import table, write_json
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("models", ["resnet20", "resnet110", "resnet50"], "networks")
+flags.DEFINE_list("batch_norms", ["global", "local"], "model.batch_norm")
+flags.DEFINE_list("devices", ["2", "4", "8"], "numbers of virtual devices")
+flags.DEFINE_integer("students", 5, "how many")
+flags.DEFINE_integer("fsdp", 1, "train.fsdp")
+flags.DEFINE_integer("accumulate", 1, "train.accumulate; theory is of 1")
+flags.DEFINE_string("placement", "replicated", "of the images: replicated or sharded")
+flags.DEFINE_integer("image_size", 0, "0: 224 for resnet18 to resnet152, else 32")
+flags.DEFINE_integer("device_batch", 2, "examples a virtual device; only the input depends on it")
+flags.DEFINE_boolean("run", True, "run a step and count the collectives, too")
+flags.DEFINE_list("chips", ["tpu_v5p", "h100"], "what to predict for, of CHIPS")
+flags.DEFINE_list("counts", ["8", "64", "1024"], "numbers of chips to predict for")
+flags.DEFINE_list("override", [], "instead of what is stated of a chip: bandwidth=1e11,hop=2e-6")
+flags.DEFINE_integer("chip_batch", 0, "examples a chip; 0: 64 at 224x224, else 128")
+flags.DEFINE_integer("global_batch", 1024, "examples a step where these are fixed")
+flags.DEFINE_float(
+    "utilisation", 0, "part of the stated FLOP/s that is reached; 0: .3 at 224x224, else .05"
+)
+flags.DEFINE_float("step_seconds", 0, "measured on one chip with chip_batch examples, instead of FLOP/s")
+flags.DEFINE_string("json", None, "file to write the figures to")
+flags.DEFINE_string("read", None, "such a file: predict from it, compile nothing")
+flags.DEFINE_string("measure", None, "of a child process: the arguments of `measure`")
+
+# of all settings
+SAME = ("students", "image_size", "device_batch", "fsdp", "accumulate", "placement", "run")
+# Otherwise CPU devices may run collectives that do not depend on each other in different orders, and each
+# waits for ever for the other's.
+IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+IMAGENET = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
+# --- collectives of a compiled program -----------------------------------------------------------
+
+
+class Collective(NamedTuple):
+    """One collective instruction.
+
+    Attributes:
+        op: all-reduce, all-gather, reduce-scatter, collective-permute or all-to-all.
+        arrays: what it was asked for, before XLA combined several into one: (name of the operation, bytes
+            of the whole array) of each.
+        times: how often it runs in a step.
+    """
+
+    op: str
+    arrays: tuple[tuple[str, int], ...]
+    times: int
+
+
+OPS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
+LOOP = re.compile(r"condition=%?([\w.-]+), body=%?([\w.-]+)")
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+CALLED = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.-]+)")
+BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
+
+
+def collectives_in(text: str) -> list[Collective]:
+    """The collectives of a step, from the text of an HLO module (`compiled.as_text()`).
+
+    All branches of a conditional count.
+
+    Raises:
+        ValueError: there are some in a loop of unknown length inside another.
+    """
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in text.splitlines():
+        if found := COMPUTATION.match(line):
+            lines = computations[found[2]] = []
+            entry = found[2] if found[1] else entry
+        else:
+            lines.append(line)
+
+    def walk(name: str, times: int, in_steps: bool) -> Iterator[Collective]:
+        shapes: dict[str, str] = {}
+        for line in computations[name]:
+            if not (found := INSTRUCTION.match(line)):
+                continue
+            own, shape, op, rest = found.groups()
+            shapes[own] = shape
+            if re.fullmatch(f"({OPS})(-start)?", op):
+                yield Collective(op.removesuffix("-start"), _arrays(op, shape, rest, shapes), times)
+            elif op == "while":
+                loop, trips = LOOP.search(line), TRIPS.search(line)
+                assert loop, line
+                turns = int(trips[1]) if trips else _bound(computations[loop[1]])
+                unknown = turns is None
+                inner = list(walk(loop[2], times if turns is None else times * turns, in_steps or unknown))
+                if inner and unknown and in_steps:
+                    raise ValueError(
+                        f"{own} in {name}: collectives in a loop of unknown length inside another"
+                    )
+                yield from inner
+            elif op in ("call", "conditional", "async-start"):
+                branches = BRANCHES.search(line)
+                several = re.findall(r"[\w.-]+", branches[1]) if branches else CALLED.findall(line)
+                for called in several:
+                    yield from walk(called, times, in_steps)
+
+    return list(walk(entry, 1, False))
+
+
+def _bound(condition: list[str]) -> int | None:
+    """The one constant of a loop's condition: `lax.scan` and `lax.fori_loop` count from 0 to it."""
+    constants = [
+        m[1] for line in condition if (m := re.search(r"= s(?:32|64)\[\] constant\((\d+)\)", line))
+    ]
+    return int(constants[0]) if len(constants) == 1 else None
+
+
+def _arrays(op: str, shape: str, rest: str, shapes: dict[str, str]) -> tuple[tuple[str, int], ...]:
+    """Name and bytes of every array of a collective."""
+    sizes = _sizes(shape)
+    if op == "all-gather-start":  # its type is (what goes in, what comes out)
+        sizes = sizes[len(sizes) // 2 :]
+    elif op == "collective-permute-start":
+        sizes = sizes[1:2]
+    elif op == "reduce-scatter":
+        operands = re.findall(r"%([\w.-]+)", rest.partition(")")[0])
+        sizes = [size for operand in operands for size in _sizes(shapes[operand])]
+    found = re.search(r'op_name="([^"]*)"', rest)
+    name = found[1] if found else ""
+    # Arrays that were combined are named "prefix/(a:b:c)" if their names differ.
+    combined = re.fullmatch(r"(.*?/|)\((.*:.*)\)", name)
+    names = [combined[1] + part for part in combined[2].split(":")] if combined else [name]
+    names = names if len(names) == len(sizes) else [name] * len(sizes)
+    return tuple(zip(names, sizes, strict=True))
+
+
+def _sizes(shape: str) -> list[int]:
+    """Bytes of each array in a type such as "(f32[1,16]{1,0}, bf16[8]{0})"."""
+
+    def bits(dtype: str) -> int:
+        digits = re.search(r"\d+", dtype)
+        return int(digits[0]) if digits else 8 * (dtype == "pred")
+
+    found = re.findall(r"([a-z]\w*)\[([\d,]*)\]", shape)
+    return [math.prod(map(int, filter(None, dims.split(",")))) * bits(dtype) // 8 for dtype, dims in found]
+
+
+# --- what they are for ---------------------------------------------------------------------------
+
+PURPOSES = (
+    "gradients",
+    "batch norm forward",
+    "batch norm backward",
+    "running statistics",
+    "metrics",
+    "parameters",
+    "input",
+)
+
+
+def purpose(op: str, name: str, batch_norm: str) -> str:
+    """What an array is exchanged for, of PURPOSES, by the name of the operation that asked for it."""
+    backward = "transpose(" in name
+    if re.search(r"(^|[/._])bn\d*/", name):
+        if batch_norm == "local":
+            return "gradients" if backward else "running statistics"
+        return "batch norm backward" if backward else "batch norm forward"
+    if backward:
+        return "gradients"
+    if "sharding_constraint" in name:
+        return "parameters"
+    return "metrics" if op == "all-reduce" and "gather" not in name else "input"
+
+
+class Tally(NamedTuple):
+    """Of one purpose, a step.
+
+    Attributes:
+        arrays: how many are exchanged.
+        bytes: of these.
+        collectives: how many collectives carry them; one that serves several purposes counts for the one
+            with the most bytes.
+    """
+
+    arrays: int = 0
+    bytes: int = 0
+    collectives: int = 0
+
+
+def tally(found: Sequence[Collective], batch_norm: str) -> dict[str, Tally]:
+    """Purpose -> what is exchanged for it."""
+    total = dict.fromkeys(PURPOSES, Tally())
+    for op, arrays, times in found:
+        own: collections.Counter[str] = collections.Counter()
+        for name, size in arrays:
+            why = purpose(op, name, batch_norm)
+            own[why] += size
+            old = total[why]
+            total[why] = old._replace(arrays=old.arrays + times, bytes=old.bytes + times * size)
+        why = own.most_common(1)[0][0]
+        total[why] = total[why]._replace(collectives=total[why].collectives + times)
+    return {why: own for why, own in total.items() if own.arrays}
+
+
+def theory(state: TrainState, batch_norm: str) -> dict[str, Tally]:
+    """What must be exchanged; metrics are not counted.
+
+    With global statistics a layer of C channels exchanges mean and mean of squares, 2 C floats, and in the
+    backward pass the two sums that are also the gradients of its scale and bias: two all-reduces. With
+    local ones its running values move towards the devices' mean, 2 C floats, for which nothing waits.
+    Gradients are exchanged once for all that is outside of loops, and once for each block of a scanned
+    stage; local running values there as well, and outside together with the gradients.
+    """
+
+    def leaves(tree: Any) -> list[tuple[list[str], tuple[int, ...]]]:
+        found = jax.tree.leaves_with_path(tree)
+        return [([str(getattr(key, "key", key)) for key in path], leaf.shape) for path, leaf in found]
+
+    means = [shape for path, shape in leaves(state.batch_stats) if path[-1] == "mean"]
+    layers = sum(math.prod(shape[:-1]) for shape in means)
+    sizes = 2 * layers, 8 * sum(map(math.prod, means))
+    scanned = {
+        tuple(path[: path.index("rest")]): shape[0]
+        for path, shape in leaves(state.params)
+        if "rest" in path
+    }
+    blocks, parameters = sum(scanned.values()), 4 * count(state.params)
+    if batch_norm == "local":
+        return {
+            "gradients": Tally(bytes=parameters, collectives=1 + blocks),
+            "running statistics": Tally(*sizes, blocks),
+        }
+    return {
+        "gradients": Tally(bytes=parameters - sizes[1], collectives=1 + blocks),
+        "batch norm forward": Tally(*sizes, layers),
+        "batch norm backward": Tally(*sizes, layers),
+    }
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def measure(
+    name: str,
+    batch_norm: str,
+    devices: int,
+    *,
+    students: int = 5,
+    image_size: int = 0,
+    device_batch: int = 2,
+    fsdp: int = 1,
+    accumulate: int = 1,
+    placement: str = "replicated",
+    run: bool = True,
+) -> dict[str, Any]:
+    """Figures of one setting; the arguments are the flags of these names."""
+    size, classes = image_size or (224 if name in IMAGENET else 32), 1000 if name in IMAGENET else 100
+    mesh, shape = parallel.make_mesh(jax.devices()[:devices], fsdp), (size, size, 3)
+    config = default()
+    config.model.name, config.model.students, config.model.batch_norm = name, students, batch_norm
+    config.train.batch_size = device_batch * devices
+    config.train.fsdp, config.train.accumulate = fsdp, accumulate
+    config = resolve(config)
+    method, ensemble = make_method(config), make_ensemble(config, classes, devices)
+    optimizer = make_optimizer(config, method, steps=1_000_000)
+    state = init_state(ensemble, method, optimizer, 0, shape)
+    sums = zero_metrics(ensemble, method, state, shape)
+    images = np.zeros((config.train.batch_size, *shape), np.uint8)
+    examples = Pixels(images, np.zeros(len(images), np.int32), "zeros")
+    facts = Facts("zeros", shape, tuple(map(str, range(classes))), len(images), 0, len(images))
+    feed = Resident(config, Data(facts, examples, None, examples, Reader(shape)), mesh, placement)
+    shardings = parallel.state_shardings(mesh, state)
+    carry = parallel.place(state, shardings), parallel.replicate(mesh, sums)
+    frozen = {"teachers": [], "key": jax.random.key_data(jax.random.key(0))}
+    one, frozen = parallel.replicate(mesh, (np.int32(1), frozen))
+    program = make_train_steps(
+        config, ensemble, method, optimizer, feed, classes, mesh, 1_000_000, shardings=shardings
+    )
+    compiled = program.lower(*carry, feed.shapes, one, frozen).compile()
+    found = collectives_in(compiled.as_text())
+    trunk, branches = ensemble.trace(shape)
+    row = {
+        "model": name,
+        "batch_norm": batch_norm,
+        "devices": devices,
+        "students": students,
+        "image_size": size,
+        "parameters": count(state.params),
+        "macs": sum(count_cost(part.jaxpr).macs for part in [*trunk, *branches]),
+        "found": tally(found, batch_norm),
+        "theory": theory(state, batch_norm),
+        "collectives": sum(times for _, _, times in found),
+        "in_loops": sum(times for _, _, times in found if times > 1),
+        "run": None,
+        "environment": environment(),
+    }
+    if run:
+        print(json.dumps(row), flush=True)  # what is known if running it fails
+        row["run"] = _run(compiled, (*carry, feed.at(0), one, frozen)) / devices
+    return row
+
+
+def _run(compiled: Any, arguments: Any) -> int:
+    """How many collectives the devices run in a step, all devices together."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(compiled(*arguments))
+        (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        events = [event.name for plane in planes for line in plane.lines for event in line.events]
+    return sum(re.match(f"({OPS})", name) is not None for name in events)
+
+
+def measured() -> list[dict[str, Any]]:
+    """Every setting in a process of its own."""
+    unknown = [name for name in FLAGS.models if name not in models.MODELS]
+    if unknown:
+        raise UserError(f"--models: {unknown[0]} is unknown{nearest(unknown[0], models.MODELS)}")
+    same = {flag: FLAGS[flag].value for flag in SAME}
+    rows = []
+    for setting in itertools.product(FLAGS.models, FLAGS.batch_norms, FLAGS.devices):
+        name, batch_norm, devices = setting
+        asked = (
+            f"{os.environ.get('XLA_FLAGS', '')} {IN_ORDER} --xla_force_host_platform_device_count={devices}"
+        )
+        arguments = {"name": name, "batch_norm": batch_norm, "devices": int(devices), **same}
+        done = subprocess.run(
+            [sys.executable, __file__, f"--measure={json.dumps(arguments)}"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": asked},
+        )
+        if not done.stdout:
+            raise UserError(f"{' '.join(setting)}: failed, see above")
+        row = json.loads(done.stdout.splitlines()[-1])
+        rows.append(_tallied(row))
+        print(*setting, row["collectives"], "collectives, run:", row["run"], file=sys.stderr, flush=True)
+        if FLAGS.json:
+            write_json(pathlib.Path(FLAGS.json), {"rows": rows})
+    return rows
+
+
+def _tallied(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it was before it was JSON."""
+    own = {which: {why: Tally(*t) for why, t in row[which].items()} for which in ("found", "theory")}
+    return {**row, **own}
+
+
+def exchanged(rows: Sequence[dict[str, Any]]) -> str:
+    """Tables of what is exchanged; numbers of devices with the same figures share a row."""
+    same: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        figures = [row[name] for name in ("model", "batch_norm", "found", "collectives")]
+        same.setdefault(json.dumps(figures), []).append(row)
+    lines, whole = [], []
+    for alike in same.values():
+        row = alike[0]
+        setting = [row["model"], row["batch_norm"], " ".join(str(r["devices"]) for r in alike)]
+        for why, own in row["found"].items():
+            should = row["theory"].get(why, Tally())
+            figures = [f"{a:,} ({b:,})" if b else f"{a:,}" for a, b in zip(own, should, strict=True)]
+            lines.append([*setting, why, *figures])
+        in_all = [sum(own[i] for own in row["found"].values()) for i in (0, 1)]
+        ran = " ".join(sorted({f"{r['run']:,g}" for r in alike if r["run"] is not None})) or "-"
+        counts = [row["in_loops"], *in_all, row["parameters"]]
+        whole.append([*setting, f"{row['collectives']:,}", ran, *(f"{n:,}" for n in counts)])
+    named = ["model", "batch norm", "devices"]
+    first = table(lines, [*named, "for", "arrays", "bytes", "collectives"])
+    second = table(whole, [*named, "collectives", "run", "in loops", "arrays", "bytes", "parameters"])
+    return f"{first}\nin brackets: what theory says\n\n{second}\n{_verdict(rows, len(same))}"
+
+
+def _verdict(rows: Sequence[dict[str, Any]], kinds: int) -> str:
+    """Whether the figures depend on the number of devices, and whether what ran is what was read."""
+    settings = {(row["model"], row["batch_norm"]) for row in rows}
+    ran = [row for row in rows if row["run"] is not None]
+    return (
+        f"{'the SAME' if kinds == len(settings) else 'NOT the same'} on all numbers of devices; "
+        f"{sum(row['run'] == row['collectives'] for row in ran)} of {len(rows)} settings were run and ran "
+        f"what was read"
+    )
+
+
+# --- predicting ----------------------------------------------------------------------------------
+
+
+class Chip(NamedTuple):
+    """What is stated of a chip and its links, in FLOP/s, bytes/s and seconds.
+
+    Attributes:
+        flops: bfloat16, dense.
+        group: chips that the fast links join: a TPU pod, a GPU node.
+        bandwidth: out of a chip, one way, to the others of its group.
+        between: out of a whole group, one way, to other groups.
+        axes: of the group's torus; 0: no torus, a small message goes from chip to chip.
+        base: latency of any collective.
+        hop: latency from chip to chip.
+        far_hop: from group to group.
+    """
+
+    flops: float
+    group: int
+    bandwidth: float
+    between: float
+    axes: int
+    base: float
+    hop: float
+    far_hop: float
+
+
+# Stated, not measured. TPUs: FLOP/s, pods and bandwidths as in https://docs.cloud.google.com/tpu/docs/v4,
+# v5e, v5p and v6e. One way out of a chip is the "all-reduce bandwidth per pod" over its chips (v4: 1.1 PB/s
+# over 4,096; v5e: 51.2 TB/s over 256; v6e: 102.4 TB/s over 256), for v5p half of the 1,200 GB/s both ways;
+# between pods it is the "data center network bandwidth per pod" (v5e: 6.4 Tb/s, v6e: 25.6 Tb/s; v5p: 50
+# Gb/s a chip; v4: 25 GB/s a host of 4 chips, https://jax-ml.github.io/scaling-book/tpus). About 1 us a hop:
+# https://jax-ml.github.io/scaling-book/sharding, "a note on ICI latency" (3 hops took 8 us there).
+# H100: 990 TFLOP/s, 450 GB/s one way (NVLink, 900 both ways), 400 GB/s out of a node of 8 (InfiniBand NDR,
+# 400 Gb/s a GPU): https://jax-ml.github.io/scaling-book/gpus. Its latencies are those by which NCCL chooses
+# (tree, LL): https://github.com/NVIDIA/nccl/blob/b6475625fbcaa2c3c0e50eed2fa1255d7514d4a2/src/graph/tuning.cc
+# ASSUMED, without a source: 20 us from pod to pod.
+CHIPS = {
+    "tpu_v4": Chip(275e12, 4096, 270e9, 25.6e12, 3, 0, 1e-6, 20e-6),
+    "tpu_v5e": Chip(197e12, 256, 200e9, 800e9, 2, 0, 1e-6, 20e-6),
+    "tpu_v5p": Chip(459e12, 8960, 600e9, 56e12, 3, 0, 1e-6, 20e-6),
+    "tpu_v6e": Chip(918e12, 256, 400e9, 3200e9, 2, 0, 1e-6, 20e-6),
+    "h100": Chip(990e12, 8, 450e9, 400e9, 0, 6.8e-6, 0.6e-6, 5e-6),
+}
+
+
+def latency(chip: Chip, n: int) -> float:
+    """Seconds that the smallest all-reduce among n chips takes: there and back, over half of each axis of a
+    torus as square as can be, or along a node's chips and up a tree of nodes."""
+    near, far = min(n, chip.group), max(1, n / chip.group)
+    hops = chip.axes * near ** (1 / chip.axes) / 2 if chip.axes else near - 1
+    return chip.base + 2 * (hops * chip.hop + math.log2(far) * chip.far_hop)
+
+
+def transfer(chip: Chip, n: int, size: float) -> float:
+    """Seconds that the bytes of an all-reduce take: round a ring in each group, then between groups."""
+    near, far = min(n, chip.group), max(1, n / chip.group)
+    seconds = 2 * (near - 1) / near * size / chip.bandwidth
+    return seconds + (2 * (far - 1) / far * size / chip.between if far > 1 else 0)
+
+
+class Prediction(NamedTuple):
+    """Seconds of a step."""
+
+    computing: float
+    gradients: float
+    batch_norm: float
+    other: float
+
+
+def predict(found: dict[str, Tally], chip: Chip, n: int, computing: float) -> Prediction:
+    """The step on n chips of which each computes for so long."""
+    spent: collections.Counter[str] = collections.Counter()
+    exchanges = found.items() if n > 1 else []
+    for why, own in exchanges:
+        half = 0.5 if why == "parameters" else 1  # a gather is half an all-reduce
+        kind = why if why == "gradients" else "batch norm" if "batch norm" in why else "other"
+        spent[kind] += half * (own.collectives * latency(chip, n) + transfer(chip, n, own.bytes))
+    return Prediction(computing, spent["gradients"], spent["batch norm"], spent["other"])
+
+
+def predicted(rows: Sequence[dict[str, Any]]) -> str:
+    """Tables of predictions, one a chip."""
+    unknown = [name for name in FLAGS.chips if name not in CHIPS]
+    if unknown:
+        raise UserError(f"--chips: {unknown[0]} is unknown{nearest(unknown[0], CHIPS)}")
+    settings = {(row["model"], row["batch_norm"]): row for row in rows}.values()
+    header = ["model", "batch norm", "batch", "chips", "a chip"]
+    header += ["computing", "gradients", "batch norms", "other", "step", "efficiency %"]
+    parts = []
+    for name in FLAGS.chips:
+        given = dict(pair.split("=") for pair in FLAGS.override)
+        chip = CHIPS[name]._replace(**{field: float(value) for field, value in given.items()})
+        lines = []
+        for row, fixed, chips in itertools.product(settings, ("a chip", "global"), FLAGS.counts):
+            n, of_chip = int(chips), FLAGS.chip_batch or (64 if _is_large(row) else 128)
+            examples = of_chip if fixed == "a chip" else FLAGS.global_batch / n
+            each = FLAGS.step_seconds / of_chip or _seconds_an_example(row, chip)
+            step = predict(row["found"], chip, n, each * examples)
+            efficiency = 100 * each * examples / sum(step)
+            times = [f"{1e3 * seconds:.2f}" for seconds in (*step, sum(step))]
+            setting = [row["model"], row["batch_norm"], f"fixed {fixed}", n, f"{examples:g}"]
+            lines.append([*setting, *times, f"{efficiency:.0f}"])
+        stated = ", ".join(f"{field} {value:g}" for field, value in chip._asdict().items())
+        parts.append(f"PREDICTED for {name}, not measured ({stated}); milliseconds\n{table(lines, header)}")
+    return "\n\n".join(parts)
+
+
+def _seconds_an_example(row: dict[str, Any], chip: Chip) -> float:
+    """A multiply-add is 2 FLOPs; the backward pass is taken for twice the forward pass."""
+    utilisation = FLAGS.utilisation or (0.3 if _is_large(row) else 0.05)
+    return 6 * row["macs"] / (chip.flops * utilisation)
+
+
+def _is_large(row: dict[str, Any]) -> bool:
+    large: bool = row["image_size"] >= 224
+    return large
+
+
+def main(_: list[str]) -> None:
+    """Measures every setting and predicts from it."""
+    if FLAGS.measure:
+        print(json.dumps(measure(**json.loads(FLAGS.measure))))
+        return
+    if FLAGS.read:
+        rows = [_tallied(row) for row in json.loads(pathlib.Path(FLAGS.read).read_text())["rows"]]
+    else:
+        rows = measured()
+    print(f"{exchanged(rows)}\n\n{predicted(rows)}")
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main)
+    except UserError as error:
+        sys.exit(f"error: {error}")
