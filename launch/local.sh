@@ -46,7 +46,9 @@ for ((i = 0; i < processes; i++)); do
   if [[ -n $gpus ]]; then
     settings=("CUDA_VISIBLE_DEVICES=$i")
   else
-    virtual="--xla_force_host_platform_device_count=$devices"
+    # the CPU's other scheduler may start all-reduces in another order on each device, and so hang
+    virtual="--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    virtual+=" --xla_force_host_platform_device_count=$devices"
     settings=(JAX_PLATFORMS=cpu "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }$virtual")
   fi
   command=(env "${settings[@]}" python -m ekd_jax.main "${program[@]}"

@@ -32,7 +32,7 @@ def free_port():
 def processes(number, path, each=None, devices=2, timeout=60, **changes):
     """So many processes of one run; `each` changes knobs of single ones. Ends them with the block."""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}"),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # to compile faster
     }
     port = free_port()

@@ -236,8 +236,8 @@ class BatchNorm(nn.Module):
     """Batch norm over all axes but the last, as PyTorch's: running variance unbiased.
 
     Under `jax.jit` over a mesh the statistics are those of the global batch: the means below run over
-    all devices. With `mode.groups` parts, one a device, each part has its own, no device waits for
-    another, and the running values move towards the parts' mean. Computes in float32 and returns x's
+    all devices. With `mode.groups` parts, one a device, each part has its own, no layer waits for
+    other devices, and the running values move towards the parts' mean. Computes in float32 and returns x's
     dtype. `known` are x's `moments`, where they need not be computed again.
     """
 
