@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -12,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, one_device, tiny_flags
+from conftest import ROOT, one_device, plain_environment, tiny_flags
 
 from ekd_jax import parallel, train, workdir
 from ekd_jax.checkpoint import opened
@@ -190,6 +191,63 @@ def test_nobody_answers(number, tmp_path):
     what = f"waited 2 s at localhost:{port}" if number == 0 else f"at localhost:{port}, in 2 s"
     assert line.startswith("error: process ")
     assert what in line
+
+
+def slurm(number, job):
+    return {
+        "SLURM_JOB_ID": job,
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": number,
+        "SLURM_LOCALID": number,
+    }
+
+
+def open_mpi(number, job):
+    return {
+        "OMPI_MCA_orte_hnp_uri": f"{job}.0;tcp://127.0.0.1:1",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": number,
+        "OMPI_COMM_WORLD_LOCAL_RANK": number,
+    }
+
+
+JOIN = """
+import jax
+from ekd_jax import parallel
+parallel.start(None, None, None, 60)
+numbers = parallel.gathered(jax.process_index())
+print(parallel.who(), parallel.is_main(), jax.process_count(), int(numbers.sum()))
+"""
+
+
+@pytest.mark.parametrize("cluster", [slurm, open_mpi])
+def test_clusters_are_recognised(cluster):
+    """By what they tell every process; without any of it a process is alone."""
+    job = str(random.randrange(1, 4096) << 12 | random.randrange(4096))  # the port follows from it
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOIN],
+            cwd=ROOT,
+            env=plain_environment() | cluster(str(number), job),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    codes, printed = ended(started)
+    assert codes == [0, 0], printed
+    for number, text in enumerate(printed):
+        assert text.splitlines()[-1] == f"process {number}:  {number == 0} 2 1"
+
+
+def test_alone():
+    said = subprocess.run(
+        [sys.executable, "-c", JOIN], cwd=ROOT, env=plain_environment(), capture_output=True, text=True
+    )
+    assert said.stdout == " True 1 0\n", said.stderr
 
 
 @pytest.mark.parametrize(
