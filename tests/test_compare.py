@@ -58,7 +58,7 @@ def done(tmp_path_factory):
     """The folder of a comparison that was trained, its runs, and what was printed meanwhile."""
     path = tmp_path_factory.mktemp("comparison") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "make_mesh", lambda *_: ONE_DEVICE)
+        patch.setattr(parallel, "make_mesh", lambda *_, **__: ONE_DEVICE)
         runs = comparison.plan(asked(), path)
         comparison.check_existing(runs)
         comparison.check(runs)
@@ -234,7 +234,7 @@ def test_only_what_is_missing_is_trained(done, monkeypatch, capsys):
     before = compare.results(runs)
     shutil.rmtree(runs[0].path)
     times = {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()}
-    monkeypatch.setattr(parallel, "make_mesh", lambda *_: ONE_DEVICE)
+    monkeypatch.setattr(parallel, "make_mesh", lambda *_, **__: ONE_DEVICE)
     comparison.check_existing(runs)
     comparison.check(runs)
     comparison.train_all(runs)

@@ -130,10 +130,8 @@ def test_the_state_is_cut_over_the_second_axis():
     assert all(isinstance(leaf, np.ndarray | np.generic) for leaf in jax.tree.leaves(whole))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"train__fsdp": 4}, pytest.param({"train__fsdp": 8, "train__accumulate": 2}, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"train__fsdp": 4}, {"train__fsdp": 8, "train__accumulate": 2}])
 def test_a_run_does_not_depend_on_how_the_state_is_kept(changes, tmp_path):
     """And goes on with any other number of devices to a copy."""
     config = tiny_config(**changes, optimizer__learning_rate=1e-4)

@@ -129,6 +129,7 @@ def test_global_batch_norm_exchanges_twice_a_layer_and_local_never_alone(measure
     assert not any("batch norm" in why for why in measured["local"]["found"])
 
 
+@pytest.mark.slow
 def test_scanned_blocks_and_other_numbers_of_devices():
     """The blocks of a scanned stage exchange one by one, whatever the number of devices."""
     two, four = (scaling.measure("resnet20", "local", n, students=1, image_size=8) for n in (2, 4))
