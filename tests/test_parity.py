@@ -113,7 +113,12 @@ def case(name):
 quickly_compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-@pytest.mark.parametrize("name", [*SHALLOW, *NAMED])
+SECOND = {"vgg13", "mobilenet_v2_cifar", "shufflenet_v2_cifar"}  # of a family that another one stands for
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SECOND)) for n in (*SHALLOW, *NAMED)]
+)
 def test_forward_statistics_and_gradients(name):
     torch.manual_seed(0)
     ours, network, rules, size = case(name)
