@@ -116,7 +116,7 @@ def who() -> str:
 def gathered(values: Any) -> np.ndarray:
     """(processes, ...): what every process gives here, arrays of one shape; waits for all of them."""
     values = np.asarray(values)
-    if jax.process_count() == 1:
+    if not several():
         return values[None]
     with jax.transfer_guard("allow"):
         return np.asarray(multihost_utils.process_allgather(values))
@@ -124,7 +124,7 @@ def gathered(values: Any) -> np.ndarray:
 
 def from_main(tree: Any) -> Any:
     """What process 0 gives here, a tree of numpy arrays; waits for all processes."""
-    if jax.process_count() == 1:
+    if not several():
         return tree
     with jax.transfer_guard("allow"):
         return multihost_utils.broadcast_one_to_all(tree)
@@ -216,7 +216,7 @@ def device_memory(mesh: Mesh) -> int:
     device = mesh.local_devices[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     limit = limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(mesh.local_devices)
-    return limit if jax.process_count() == 1 else int(gathered(np.float32(limit)).min())
+    return int(gathered(np.float32(limit)).min()) if several() else limit
 
 
 def check_divisible(name: str, batch_size: int, parts: int, what: str) -> None:

@@ -19,6 +19,7 @@ import jax
 import pytest
 
 from ekd_jax import parallel, train
+from ekd_jax.checkpoint import opened
 from ekd_jax.config import default, resolve
 
 # Networks are tiny here: compiling is what takes time. Commands run optimised programs, as a user's do.
@@ -72,6 +73,13 @@ def command(module: str, *args: object, **kwargs) -> subprocess.CompletedProcess
         timeout=300,
         **kwargs,
     )
+
+
+def latest_state(path: pathlib.Path) -> dict:
+    """Everything in the latest checkpoint of a run."""
+    with opened(path) as checkpoints:
+        step = checkpoints.choose()
+        return checkpoints.restore_variables(checkpoints.shapes(step), step)[0]
 
 
 def plain_environment() -> dict[str, str]:

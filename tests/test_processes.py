@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, one_device, plain_environment, tiny_flags
+from conftest import ROOT, latest_state, one_device, plain_environment, tiny_flags
 
 from ekd_jax import parallel, train, workdir
 from ekd_jax.checkpoint import opened
@@ -81,14 +81,8 @@ def assert_same_run(path, other, rtol):
         losses = [name for name in a if "loss" in name or "nll" in name]
         assert losses
         np.testing.assert_allclose([a[n] for n in losses], [b[n] for n in losses], rtol=rtol)
-    a, b = (state_of(folder)["params"] for folder in (path, other))
+    a, b = (latest_state(folder)["params"] for folder in (path, other))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6), a, b)
-
-
-def state_of(path):
-    with opened(path) as checkpoints:
-        step = checkpoints.choose()
-        return checkpoints.restore_variables(checkpoints.shapes(step), step)[0]
 
 
 RUNS = {

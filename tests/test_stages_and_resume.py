@@ -10,11 +10,10 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, one_device, tiny_config
+from conftest import ROOT, latest_state, one_device, tiny_config
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from ekd_jax import stages, train
-from ekd_jax.checkpoint import opened
 from ekd_jax.config import to_dict
 from ekd_jax.methods import METHODS
 from ekd_jax.writers import METRICS, read_metrics
@@ -115,9 +114,7 @@ def kill_in(folder, process):
 
 def state_of(path):
     """Everything in the latest checkpoint, by name, and the records without times."""
-    with opened(path) as checkpoints:
-        step = checkpoints.choose()
-        tree, _ = checkpoints.restore_variables(checkpoints.shapes(step), step)
+    tree = latest_state(path)
     records = [
         {k: v for k, v in r.items() if k not in ("images/s", "input_wait")} for r in read_metrics(path)
     ]
