@@ -149,7 +149,10 @@ def test_one_is_killed(who, tmp_path):
         codes, printed = ended(started)
     other = 1 - who
     assert codes[who] == -signal.SIGKILL
-    assert codes[other] > 0
+    if who == 0 and codes[other] == -signal.SIGABRT:  # JAX's own watch was faster than the computation
+        assert "another task died" in printed[other]
+        return
+    assert codes[other] == 1
     assert f"error: process {other}: " in printed[other]
     assert "run the same command in all of them to go on" in printed[other]
     if who == 0:
