@@ -1,32 +1,28 @@
 """Seconds to build, trace and compile the training step, and its memory, for any networks.
 
     python benchmarks/compile_time.py --models=resnet20,resnet110 --json=out.json
+    python benchmarks/compile_time.py --models=resnet20 --students=1,5 --batch_sizes=64,128
 
-Every network in a process of its own, one after the other; nothing is cached. "build" is shapes, initial
-values and the description; memory is what XLA says of the compiled program: its arguments (state and
-images), and the most it holds beside them.
+Every setting in a process of its own, one after the other; nothing is cached. "build" is shapes, initial
+values and the description. Memory is what XLA says of the compiled program: its arguments (state and
+images), what of them is donated, so that the new state takes its place, and the most that it holds beside.
 """
 
+import itertools
 import json
 import pathlib
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
-import numpy as np
 from absl import app, flags
+from program import Program, configuration, is_of_imagenet
 
-from ekd_jax import models, parallel
-from ekd_jax.config import default, make_ensemble, make_method, resolve
-from ekd_jax.data.images import Reader
-from ekd_jax.data.resident import Resident
-from ekd_jax.data.sources import Data, Facts, Pixels
+from ekd_jax import models
 from ekd_jax.describe import describe
 from ekd_jax.errors import UserError, nearest
-from ekd_jax.optimizer import make_optimizer
-from ekd_jax.state import init_state
-from ekd_jax.step import make_train_steps, zero_metrics
 from ekd_jax.workdir import environment
 from ekd_jax.writers import table, write_json
 
@@ -40,81 +36,70 @@ flags.DEFINE_list(
     ],
     "networks",
 )  # fmt: skip
-flags.DEFINE_integer("students", 5, "how many")
-flags.DEFINE_integer("batch_size", 32, "examples a step")
+flags.DEFINE_list("students", ["5"], "numbers of students")
+flags.DEFINE_list("batch_sizes", ["32"], "examples a step")
+flags.DEFINE_enum("rematerialise", "no", ["no", "yes", "both"], "train.rematerialise")
 flags.DEFINE_integer("image_size", 0, "0: 224 for networks of ImageNet, else 32")
 flags.DEFINE_integer("limit", 1200, "seconds after which a network is given up")
 flags.DEFINE_string("json", None, "file to write the figures to")
-flags.DEFINE_string("measure", None, "of a child process: the network")
-
-IMAGENET = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext", "wide_resnet")
-IMAGENET += ("densenet121", "efficientnet", "mobilenet_v2", "shufflenet_v2_x")
+flags.DEFINE_string("measure", None, "of a child process: the arguments of `measure`")
 
 
-def measure(name: str) -> dict[str, float]:
-    """Figures of one network."""
-    of_imagenet = name.startswith(IMAGENET) and not name.endswith("_cifar")
-    size = FLAGS.image_size or (224 if of_imagenet else 32)
-    config = default()
-    config.model.name, config.model.students = name, FLAGS.students
-    config.train.batch_size = FLAGS.batch_size
-    config = resolve(config)
-    mesh, shape, classes = parallel.make_mesh(), (size, size, 3), 1000 if of_imagenet else 100
+def measure(name: str, students: int, batch_size: int, rematerialise: bool, size: int) -> dict[str, Any]:
+    """Figures of one setting."""
+    large = is_of_imagenet(name)
+    size, classes = size or (224 if large else 32), 1000 if large else 100
+    config = configuration(name, students, batch_size, train__rematerialise=rematerialise)
     started = time.perf_counter()
-    describe(config, shape, classes)
-    method, ensemble = make_method(config), make_ensemble(config, classes)
-    optimizer = make_optimizer(config, method, steps=1_000_000)
-    state = init_state(ensemble, method, optimizer, 0, shape)
+    describe(config, (size, size, 3), classes)
+    program = Program(config, size, classes)
     built = time.perf_counter() - started
-
-    images = np.zeros((FLAGS.batch_size, *shape), np.uint8)
-    examples = Pixels(images, np.zeros(len(images), np.int32), "zeros")
-    facts = Facts("zeros", shape, tuple(map(str, range(classes))), len(images), 0, len(images))
-    feed = Resident(config, Data(facts, examples, None, examples, Reader(shape)), mesh, "replicated")
-    sums = zero_metrics(ensemble, method, state, shape)
-    placed = parallel.replicate(mesh, (state, sums))
-    one = parallel.replicate(mesh, np.int32(1))
-    program = make_train_steps(config, ensemble, method, optimizer, feed, classes, mesh, 1_000_000)
     started = time.perf_counter()
-    lowered = program.lower(
-        *placed, feed.shapes, one, {"teachers": [], "key": jax.random.key_data(jax.random.key(0))}
-    )
+    lowered = program.lower()
     traced = time.perf_counter() - started
     started = time.perf_counter()
     memory = lowered.compile().memory_analysis()
     return {
+        "model": name,
+        "students": students,
+        "batch": batch_size,
+        "again": "blocks" if rematerialise else "-",
         "image": size,
         "build s": round(built, 1),
         "trace s": round(traced, 1),
         "compile s": round(time.perf_counter() - started, 1),
         "arguments MB": round(memory.argument_size_in_bytes / 1e6),
+        "donated MB": round(memory.alias_size_in_bytes / 1e6),
         "temporary MB": round(memory.temp_size_in_bytes / 1e6),
     }
 
 
 def main(_: list[str]) -> None:
-    """Measures every network."""
+    """Measures every setting."""
     if FLAGS.measure:
-        print(json.dumps(measure(FLAGS.measure)))
+        print(json.dumps(measure(*json.loads(FLAGS.measure))))
         return
     unknown = [name for name in FLAGS.models if name not in models.MODELS]
     if unknown:
         raise UserError(f"--models: {unknown[0]} is unknown{nearest(unknown[0], models.MODELS)}")
     rows = []
-    for name in FLAGS.models:
-        sizes = [f"--{flag}={FLAGS[flag].value}" for flag in ("students", "batch_size", "image_size")]
-        command = [sys.executable, __file__, f"--measure={name}", *sizes]
+    again = {"both": (False, True), "yes": (True,), "no": (False,)}[FLAGS.rematerialise]
+    for name, students, batch_size, rematerialise in itertools.product(
+        FLAGS.models, map(int, FLAGS.students), map(int, FLAGS.batch_sizes), again
+    ):
+        setting = json.dumps([name, students, batch_size, rematerialise, FLAGS.image_size])
+        command = [sys.executable, __file__, f"--measure={setting}"]
         try:
             done = subprocess.run(
                 command, stdout=subprocess.PIPE, check=True, text=True, timeout=FLAGS.limit
             )
         except subprocess.TimeoutExpired:
-            print(f"{name}: given up after {FLAGS.limit} s", file=sys.stderr)
+            print(f"{setting}: given up after {FLAGS.limit} s", file=sys.stderr)
             continue
-        rows.append({"model": name, **json.loads(done.stdout.splitlines()[-1])})
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(" ".join(map(str, rows[-1].values())), file=sys.stderr, flush=True)
     print(table([list(row.values()) for row in rows], list(rows[0])))
-    note = f"{FLAGS.students} students, batch {FLAGS.batch_size}, n = 1; {jax.devices()[0].device_kind}"
+    note = f"n = 1; {jax.devices()[0].device_kind}, jax {jax.__version__}"
     print(note)
     if FLAGS.json:
         write_json(pathlib.Path(FLAGS.json), {"environment": environment(), "note": note, "rows": rows})

@@ -30,19 +30,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import app, flags
+from program import Program, configuration, is_of_imagenet
 
-from ekd_jax import models, parallel
-from ekd_jax.config import default, make_ensemble, make_method, resolve
-from ekd_jax.data.images import Reader
-from ekd_jax.data.resident import Resident
-from ekd_jax.data.sources import Data, Facts, Pixels
+from ekd_jax import models
 from ekd_jax.describe import count, count_cost
 from ekd_jax.errors import UserError, nearest
-from ekd_jax.optimizer import make_optimizer
-from ekd_jax.state import TrainState, init_state
-from ekd_jax.step import make_train_steps, zero_metrics
+from ekd_jax.state import TrainState
 from ekd_jax.workdir import environment
 from ekd_jax.writers import table, write_json
 
@@ -54,7 +48,7 @@ flags.DEFINE_integer("students", 5, "how many")
 flags.DEFINE_integer("fsdp", 1, "train.fsdp")
 flags.DEFINE_integer("accumulate", 1, "train.accumulate; theory is of 1")
 flags.DEFINE_string("placement", "replicated", "of the images: replicated or sharded")
-flags.DEFINE_integer("image_size", 0, "0: 224 for resnet18 to resnet152, else 32")
+flags.DEFINE_integer("image_size", 0, "0: 224 for networks of ImageNet, else 32")
 flags.DEFINE_integer("device_batch", 2, "examples a virtual device; only the input depends on it")
 flags.DEFINE_boolean("run", True, "run a step and count the collectives, too")
 flags.DEFINE_list("chips", ["tpu_v5p", "h100"], "what to predict for, of CHIPS")
@@ -75,7 +69,6 @@ SAME = ("students", "image_size", "device_batch", "fsdp", "accumulate", "placeme
 # Otherwise CPU devices may run collectives that do not depend on each other in different orders, and each
 # waits for ever for the other's.
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-IMAGENET = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 # --- collectives of a compiled program -----------------------------------------------------------
@@ -298,41 +291,24 @@ def measure(
     run: bool = True,
 ) -> dict[str, Any]:
     """Figures of one setting; the arguments are the flags of these names."""
-    size, classes = image_size or (224 if name in IMAGENET else 32), 1000 if name in IMAGENET else 100
-    mesh, shape = parallel.make_mesh(jax.devices()[:devices], fsdp), (size, size, 3)
-    config = default()
-    config.model.name, config.model.students, config.model.batch_norm = name, students, batch_norm
-    config.train.batch_size = device_batch * devices
-    config.train.fsdp, config.train.accumulate = fsdp, accumulate
-    config = resolve(config)
-    method, ensemble = make_method(config), make_ensemble(config, classes, devices)
-    optimizer = make_optimizer(config, method, steps=1_000_000)
-    state = init_state(ensemble, method, optimizer, 0, shape)
-    sums = zero_metrics(ensemble, method, state, shape)
-    images = np.zeros((config.train.batch_size, *shape), np.uint8)
-    examples = Pixels(images, np.zeros(len(images), np.int32), "zeros")
-    facts = Facts("zeros", shape, tuple(map(str, range(classes))), len(images), 0, len(images))
-    feed = Resident(config, Data(facts, examples, None, examples, Reader(shape)), mesh, placement)
-    shardings = parallel.state_shardings(mesh, state)
-    carry = parallel.place(state, shardings), parallel.replicate(mesh, sums)
-    frozen = {"teachers": [], "key": jax.random.key_data(jax.random.key(0))}
-    one, frozen = parallel.replicate(mesh, (np.int32(1), frozen))
-    program = make_train_steps(
-        config, ensemble, method, optimizer, feed, classes, mesh, 1_000_000, shardings=shardings
-    )
-    compiled = program.lower(*carry, feed.shapes, one, frozen).compile()
+    large = is_of_imagenet(name)
+    knobs = {"model__batch_norm": batch_norm, "train__fsdp": fsdp, "train__accumulate": accumulate}
+    config = configuration(name, students, device_batch * devices, **knobs)
+    size = image_size or (224 if large else 32)
+    program = Program(config, size, 1000 if large else 100, devices=devices, placement=placement)
+    compiled = program.lower().compile()
     found = collectives_in(compiled.as_text())
-    trunk, branches = ensemble.trace(shape)
+    trunk, branches = program.ensemble.trace(program.shape)
     row = {
         "model": name,
         "batch_norm": batch_norm,
         "devices": devices,
         "students": students,
         "image_size": size,
-        "parameters": count(state.params),
+        "parameters": count(program.state.params),
         "macs": sum(count_cost(part.jaxpr).macs for part in [*trunk, *branches]),
         "found": tally(found, batch_norm),
-        "theory": theory(state, batch_norm),
+        "theory": theory(program.state, batch_norm),
         "collectives": sum(times for _, _, times in found),
         "in_loops": sum(times for _, _, times in found if times > 1),
         "run": None,
@@ -340,7 +316,7 @@ def measure(
     }
     if run:
         print(json.dumps(row), flush=True)  # what is known if running it fails
-        row["run"] = _run(compiled, (*carry, feed.at(0), one, frozen)) / devices
+        row["run"] = _run(compiled, program.arguments()) / devices
     return row
 
 

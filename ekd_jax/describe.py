@@ -185,12 +185,13 @@ def _of_product(eqn: Any, macs: int) -> Cost:
     return Cost(macs, given, given + taken)
 
 
-def memory(config: Any, description: dict[str, Any], data: int) -> dict[str, int]:
-    """Bytes of device memory that training needs, estimated before anything is compiled.
+def memory(config: Any, description: dict[str, Any], data: int, devices: int = 1) -> dict[str, int]:
+    """Bytes of each device's memory that training needs, estimated before anything is compiled.
 
-    `state` is parameters, their gradients, the optimiser's slots and copies of the networks; `activations`
-    what the backward pass keeps of one batch, taken to be what convolutions and matrix products get and
-    give; `data` what the images on a device take. Frozen teachers are not counted.
+    `state` is parameters, the optimiser's slots and copies of the networks, cut over `train.fsdp` devices,
+    and, whole, gradients and the parameters put together; `activations` what the backward pass keeps of
+    the device's part of a batch, taken to be what convolutions and matrix products get and give; `data`
+    what the images on a device take. Frozen teachers are not counted.
     """
     shape, classes = tuple(description["input_shape"]), description["num_classes"]
     ensemble, method = make_ensemble(config, classes), make_method(config)
@@ -200,9 +201,11 @@ def memory(config: Any, description: dict[str, Any], data: int) -> dict[str, int
     parameters = networks + (description["method_parameters"] or 0)
     trunk, branches = ensemble.trace(shape)
     cost = sum((count_cost(part.jaxpr) for part in [*trunk, *branches]), Cost())
-    images = config.train.batch_size // config.train.accumulate
+    images = config.train.batch_size // (config.train.accumulate * devices)
+    kept = (1 + slots) * parameters + method.copies * networks
+    gathered = parameters if config.train.fsdp > 1 else 0
     return {
-        "state": 4 * ((2 + slots) * parameters + method.copies * networks),
+        "state": 4 * (kept // config.train.fsdp + parameters + gathered),
         "activations": images * jnp.dtype(config.train.dtype).itemsize * (cost.kept + cost.again),
         "data": data,
     }

@@ -88,9 +88,9 @@ def _plan(config: Any, path: pathlib.Path, workdir: pathlib.Path, later: bool) -
         f"{where['evaluation']}",
     ]
     if taught is not None:
-        needed = memory(config, description, resident_bytes(config, known, mesh))
+        needed = memory(config, description, resident_bytes(config, known, mesh), mesh.size)
         sizes = ", ".join(f"{name} {human(size)}B" for name, size in needed.items())
-        lines.append(f"memory, estimated: {human(sum(needed.values()))}B ({sizes})")
+        lines.append(f"memory of a device, estimated: {human(sum(needed.values()))}B ({sizes})")
     return "\n".join([*lines, f"files go to {path}; nothing was trained"])
 
 

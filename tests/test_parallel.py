@@ -6,17 +6,17 @@ import numpy as np
 import optax
 import pytest
 from conftest import one_device, tiny_config
+from program import Program
 
 from ekd_jax import parallel, train
 from ekd_jax.config import make_ensemble, make_method
-from ekd_jax.data.feed import training_feed
 from ekd_jax.describe import describe, memory
 from ekd_jax.errors import UserError
-from ekd_jax.job import check_batches, prepare
+from ekd_jax.job import check_batches
 from ekd_jax.main import dry_run
 from ekd_jax.optimizer import make_optimizer
 from ekd_jax.state import init_state
-from ekd_jax.step import make_step, make_train_steps, zero_metrics
+from ekd_jax.step import make_step
 from ekd_jax.writers import read_metrics
 
 SHAPE = (8, 8, 1)
@@ -104,23 +104,23 @@ def test_what_is_computed_again_is_not_kept():
     assert estimated[True] < estimated[False] / 2
 
 
+def test_memory_is_that_of_a_device():
+    """Each has its part of the batch, and with fsdp its part of the state."""
+    config = tiny_config(train__fsdp=4)
+    description = describe(config, SHAPE, 10, ())
+    alone, shared = (memory(tiny_config(), description, 7, devices) for devices in (1, 8))
+    cut = memory(config, description, 7, 8)
+    assert shared == {**alone, "activations": alone["activations"] // 8}
+    parameters = alone["state"] // 3  # beside gradients and momentum
+    assert cut == {**shared, "state": 2 * parameters // 4 + 2 * parameters}
+
+
 def test_the_state_is_cut_over_the_second_axis():
     """Arrays of the state take a fourth of each device; batches are still shared by all eight."""
-    config = tiny_config(optimizer__learning_rate=1e-4)
-    mesh = parallel.make_mesh(fsdp=4)
-    job = prepare(config, mesh)
-    state = init_state(job.ensemble, job.method, job.optimizer, 0, SHAPE)
-    shardings = parallel.state_shardings(mesh, state)
-    placed = parallel.place(state, shardings)
-    sums = parallel.replicate(mesh, zero_metrics(job.ensemble, job.method, state, SHAPE))
-    frozen = parallel.replicate(mesh, {"teachers": [], "key": jax.random.key_data(jax.random.key(0))})
-    feed = training_feed(config, job.data, mesh, 4)
-    program = make_train_steps(
-        config, job.ensemble, job.method, job.optimizer, feed, 10, mesh, 4, shardings=shardings
-    )
-    after, _ = program(placed, sums, feed.at(0), parallel.replicate(mesh, np.int32(1)), frozen)
+    program = Program(tiny_config(train__fsdp=4), classes=10)
+    after, _ = program.lower().compile()(*program.arguments())
     cut = 0
-    for leaf, began in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+    for leaf, began in zip(jax.tree.leaves(after), jax.tree.leaves(program.state), strict=True):
         here = leaf.addressable_shards[0].data.size
         assert here == leaf.size // (4 if leaf.size >= parallel.LEAST_CUT else 1)
         cut += here < leaf.size

@@ -1,21 +1,15 @@
 """How collectives are read from a program, and what the training step exchanges; eight virtual devices."""
 
-import importlib.util
-import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import ROOT
+import scaling
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from ekd_jax import parallel
-
-spec = importlib.util.spec_from_file_location("scaling", ROOT / "benchmarks" / "scaling.py")
-scaling = sys.modules["scaling"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(scaling)
 
 HLO = """HloModule forms, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
 
