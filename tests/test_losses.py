@@ -1,5 +1,7 @@
 """Every term and gradient of the main method's loss against the official code, in float64."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +78,20 @@ def test_gradients(reference):
             layer = layers[f"block{b + 1}_student{s + 1}"]
             np.testing.assert_allclose(layer["kernel"], reference[f"grad_adapt_w_b{b}_s{s}"].T, **TOLERANCE)
             np.testing.assert_allclose(layer["bias"], reference[f"grad_adapt_b_b{b}_s{s}"], **TOLERANCE)
+
+
+def test_every_softmax_is_computed_once(reference):
+    """In loss and gradient together: the students' own and at T, and the ensemble's at T."""
+    given = inputs(reference)
+    gradient = jax.jit(jax.value_and_grad(lambda *a: official(reference, *a)[0], argnums=(0, 1, 2)))
+    jax.config.update("jax_disable_most_optimizations", False)  # as a run is compiled
+    try:
+        program = gradient.lower(*given).compile().as_text()
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+    students, batch, classes = given[0].shape
+    found = sorted(re.findall(r" = (\S+?)(?:{\S*)? exponential\(", program))
+    assert found == [f"f64[{students},{batch},{classes}]"] * 2 + [f"f64[{batch},{classes}]"]
 
 
 @pytest.mark.parametrize("temperature", range(1, 9))
