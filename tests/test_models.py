@@ -1,6 +1,7 @@
 """Layers and networks: convolution's gradient, widths, structure, initial values."""
 
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ from ekd_jax import models
 from ekd_jax.errors import UserError
 from ekd_jax.models.convolution import convolution
 from ekd_jax.models.ensemble import parse_students
-from ekd_jax.models.layers import BatchNorm, Mode
+from ekd_jax.models.layers import BatchNorm, Mode, moments
+
+CONVOLUTION = sys.modules[convolution.__module__]
 
 
 def widths_of(ensemble, shape=(16, 16, 3)):
@@ -28,7 +31,11 @@ def variables_of(ensemble, shape=(16, 16, 3), seed=0):
 @pytest.mark.parametrize("size", [7, 8])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [1, 3, 5])
-def test_convolution_and_its_gradient_are_those_of_xla(size, stride, kernel):
+@pytest.mark.parametrize("devices", [1, 8])
+def test_convolution_and_its_gradient_are_those_of_xla(size, stride, kernel, devices, monkeypatch):
+    """The weight gradient of all images at once, and, on one device, of some at a time."""
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    monkeypatch.setattr(CONVOLUTION, "CACHE", 1)
     generator = np.random.default_rng(0)
     with jax.enable_x64(True):
         x = jnp.asarray(generator.normal(size=(2, size, size + 1, 3)))
@@ -46,6 +53,34 @@ def test_convolution_and_its_gradient_are_those_of_xla(size, stride, kernel):
         np.testing.assert_allclose(out, expected, rtol=1e-12)
         for a, b in zip(ours(g), theirs(g), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_batch_norms_gradient_goes_through_its_statistics(groups):
+    """As autodiff's of the formula, whichever layer computed the moments."""
+    mode, generator = Mode(train=True, groups=groups), np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, g = jnp.asarray(generator.normal(2.0, 3.0, (2, 4, 3, 3, 2)))
+        variables = {
+            "params": {"scale": jnp.array([1.5, -2.0]), "bias": jnp.array([0.3, 0.0])},
+            "batch_stats": {"mean": jnp.zeros(2), "var": jnp.ones(2)},
+        }
+
+        def ours(x, params, known):
+            own = {**variables, "params": params}
+            return BatchNorm().apply(own, x, mode, known, mutable=["batch_stats"])[0]
+
+        def plain(x, params):
+            y = x.reshape(groups, -1, 2)
+            y = (y - y.mean(1, keepdims=True)) / jnp.sqrt(y.var(1, keepdims=True) + mode.epsilon)
+            return (y * params["scale"] + params["bias"]).reshape(x.shape)
+
+        expected = jax.vjp(plain, x, variables["params"])[1](g)
+        for known in (None, moments(x, mode)):
+            found = jax.vjp(lambda x, p, known=known: ours(x, p, known), x, variables["params"])[1](g)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), found, expected
+            )
 
 
 def test_batch_norm_follows_pytorch():

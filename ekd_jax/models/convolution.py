@@ -5,6 +5,7 @@ On CPU XLA brings convolutions to its fast layout outside of loops only, where s
 written out, and grouped convolutions, too (docs/decisions.md has the measurements).
 """
 
+import math
 from functools import partial
 
 import jax
@@ -51,7 +52,9 @@ def _convolution(x: Array, kernel: Array, stride: int, groups: int, pads: tuple)
     )
 
 
-# --- one group: the gradient as two convolutions in canonical layouts ---------------------------
+# --- one group: the gradient as a convolution in canonical layout, and as matrix products -------
+
+CACHE = 2**21  # bytes that the weight gradient works on at a time: about a core's second-level cache
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -78,16 +81,46 @@ def _backward(stride: int, pads: tuple, saved: tuple[Array, Array], g: Array) ->
         lhs_dilation=(stride, stride),
         dimension_numbers=_LAYOUT,
     )
-    # d/dkernel: x as C,H,W,B against the gradient as H,W,B,K.
-    dkernel = lax.conv_general_dilated(
-        x.transpose(3, 1, 2, 0),
-        g.transpose(1, 2, 0, 3),
-        (1, 1),
-        [(low, k - 1 + m - n - low) for low, k, n, m in sizes],
-        rhs_dilation=(stride, stride),
-        dimension_numbers=_LAYOUT,
-    )
-    return dx, dkernel.transpose(1, 2, 0, 3)
+    return dx, _kernel_gradient(x, kernel.shape, stride, pads, g)
+
+
+def _kernel_gradient(x: Array, shape: tuple[int, ...], stride: int, pads: tuple, g: Array) -> Array:
+    """d/dkernel, (h, w, C, K), a few images at a time: what is put side by side stays in the cache.
+
+    Where devices share a batch it is taken whole, or they would exchange every few images' gradient.
+    """
+    batch, height, width, channels = x.shape
+    image = x.dtype.itemsize * height * width * (shape[1] * channels + shape[0] * shape[3])
+    some = math.gcd(batch, 2 ** int(math.log2(max(1, CACHE // image))))
+    if some == batch or shape[0] == shape[1] == 1 or jax.device_count() > 1:
+        return _kernel_gradient_at_once(x, shape, stride, pads, g)
+
+    def body(total: Array, few: tuple[Array, ...]) -> tuple[Array, None]:
+        return total + _kernel_gradient_at_once(few[0], shape, stride, pads, few[1]), None
+
+    parts = tuple(v.reshape(-1, some, *v.shape[1:]) for v in (x, g))
+    total, _ = lax.scan(body, jnp.zeros(shape, x.dtype), parts)
+    return total
+
+
+def _kernel_gradient_at_once(x: Array, shape: tuple[int, ...], stride: int, pads: tuple, g: Array) -> Array:
+    """As matrix products: for every pixel, the w columns of x that a row of the kernel sees side by side,
+    times the gradients of the h rows of pixels that see it."""
+    (h, w, channels, features), (_, rows, columns, _) = shape, g.shape
+    (top, bottom), sides = pads
+    if stride == 1:
+        padded = jnp.pad(x, ((0, 0), (0, 0), sides, (0, 0)))
+        seen = jnp.concatenate([padded[:, :, j : j + columns] for j in range(w)], -1)
+        spread = jnp.pad(g, ((0, 0), (h - 1 - top, h - 1 - bottom), (0, 0), (0, 0)))
+        given = jnp.concatenate([spread[:, h - 1 - i : h - 1 - i + x.shape[1]] for i in range(h)], -1)
+        product = seen.reshape(-1, w * channels).T @ given.reshape(-1, h * features)
+        return product.reshape(w, channels, h, features).transpose(2, 0, 1, 3)
+    # with a stride rows do not line up: one product for each row of the kernel
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    last_row, last_column = (rows - 1) * stride + 1, (columns - 1) * stride + 1
+    seen = jnp.concatenate([padded[:, :, j : j + last_column : stride] for j in range(w)], -1)
+    pixels = [seen[:, i : i + last_row : stride].reshape(-1, w * channels) for i in range(h)]
+    return jnp.stack([p.T @ g.reshape(-1, features) for p in pixels]).reshape(shape)
 
 
 _canonical_convolution.defvjp(_forward, _backward)

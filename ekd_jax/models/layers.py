@@ -14,6 +14,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -213,15 +214,24 @@ class Conv(nn.Module):
         return x + self.param("bias", self.bias_init, (self.features,), jnp.float32).astype(mode.dtype)
 
 
+@jax.custom_vjp
+def relu(x: Array) -> Array:
+    """max(x, 0). Its gradient is read from what it gives, which the next convolution keeps anyway."""
+    return jnp.maximum(x, 0)
+
+
+relu.defvjp(lambda x: (relu(x),) * 2, lambda kept, g: (jnp.where(kept > 0, g, 0),))
+
+
 Moments = tuple[Array, Array]
 
 
 def moments(x: Array, mode: Mode) -> Moments | None:
-    """Mean and variance over all axes but the last, each (groups, 1, ..., 1, C) float32; None outside of
-    training, where running ones take their place."""
+    """Mean and variance over all axes but the last, each (groups, 1, ..., 1, C) float32, as constants;
+    None outside of training, where running ones take their place."""
     if not mode.train:
         return None
-    y = _grouped(x, mode)
+    y = lax.stop_gradient(_grouped(x, mode))
     axes = tuple(range(1, y.ndim - 1))
     mean = y.mean(axes, keepdims=True)
     return mean, jnp.maximum((y * y).mean(axes, keepdims=True) - mean * mean, 0.0)  # one pass over y
@@ -230,6 +240,49 @@ def moments(x: Array, mode: Mode) -> Moments | None:
 def _grouped(x: Array, mode: Mode) -> Array:
     y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return y.reshape(mode.groups, -1, *x.shape[1:]) if mode.train else y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def normalised(x: Array, mean: Array, var: Array, scale: Array, bias: Array, mode: Mode) -> Array:
+    """Batch norm with the moments of x itself, whose gradient goes through them to x.
+
+    It is written out, and begins from x: two sums in one pass, and one more pass. Autodiff would keep
+    several arrays of x's size, and go over them more often.
+
+    Args:
+        x: (B, ..., C).
+        mean, var: its `moments`.
+        scale, bias: (C,).
+        mode: of the layer.
+
+    Returns:
+        (B, ..., C) in x's dtype.
+    """
+    gain = scale * lax.rsqrt(var + mode.epsilon)
+    return (_grouped(x, mode) * gain + (bias - mean * gain)).reshape(x.shape).astype(x.dtype)
+
+
+def _normalised_forward(
+    x: Array, mean: Array, var: Array, scale: Array, bias: Array, mode: Mode
+) -> tuple[Array, tuple[Array, ...]]:
+    return normalised(x, mean, var, scale, bias, mode), (x, mean, var, scale)
+
+
+def _normalised_backward(mode: Mode, kept: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
+    x, mean, var, scale = kept
+    x_, g_ = _grouped(x, mode), _grouped(g, mode)
+    axes, count = tuple(range(1, x_.ndim - 1)), math.prod(x_.shape[1:-1])
+    rate = lax.rsqrt(var + mode.epsilon)
+    whole = g_.sum(axes, keepdims=True)
+    along = ((g_ * x_).sum(axes, keepdims=True) - mean * whole) * rate
+    gain = scale * rate
+    slope = -gain * rate * along / count
+    dx = gain * g_ + (slope * x_ - (slope * mean + gain * whole / count))
+    per_channel = along.reshape(-1, x.shape[-1]).sum(0), whole.reshape(-1, x.shape[-1]).sum(0)
+    return dx.reshape(x.shape).astype(x.dtype), None, None, *per_channel
+
+
+normalised.defvjp(_normalised_forward, _normalised_backward)
 
 
 class BatchNorm(nn.Module):
@@ -250,18 +303,17 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", constant(0.0), shape, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", constant(0.0), None, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", constant(1.0), None, shape, jnp.float32)
-        y = _grouped(x, mode)
-        mean, var = running_mean.value, running_var.value
-        if found := known or moments(x, mode):
-            mean, var = found
-            if not self.is_initializing():
-                count = math.prod(y.shape[1:-1])
-                keep, unbiased = self.momentum, count / max(count - 1, 1)
-                means, variances = (v.reshape(mode.groups, -1).mean(0) for v in (mean, var))
-                running_mean.value = keep * running_mean.value + (1 - keep) * means
-                running_var.value = keep * running_var.value + (1 - keep) * unbiased * variances
-        gain = scale * lax.rsqrt(var + mode.epsilon)
-        return (y * gain + (bias - mean * gain)).reshape(x.shape).astype(x.dtype)
+        found = known or moments(x, mode)
+        if found is None:
+            gain = scale * lax.rsqrt(running_var.value + mode.epsilon)
+            return (_grouped(x, mode) * gain + (bias - running_mean.value * gain)).astype(x.dtype)
+        if not self.is_initializing():
+            count = math.prod(x.shape[:-1]) // mode.groups
+            keep, unbiased = self.momentum, count / max(count - 1, 1)
+            means, variances = (v.reshape(mode.groups, -1).mean(0) for v in found)
+            running_mean.value = keep * running_mean.value + (1 - keep) * means
+            running_var.value = keep * running_var.value + (1 - keep) * unbiased * variances
+        return normalised(x, *found, scale, bias, mode)
 
 
 class ConvNorm(nn.Module):
@@ -273,7 +325,7 @@ class ConvNorm(nn.Module):
     groups: int = 1
     padding: str = "even"
     kernel_init: Initializer = kaiming_fan_out
-    activation: Activation = nn.relu
+    activation: Activation = relu
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
@@ -298,7 +350,8 @@ class Linear(nn.Module):
         bias_init = self.bias_init or uniform(1 / math.sqrt(fan_in))
         bias = self.param("bias", bias_init, (self.features,), jnp.float32)
         dtype = self.dtype or jnp.promote_types(x.dtype, jnp.float32)
-        return x.astype(dtype) @ kernel.astype(dtype) + bias.astype(dtype)
+        flat = x.astype(dtype).reshape(-1, fan_in)  # of more axes the gradient would be transposed first
+        return (flat @ kernel.astype(dtype) + bias.astype(dtype)).reshape(*x.shape[:-1], self.features)
 
 
 class Drop(nn.Module):
