@@ -16,6 +16,7 @@ from ekd_jax.errors import UserError, nearest
 from ekd_jax.methods import METHODS
 from ekd_jax.models import MODELS, build
 from ekd_jax.models.ensemble import SHARINGS, Ensemble, parse_students
+from ekd_jax.models.execution import WAYS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +184,13 @@ KNOBS: dict[str, Knob] = {
         "the backward pass keeps what goes into blocks alone, and computes the rest again",
         changes_result=False,
     ),
+    "train.execution": Knob(
+        "auto",
+        "the students' branches run one by one; equal ones stacked; or packed into one wide network; auto: "
+        "one by one on CPU, elsewhere as a measurement finds fastest",
+        **_one_of(("auto", *WAYS)),
+        changes_result=False,
+    ),
     "train.fsdp": Knob(
         1, "devices that share one copy of parameters, optimiser state and averages", **_POSITIVE_STEP
     ),
@@ -294,6 +302,7 @@ def make_ensemble(config: Any, num_classes: int, devices: int = 1) -> Ensemble:
         base_gradients=method.base_gradients,
         batch_norm_groups=devices if model.batch_norm == "local" else 1,
         rematerialise=config.train.rematerialise,
+        execution="separate" if config.train.execution == "auto" else config.train.execution,
         **network_options(config),
     )
 

@@ -31,6 +31,7 @@ from ekd_jax.data.sources import facts
 from ekd_jax.describe import human, label
 from ekd_jax.errors import UserError, reason
 from ekd_jax.evaluate import make_evaluator, measure, results
+from ekd_jax.fastest import choose_execution
 from ekd_jax.job import Job, check_batches, prepare, steps_in
 from ekd_jax.optimizer import rate_in_words
 from ekd_jax.restore import predictor
@@ -133,6 +134,11 @@ def _run(job: Job, path: pathlib.Path) -> dict[str, Any]:
             f"{job.mesh.size} x {job.mesh.devices.flat[0].device_kind}"
         )
         if said := rate_in_words(job.config):
+            progress.line(said)
+        progress.update(int(state.step), "choosing how branches run")
+        ensemble, said = choose_execution(job, state)
+        job = dataclasses.replace(job, ensemble=ensemble)
+        if said:
             progress.line(said)
         progress.update(int(state.step), "reading")
         started = time.monotonic()

@@ -48,6 +48,7 @@ def build(
     batch_norm_groups: int = 1,
     batch_norm_epsilon: float = 1e-5,
     rematerialise: bool = False,
+    execution: str = "separate",
     **options: Any,
 ) -> Ensemble:
     """The network `name`, or those that the students name, for each of `students`.
@@ -60,11 +61,12 @@ def build(
         sharing, no_blocks, shared_stages, own_stages, last_map, base_gradients: what students have in
             common; see `family.assemble`.
         batch_norm_groups, batch_norm_epsilon, rematerialise: see `layers.Mode`.
+        execution: how branches run; see `execution`.
         **options: of the networks; see `family.Options`.
 
     Raises:
         UserError: an unknown network; a width that leaves a block without a channel; a cut that the
-            network does not have.
+            network does not have; a way to run branches that it does not allow.
     """
     names = [member.network or name for member in students]
     for own in names:
@@ -87,4 +89,5 @@ def build(
         own_stages,
         last_map,
         base_gradients,
+        execution,
     )

@@ -24,9 +24,11 @@ from ekd_jax.models.layers import (
     global_pool,
     kaiming_fan_out,
     max_pool,
+    relu,
     torch_default,
 )
 
+WRITTEN_OUT = 2  # equal blocks that cost less one after the other than in a loop
 Part = Callable[..., nn.Module]
 Block = Callable[..., nn.Module]  # a part that takes stride=
 
@@ -59,21 +61,27 @@ class Chain(nn.Module):
 
 class Stage(nn.Module):
     """Blocks of one width. `first` may change width and resolution; the equal ones after it are stored
-    stacked in `rest`, (blocks - 1, ...) a leaf, and scanned: one block to trace and to compile."""
+    stacked in `rest`, (blocks - 1, ...) a leaf, and scanned: one block to trace and to compile. One or two
+    are written out, as a loop has to write down everything that the backward pass wants."""
 
     block: Block
     blocks: int
     stride: int = 1
+    parts: tuple[str, ...] = ("first", "rest")  # what of it runs
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        x = call(self.block(stride=self.stride, name="first"), x, mode)
-        if self.blocks > 1:
+        if "first" in self.parts:
+            x = call(self.block(stride=self.stride, name="first"), x, mode)
+        if "rest" in self.parts and self.blocks > 1:
+            equal = self.blocks - 1
+            in_loop = equal > WRITTEN_OUT
             x, _ = nn.scan(
-                lambda block, x, _: (call(block, x, mode, in_loop=True), None),
+                lambda block, x, _: (call(block, x, mode, in_loop), None),
                 variable_axes={"params": 0, "batch_stats": 0},
                 split_rngs={"params": True, "drop": True},
-                length=self.blocks - 1,
+                length=equal,
+                unroll=1 if in_loop else equal,
             )(self.block(stride=1, name="rest"), x, None)
         return x
 
@@ -93,7 +101,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        return nn.relu(BatchNorm(name="bn")(x, mode))
+        return relu(BatchNorm(name="bn")(x, mode))
 
 
 class Head(nn.Module):
@@ -143,7 +151,7 @@ class Residual(nn.Module):
             else:
                 x = Conv(width, 1, stride, kernel_init=self.kernel_init, name="shortcut_conv")(x, mode)
                 x = BatchNorm(name="shortcut_bn")(x, mode)
-        return nn.relu(x + y)
+        return relu(x + y)
 
 
 class BasicBlock(Residual):
@@ -151,7 +159,7 @@ class BasicBlock(Residual):
 
     def body(self, x: Array, mode: Mode) -> Array:
         y = Conv(self.features, 3, self.stride, kernel_init=self.kernel_init, name="conv1")(x, mode)
-        y = nn.relu(BatchNorm(name="bn1")(y, mode))
+        y = relu(BatchNorm(name="bn1")(y, mode))
         y = Conv(self.features, 3, kernel_init=self.kernel_init, name="conv2")(y, mode)
         return BatchNorm(name="bn2")(y, mode)
 
@@ -170,9 +178,9 @@ class Bottleneck(Residual):
     def body(self, x: Array, mode: Mode) -> Array:
         middle = self.features * self.base_width // 64 * self.groups
         y = Conv(middle, 1, kernel_init=self.kernel_init, name="conv1")(x, mode)
-        y = nn.relu(BatchNorm(name="bn1")(y, mode))
+        y = relu(BatchNorm(name="bn1")(y, mode))
         y = Conv(middle, 3, self.stride, self.groups, kernel_init=self.kernel_init, name="conv2")(y, mode)
-        y = nn.relu(BatchNorm(name="bn2")(y, mode))
+        y = relu(BatchNorm(name="bn2")(y, mode))
         y = Conv(4 * self.features, 1, kernel_init=self.kernel_init, name="conv3")(y, mode)
         return BatchNorm(name="bn3")(y, mode)
 

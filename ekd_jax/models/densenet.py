@@ -27,6 +27,7 @@ from ekd_jax.models.layers import (
     kaiming_fan_in,
     kaiming_fan_out,
     moments,
+    relu,
     torch_default,
 )
 
@@ -44,15 +45,15 @@ class DenseStage(nn.Module):
     def __call__(self, x: Array, mode: Mode) -> Array:
         known = moments(x, mode)  # channels keep theirs, however many layers read them
         for i in range(1, self.layers + 1):
-            y = nn.relu(BatchNorm(name=f"layer{i}_bn1")(x, mode, known))
+            y = relu(BatchNorm(name=f"layer{i}_bn1")(x, mode, known))
             y = Conv(4 * self.growth, 1, kernel_init=self.kernel_init, name=f"layer{i}_conv1")(y, mode)
-            y = nn.relu(BatchNorm(name=f"layer{i}_bn2")(y, mode))
+            y = relu(BatchNorm(name=f"layer{i}_bn2")(y, mode))
             y = Conv(self.growth, 3, kernel_init=self.kernel_init, name=f"layer{i}_conv2")(y, mode)
             x = jnp.concatenate([x, y], -1)
             known = jax.tree.map(lambda a, b: jnp.concatenate([a, b], -1), known, moments(y, mode))
         if not self.transition:
             return x
-        x = nn.relu(BatchNorm(name="transition_bn")(x, mode, known))
+        x = relu(BatchNorm(name="transition_bn")(x, mode, known))
         x = Conv(x.shape[-1] // 2, 1, kernel_init=self.kernel_init, name="transition_conv")(x, mode)
         return average_pool(x, 2, 2)
 
@@ -74,6 +75,7 @@ def _densenet(
         head=partial(
             Head, options.num_classes, before=Norm, dropout=options.dropout_or(0.0), bias_init=constant(0.0)
         ),
+        unpackable="a DenseNet's layers append channels, and packed students' would come to lie in turns",
     )
 
 

@@ -18,7 +18,7 @@ import flax.linen as nn
 from ekd_jax.models.blocks import Head, InvertedResidual, Stem
 from ekd_jax.models.family import Architecture, Family, Options, rounded
 from ekd_jax.models.layers import ConvNorm, constant, uniform
-from ekd_jax.models.mobilenet_v2 import Settings, inverted_residual_stages
+from ekd_jax.models.mobilenet_v2 import UNPACKABLE, Settings, inverted_residual_stages
 
 SETTINGS: Settings = (
     ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5)),
@@ -60,6 +60,7 @@ def efficientnet(
             kernel_init=uniform(1 / math.sqrt(options.num_classes)),
             bias_init=constant(0.0),
         ),
+        unpackable=UNPACKABLE,
     )
 
 

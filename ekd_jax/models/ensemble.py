@@ -20,11 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from ekd_jax.errors import UserError
-from ekd_jax.models.blocks import Part, call
+from ekd_jax.models.execution import WAYS, Branch, Maps, Network, Wide, alike, applied
 from ekd_jax.models.layers import Array, Mode, Traced, draw, trace
 
 Variables = dict[str, Any]
-Maps = dict[str, Array]
 Features = tuple[tuple[Array, ...], ...]
 Path = tuple[str, ...]
 SHARINGS = ("base", "tree", "none")
@@ -45,22 +44,6 @@ class Outputs:
     features: Features
     pooled: tuple[Array, ...]
     base: Array
-
-
-class Network(nn.Module):
-    """Images, or a base block's map, -> logits (B, K) float32, the maps of its stages by name, (B, H_b,
-    W_b, C_b) each, and the map that is pooled for the classifier."""
-
-    stages: tuple[tuple[str, Part], ...]
-    head: Part
-
-    @nn.compact
-    def __call__(self, x: Array, mode: Mode) -> tuple[Array, Maps, Array]:
-        maps = {}
-        for name, stage in self.stages:
-            x = maps[name] = call(stage(name=name), x, mode)
-        logits, pooled = self.head(name="head")(x, mode)
-        return logits, maps, pooled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +91,7 @@ class Ensemble:
     Attributes:
         trunk: the shared parts, modules map -> map, with the paths of their variables.
         routes: of each student the numbers of the shared parts that its images go through, in order.
-        branches: of each student what follows and is its own.
+        branches: of each student what follows and is its own; equal ones are one object.
         networks: of each student the same from the images on.
         students: as they were asked for.
         widths: of each student the width multiplier of every stage.
@@ -117,6 +100,8 @@ class Ensemble:
         base_gradients: "all" students train the shared parts; the "pseudo_teacher" alone (METHODS.md 1.3);
             or the "mean" of what comes from either side of every parting (METHODS.md 12.2).
         mode: of evaluation.
+        execution: how branches run, one of `execution.WAYS`; it changes nothing but time and rounding.
+        wide: all branches as one network, if they can be packed.
     """
 
     trunk: tuple[tuple[Path, nn.Module], ...]
@@ -128,7 +113,16 @@ class Ensemble:
     matched: tuple[Path, ...]
     base_gradients: str
     mode: Mode
+    execution: str = "separate"
+    wide: Wide | None = None
     _traces: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def ways(self) -> list[str]:
+        """In which its branches can run and differ."""
+        equal = any(len(group) > 1 for group in alike(self.branches))
+        wide = self.wide is not None and len(self.branches) > 1
+        return ["separate", *(["stacked"] if equal else []), *(["packed"] if wide else [])]
 
     def student(self, number: int) -> Student:
         """Student `number`, from 1."""
@@ -205,7 +199,7 @@ class Ensemble:
         train: bool,
         key: Array | None = None,
     ) -> tuple[Outputs, Any]:
-        """Runs the shared parts and each branch in turn.
+        """Runs the shared parts in turn, and the branches as `execution` says.
 
         Args:
             variables: as `init` returns them.
@@ -221,19 +215,16 @@ class Ensemble:
         views: list[Any] = list(images) if isinstance(images, tuple | list) else [images]
         stats = jax.tree.map(lambda leaf: leaf, variables["batch_stats"])
 
-        def run(module: nn.Module, path: Path, x: Array, number: int) -> Any:
-            own = {"params": _at(variables["params"], path), "batch_stats": _at(stats, path)}
-            if not train:
-                return module.apply(own, x, mode)
-            rngs = None if key is None else {"drop": jax.random.fold_in(key, number)}
-            out, updated = module.apply(own, x, mode, mutable=["batch_stats"], rngs=rngs)
-            _put(stats, path, updated.get("batch_stats", {}))
-            return out
+        def own(path: Path) -> Variables:
+            return {"params": _at(variables["params"], path), "batch_stats": _at(stats, path)}
+
+        def key_of(number: int) -> Array | None:
+            return None if key is None or not train else jax.random.fold_in(key, number)
 
         students = len(self.branches)
-        seen: dict[Any, Array] = {}
-        found, inputs = [], []
-        for i, (route, branch) in enumerate(zip(self.routes, self.branches, strict=True)):
+        seen: dict[Any, Array] = {}  # way through the trunk -> what comes out, one object for all readers
+        inputs = []
+        for i, route in enumerate(self.routes):
             view = i % len(views)
             x = views[view]
             for depth, node in enumerate(route, 1):
@@ -241,14 +232,23 @@ class Ensemble:
                 if way not in seen:
                     number = 0 if node == 0 and view == 0 else students + node * len(views) + view + 1
                     path, part = self.trunk[node]
-                    seen[way] = run(part, path, x, number)
+                    x, new = applied(part, own(path), x, mode, key_of(number))
+                    _put(stats, path, new)
+                    if self.base_gradients == "mean":
+                        x = scale_gradient(x, 1 / self._parts(route[:depth]))
+                    seen[way] = x
                 x = seen[way]
-                if self.base_gradients == "mean":
-                    x = scale_gradient(x, 1 / self._parts(route[:depth]))
             if i > 0 and route and self.base_gradients == "pseudo_teacher":
-                x = lax.stop_gradient(x)
+                x = seen.setdefault((view, *route, "held"), lax.stop_gradient(x))
             inputs.append(x)
-            found.append(run(branch, ("students", str(i + 1)), x, i + 1))
+        branches = [
+            Branch(branch, own(("students", str(i))), x, key_of(i))
+            for i, (branch, x) in enumerate(zip(self.branches, inputs, strict=True), 1)
+        ]
+        results = WAYS[self.execution if students > 1 else "separate"](branches, mode, self.wide)
+        for i, (_, new) in enumerate(results, 1):
+            _put(stats, ("students", str(i)), new)
+        found = [given for given, _ in results]
         logits = jnp.stack([logits for logits, _, _ in found])
         return self._outputs(logits, found, inputs[0]), stats if train else variables["batch_stats"]
 

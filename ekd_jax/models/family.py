@@ -13,7 +13,8 @@ import flax.linen as nn
 
 from ekd_jax.errors import UserError
 from ekd_jax.models.blocks import Chain, Part
-from ekd_jax.models.ensemble import Ensemble, Member, Network, Path
+from ekd_jax.models.ensemble import Ensemble, Member, Path
+from ekd_jax.models.execution import Network, Wide
 from ekd_jax.models.layers import Mode
 
 
@@ -45,11 +46,20 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A network: `head(stages(stem(images)))`."""
+    """A network: `head(stages(stem(images)))`.
+
+    Attributes:
+        stem, stages, head: its parts.
+        unpackable: why branches at several widths are not one branch at the sum of the widths, with
+            block-diagonal kernels (see `execution`); "": they are.
+        first_apart: they are, but for the first blocks of stages.
+    """
 
     stem: Part
     stages: Sequence[Part]
     head: Part
+    unpackable: str = "the network does not say that its students can run as one wide network"
+    first_apart: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,20 +80,33 @@ class Family:
     last_map: str = "stage"
 
 
+class Together(Fraction):
+    """The width of several networks side by side: the sum of theirs, and what they are."""
+
+    parts: tuple[Fraction, ...]
+
+    def __new__(cls, parts: Sequence[Fraction]) -> "Together":
+        self = super().__new__(cls, sum(parts))
+        self.parts = tuple(parts)
+        return self
+
+
 def scaled(channels: int, width: Fraction, multiple: int = 1) -> int:
-    """channels * width, rounded down to a multiple of `multiple`.
+    """channels * width, rounded down to a multiple of `multiple`; of networks together the sum of theirs.
 
     Raises:
         UserError: nothing is left.
     """
-    scaled = math.floor(channels * width / multiple) * multiple
-    if scaled == 0:
+    if isinstance(width, Together):
+        return sum(scaled(channels, own, multiple) for own in width.parts)
+    left = math.floor(channels * width / multiple) * multiple
+    if left == 0:
         least = multiple / channels
         raise UserError(
             f"model.students: width {float(width):g} leaves a block of {channels} channels with none; "
             f"the smallest usable width is {least:g}"
         )
-    return scaled
+    return left
 
 
 def rounded(channels: Fraction | float) -> int:
@@ -104,6 +127,7 @@ def assemble(
     own_stages: int = 0,
     last_map: str = "",
     base_gradients: str = "all",
+    execution: str = "separate",
 ) -> Ensemble:
     """One network for each of the students, of which they share what they have in common.
 
@@ -118,10 +142,11 @@ def assemble(
         shared_stages: how many stages belong to the base block; below 0: all but `own_stages`.
         own_stages: 0: as the family has it (the paper's).
         last_map: "stage" or "pooled"; "": the family's own.
-        base_gradients: see `Ensemble`.
+        base_gradients, execution: see `Ensemble`.
 
     Raises:
-        UserError: a width that leaves a block without a channel; a cut that the network does not have.
+        UserError: a width that leaves a block without a channel; a cut that the network does not have; a
+            way to run branches that these do not allow.
     """
     family, number = families[0], len(students)
     if sharing != "none" and any(f is not family for f in families):
@@ -159,14 +184,11 @@ def assemble(
             )
         return member.widths
 
-    def parts(family: Family, widths: Sequence[Fraction]) -> Network:
-        built = family.build(widths, options)
-        stages = [(f"stage{i}", stage) for i, stage in enumerate(built.stages, 1)]
-        return Network((("stem", built.stem), *stages), built.head)
-
-    whole = parts(family, (Fraction(1),) * family.stages).stages
+    whole = named(family.build((Fraction(1),) * family.stages, options)).stages
     widths = [all_widths(f, member) for f, member in zip(families, students, strict=True)]
-    networks = [parts(f, own) for f, own in zip(families, widths, strict=True)]
+    asked = list(zip(families, widths, strict=True))
+    distinct = {(id(f), own): named(f.build(own, options)) for f, own in asked}
+    networks = [distinct[id(f), own] for f, own in asked]  # of equal students one object
     # Parts of a network, its stem among them: those before `shared` + 1 are everyone's, then at each
     # level of a tree half as many students have one in common.
     trunk: list[tuple[Path, nn.Module]] = []
@@ -183,7 +205,12 @@ def assemble(
             ]
             routes = [(*route, first + i * 2**level // number) for i, route in enumerate(routes)]
             cut += 1
-    branches = tuple(Network(n.stages[cut:], n.head) for n in networks)
+    cut_off = {id(n): Network(n.stages[cut:], n.head) for n in networks}
+    branches = tuple(cut_off[id(n)] for n in networks)
+    wide, unpackable = _side_by_side(families, widths, options, cut)
+    if execution == "packed" and unpackable and number > 1:
+        nearest = "stacked" if len(cut_off) < number else "separate"
+        raise UserError(f"train.execution=packed: {unpackable}: use {nearest}")
     depth = min(compressed, *(len(b.stages) - (sharing == "none") for b in branches))
     matched = []
     for f, branch in zip(families, branches, strict=True):
@@ -200,4 +227,26 @@ def assemble(
         matched=tuple(matched),
         base_gradients=base_gradients,
         mode=mode,
+        execution=execution,
+        wide=wide,
     )
+
+
+def named(built: Architecture) -> Network:
+    """The network, its parts named as they are everywhere."""
+    stages = [(f"stage{i}", stage) for i, stage in enumerate(built.stages, 1)]
+    return Network((("stem", built.stem), *stages), built.head)
+
+
+def _side_by_side(
+    families: Sequence[Family], widths: Sequence[Sequence[Fraction]], options: Options, cut: int
+) -> tuple[Wide | None, str]:
+    """All students' branches as one network, or why they are not."""
+    if any(family is not families[0] for family in families):
+        return None, "students that are different networks are not one wide network"
+    build = families[0].build
+    if unpackable := build(widths[0], options).unpackable:
+        return None, unpackable
+    built = build([Together(of_stage) for of_stage in zip(*widths, strict=True)], options)
+    network = named(built)
+    return Wide(Network(network.stages[cut:], network.head), built.first_apart), ""

@@ -15,7 +15,7 @@ import flax.linen as nn
 
 from ekd_jax.models.blocks import Block, Chain, Head, InvertedResidual, Part, Stage, Stem
 from ekd_jax.models.family import Architecture, Family, Options, rounded, scaled
-from ekd_jax.models.layers import ConvNorm, constant, normal
+from ekd_jax.models.layers import ConvNorm, constant, normal, relu
 
 # Of each stage: expansion, channels, blocks, stride, kernel size.
 Settings = tuple[tuple[tuple[int, int, int, int, int], ...], ...]
@@ -25,6 +25,7 @@ IMAGENET: Settings = (
     ((6, 160, 3, 2, 3), (6, 320, 1, 1, 3)),
 )
 CIFAR: Settings = (((1, 16, 1, 1, 3), (6, 24, 2, 1, 3), (6, 32, 3, 2, 3)), *IMAGENET[1:])
+UNPACKABLE = "the width decides which of its inverted residuals add their input"
 
 
 def inverted_residual_stages(
@@ -65,6 +66,7 @@ def mobilenet_v2(widths: Sequence[Fraction], options: Options) -> Architecture:
             kernel_init=normal(0.01),
             bias_init=constant(0.0),
         ),
+        unpackable=UNPACKABLE,
     )
 
 
@@ -72,7 +74,7 @@ def mobilenet_v2_cifar(widths: Sequence[Fraction], options: Options) -> Architec
     """RepDistiller's `mobile_half` at width 1: half the channels, ReLU, every block expands."""
     block = partial(
         InvertedResidual,
-        activation=nn.relu,
+        activation=relu,
         always_expand=True,
         stochastic_depth=options.stochastic_depth_or(0.0),
     )
@@ -81,6 +83,7 @@ def mobilenet_v2_cifar(widths: Sequence[Fraction], options: Options) -> Architec
         stem=partial(Stem, 16, stride=2),
         stages=inverted_residual_stages(CIFAR, widths, lambda c, width: scaled(c, width / 2), block),
         head=partial(Head, options.num_classes, before, options.dropout_or(0.0)),
+        unpackable=UNPACKABLE,
     )
 
 

@@ -16,7 +16,12 @@ PLANES = (64, 128, 256, 512)
 
 
 def resnet(
-    widths: Sequence[Fraction], options: Options, *, block: Block, blocks: tuple[int, ...]
+    widths: Sequence[Fraction],
+    options: Options,
+    *,
+    block: Block,
+    blocks: tuple[int, ...],
+    unpackable: str = "",
 ) -> Architecture:
     """Four stages of so many blocks."""
     return Architecture(
@@ -26,15 +31,20 @@ def resnet(
             for i, (planes, width, number) in enumerate(zip(PLANES, widths, blocks, strict=True))
         ],
         head=partial(Head, options.num_classes, dropout=options.dropout_or(0.0)),
+        unpackable=unpackable,
     )
 
 
-def _family(block: Block, *blocks: int) -> Family:
-    return Family(partial(resnet, block=block, blocks=blocks), stages=4, shared=1)
+def _family(block: Block, *blocks: int, unpackable: str = "") -> Family:
+    return Family(partial(resnet, block=block, blocks=blocks, unpackable=unpackable), stages=4, shared=1)
 
 
-def _grouped(groups: int, base_width: int) -> Block:
-    return partial(Bottleneck, groups=groups, base_width=base_width)
+def _resnext(groups: int, base_width: int, *blocks: int) -> Family:
+    block = partial(Bottleneck, groups=groups, base_width=base_width)
+    return _family(block, *blocks, unpackable="packed students would share a ResNeXt's groups of channels")
+
+
+wide = partial(Bottleneck, base_width=128)
 
 
 MODELS = {
@@ -43,8 +53,8 @@ MODELS = {
     "resnet50": _family(Bottleneck, 3, 4, 6, 3),
     "resnet101": _family(Bottleneck, 3, 4, 23, 3),
     "resnet152": _family(Bottleneck, 3, 8, 36, 3),
-    "resnext50_32x4d": _family(_grouped(32, 4), 3, 4, 6, 3),
-    "resnext101_32x8d": _family(_grouped(32, 8), 3, 4, 23, 3),
-    "wide_resnet50_2": _family(_grouped(1, 128), 3, 4, 6, 3),
-    "wide_resnet101_2": _family(_grouped(1, 128), 3, 4, 23, 3),
+    "resnext50_32x4d": _resnext(32, 4, 3, 4, 6, 3),
+    "resnext101_32x8d": _resnext(32, 8, 3, 4, 23, 3),
+    "wide_resnet50_2": _family(wide, 3, 4, 6, 3),
+    "wide_resnet101_2": _family(wide, 3, 4, 23, 3),
 }

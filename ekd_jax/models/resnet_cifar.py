@@ -28,6 +28,7 @@ def resnet(
     channels: tuple[int, ...] = CHANNELS,
     kernel_init: Initializer = kaiming_fan_out,
     head_init: Initializer = torch_default,
+    shortcut: str = "project",
 ) -> Architecture:
     """Three stages of (depth - 2) / 6 blocks, with floor(channels * width) channels."""
     stem, *full = channels
@@ -36,19 +37,21 @@ def resnet(
         stages=[
             partial(
                 Stage,
-                partial(block, scaled(c, width), kernel_init=kernel_init),
+                partial(block, scaled(c, width), shortcut=shortcut, kernel_init=kernel_init),
                 blocks=(depth - 2) // 6,
                 stride=1 if i == 0 else 2,
             )
             for i, (c, width) in enumerate(zip(full, widths, strict=True))
         ],
         head=partial(Head, options.num_classes, dropout=options.dropout_or(0.0), kernel_init=head_init),
+        unpackable="",
+        first_apart=shortcut == "pad",  # where channels change it knows which student they are of
     )
 
 
 DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 official = partial(resnet, kernel_init=xavier_normal, head_init=xavier_normal)
-option_a = partial(resnet, block=partial(BasicBlock, shortcut="pad"))
+option_a = partial(resnet, shortcut="pad")
 wide = partial(resnet, channels=(32, 64, 128, 256))
 
 MODELS = {

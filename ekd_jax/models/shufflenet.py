@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from ekd_jax.errors import UserError
 from ekd_jax.models.blocks import Block, Head, Part, Stage, Stem
 from ekd_jax.models.family import Architecture, Family, Options, scaled
-from ekd_jax.models.layers import Array, BatchNorm, Conv, ConvNorm, Mode, average_pool
+from ekd_jax.models.layers import Array, BatchNorm, Conv, ConvNorm, Mode, average_pool, relu
 
 BLOCKS = (4, 8, 4)
+UNPACKABLE = "a ShuffleNet would shuffle packed students' channels among each other"
 
 
 def shuffle(x: Array, groups: int) -> Array:
@@ -46,8 +47,8 @@ class BlockV1(nn.Module):
         y = Conv(features, 1, groups=self.groups, name="conv")(y, mode)
         y = BatchNorm(name="bn")(y, mode)
         if self.stride == 1:
-            return nn.relu(x + y)
-        return nn.relu(jnp.concatenate([y, average_pool(x, 3, 2)], -1))
+            return relu(x + y)
+        return relu(jnp.concatenate([y, average_pool(x, 3, 2)], -1))
 
 
 class BlockV2(nn.Module):
@@ -91,6 +92,7 @@ def shufflenet_v2(
             partial(ConvNorm, scaled(last, widths[-1]), 1),
             options.dropout_or(0.0),
         ),
+        unpackable=UNPACKABLE,
     )
 
 
@@ -109,7 +111,7 @@ def shufflenet_v1(widths: Sequence[Fraction], options: Options) -> Architecture:
         for i, c in enumerate(numbers)
     ]
     head = partial(Head, options.num_classes, dropout=options.dropout_or(0.0))
-    return Architecture(partial(Stem, stem, size=1), _stages(blocks), head)
+    return Architecture(partial(Stem, stem, size=1), _stages(blocks), head, UNPACKABLE)
 
 
 imagenet = partial(Stem, 24, stride=2, pool=True)

@@ -12,7 +12,7 @@ import flax.linen as nn
 
 from ekd_jax.models.blocks import Head
 from ekd_jax.models.family import Architecture, Family, Options, scaled
-from ekd_jax.models.layers import Array, BatchNorm, Conv, Mode, constant, max_pool
+from ekd_jax.models.layers import Array, BatchNorm, Conv, Mode, constant, max_pool, relu
 
 CHANNELS = (64, 128, 256, 512, 512)
 
@@ -30,7 +30,7 @@ class Group(nn.Module):
             x = max_pool(x, 2, 2)
         for i in range(1, self.convolutions + 1):
             x = Conv(self.features, bias_init=constant(0.0), name=f"conv{i}")(x, mode)
-            x = nn.relu(BatchNorm(name=f"bn{i}")(x, mode))
+            x = relu(BatchNorm(name=f"bn{i}")(x, mode))
         return x
 
 
@@ -41,7 +41,7 @@ def vgg(widths: Sequence[Fraction], options: Options, *, convolutions: tuple[int
         for channels, width, number in zip(CHANNELS, (Fraction(1), *widths), convolutions, strict=True)
     ]
     head = partial(Head, options.num_classes, dropout=options.dropout_or(0.0))
-    return Architecture(partial(groups[0], pool=False), groups[1:], head)
+    return Architecture(partial(groups[0], pool=False), groups[1:], head, unpackable="")
 
 
 MODELS = {

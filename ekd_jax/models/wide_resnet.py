@@ -12,7 +12,7 @@ import flax.linen as nn
 
 from ekd_jax.models.blocks import Head, Norm, Stage
 from ekd_jax.models.family import Architecture, Family, Options, scaled
-from ekd_jax.models.layers import Array, BatchNorm, Conv, Drop, Mode
+from ekd_jax.models.layers import Array, BatchNorm, Conv, Drop, Mode, relu
 
 
 class PreActivationBlock(nn.Module):
@@ -25,17 +25,18 @@ class PreActivationBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        y = nn.relu(BatchNorm(name="bn1")(x, mode))
+        y = relu(BatchNorm(name="bn1")(x, mode))
         if x.shape[-1] != self.features or self.stride != 1:
             x = Conv(self.features, 1, self.stride, name="shortcut_conv")(y, mode)
         y = Conv(self.features, 3, self.stride, name="conv1")(y, mode)
-        y = Drop(self.dropout, name="drop")(nn.relu(BatchNorm(name="bn2")(y, mode)), mode)
+        y = Drop(self.dropout, name="drop")(relu(BatchNorm(name="bn2")(y, mode)), mode)
         return x + Conv(self.features, 3, name="conv2")(y, mode)
 
 
 def wide_resnet(widths: Sequence[Fraction], options: Options, *, depth: int, times: int) -> Architecture:
     """Three stages of (depth - 4) / 6 blocks, `times` as wide as a ResNet's."""
-    block = partial(PreActivationBlock, dropout=options.dropout_or(0.0))
+    dropout = options.dropout_or(0.0)
+    block = partial(PreActivationBlock, dropout=dropout)
     return Architecture(
         stem=partial(Conv, 16),
         stages=[
@@ -43,6 +44,9 @@ def wide_resnet(widths: Sequence[Fraction], options: Options, *, depth: int, tim
             for c, width, stride in zip((16, 32, 64), widths, (1, 2, 2), strict=True)
         ],
         head=partial(Head, options.num_classes, before=Norm),
+        unpackable="what is dropped between convolutions (model.dropout) is drawn per student"
+        if dropout
+        else "",
     )
 
 

@@ -1,0 +1,292 @@
+"""Separate, stacked and packed branches: one result; and how the way is chosen."""
+
+import json
+import signal
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from conftest import one_device, tiny_config
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from test_processes import STEADY, assert_same_run
+
+from ekd_jax import models, train, workdir
+from ekd_jax.config import fingerprint, resolve
+from ekd_jax.errors import UserError
+from ekd_jax.fastest import choose_execution
+from ekd_jax.job import prepare
+from ekd_jax.models import resnet
+from ekd_jax.models.ensemble import parse_students
+from ekd_jax.models.family import Family
+from ekd_jax.state import init_state
+from ekd_jax.writers import MetricWriter, read_metrics, user_cache
+
+# As wide_resnet50_2, with fewer blocks.
+BOTTLENECKS = Family(partial(resnet.resnet, block=resnet.wide, blocks=(1, 1, 1, 2)), stages=4, shared=3)
+CASES = {
+    # Student 1 has no projection in the first block of stage 1.
+    "resnet8": ((1, 0.5), {"dropout": 0.5}),
+    # As many channels together as the base block has: packed, the shortcut would be the identity.
+    "resnet14_a": ((0.5, 0.5), {}),
+    "bottlenecks": ((0.125, 0.0625), {}),
+    "wrn_16_1": ((1, 0.5), {"shared_stages": 2}),
+    "vgg8": ((0.0625, 0.03125), {}),
+    "resnet14": ((1, 0.6, 0.3), {}),
+    "resnet8x4": ((0.25, 0.125), {"shared_stages": 1}),
+    "resnet18": ((0.0625, 0.03125), {}),
+    "resnet110_bottleneck": ((1, 0.5), {"shared_stages": 2}),
+}
+SLOW = ("bottlenecks", "wrn_16_1", "resnet14", "resnet8x4", "resnet18", "resnet110_bottleneck")
+
+
+def build(name, students, way, dtype="float64", **options):
+    return models.build(name, parse_students(students), 4, dtype, execution=way, **options)
+
+
+def variables_of(ensemble, size=8, dtype=np.float64):
+    """Away from where training begins: no two channels are alike."""
+    generator = np.random.default_rng(0)
+    moved = lambda x: x * generator.uniform(0.7, 1.3, x.shape) + generator.uniform(0, 0.1, x.shape)
+    return jax.tree.map(lambda x: moved(x).astype(dtype), ensemble.init(0, (size, size, 3)))
+
+
+def everything(ensemble, variables, images):
+    """Outputs and new batch statistics in training, their gradients, and outputs in evaluation."""
+
+    def loss(params):
+        given = {**variables, "params": params}
+        outputs, stats = ensemble.apply(given, images, train=True, key=jax.random.key(1))
+        generator = np.random.default_rng(1)  # a part of the loss for every number that comes out
+        parts = [(x * generator.normal(size=x.shape)).sum() for x in jax.tree.leaves(outputs)]
+        evaluated, same = ensemble.apply(given, images, train=False)
+        assert jax.tree.structure(same) == jax.tree.structure(stats)
+        return sum(parts), (outputs, stats, evaluated)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+
+
+def images_of(size=8, views=1, dtype=np.float64):
+    images = np.random.default_rng(2).normal(size=(views, 4, size, size, 3)).astype(dtype)
+    return tuple(images) if views > 1 else images[0]
+
+
+def assert_equal(found, expected, tolerance=1e-10):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        assert a.dtype == b.dtype
+        scale = max(1.0, np.abs(np.asarray(b, np.float64)).max())
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64) / scale,
+            np.asarray(b, np.float64) / scale,
+            rtol=0,
+            atol=tolerance,
+            err_msg=jax.tree_util.keystr(path),
+        )
+
+
+def compare(name, students, *ways, images=None, **options):
+    with jax.enable_x64(True):
+        images = images_of() if images is None else images
+        reference = build(name, students, "separate", **options)
+        variables = variables_of(reference)
+        expected = everything(reference, variables, images)
+        for way in ways:
+            assert way in reference.ways
+            assert_equal(everything(build(name, students, way, **options), variables, images), expected)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES]
+)
+def test_packed_is_separate(name, monkeypatch):
+    """Outputs, gradients and statistics of every packable family, and what is dropped before heads."""
+    monkeypatch.setitem(models.MODELS, "bottlenecks", BOTTLENECKS)
+    students, options = CASES[name]
+    compare(name, students, "packed", **options)
+
+
+def test_students_that_part_one_by_one():
+    """Branches that read different maps, some of them the same."""
+    compare("resnet8", (1, 1, 1, 1), "stacked", "packed", sharing="tree", base_gradients="mean")
+
+
+def test_students_that_share_nothing():
+    compare("resnet8", (1, 0.5), "packed", sharing="none")
+
+
+def test_views_of_their_own_groups_of_batch_norm_and_rematerialised_blocks():
+    options = {"shared_stages": 2, "batch_norm_groups": 2, "rematerialise": True}
+    options["base_gradients"] = "pseudo_teacher"
+    compare("resnet14", (0.5, 0.5), "packed", images=images_of(views=2), **options)
+
+
+def test_equal_students_run_as_one_whatever_the_network():
+    """Stacked: also what cannot be packed, as it drops in the middle; and others in their turn."""
+    compare("wrn_10_1", (0.5, 1, 0.5), "stacked", shared_stages=2, dropout=0.5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-5), pytest.param("bfloat16", 0.05, marks=pytest.mark.slow)]
+)
+def test_in_less_precision(dtype, tolerance):
+    found = {}
+    for way in ("separate", "packed"):
+        ensemble = build("resnet8", (0.5, 0.5), way, dtype, shared_stages=2)
+        variables = variables_of(ensemble, dtype=np.float32)
+        (_, aside), gradients = everything(ensemble, variables, images_of(dtype=np.float32))
+        assert aside[0].features[0][1].dtype == dtype
+        found[way] = aside, gradients
+    assert_equal(found["packed"], found["separate"], tolerance)
+
+
+def test_fewer_convolutions():
+    """What they are for; and a unit that ran apart would go unnoticed."""
+
+    def convolutions(students, way):
+        ensemble = build("resnet14", students, way, "float32")
+        variables = ensemble.init(0, (8, 8, 3))
+        run = lambda v, x: ensemble.apply(v, x, train=True)[0].logits_SxBxK
+        return str(jax.make_jaxpr(run)(variables, images_of(dtype=np.float32))).count("conv_general")
+
+    base = 1
+    assert convolutions((1, 0.6, 0.3), "separate") == base + (2 + 2 + 5 + 5) + 2 * (5 + 5 + 5)
+    assert convolutions((1, 0.6, 0.3), "packed") == base + (2 + 3 + 3) + 2 + 5 + 5
+    assert convolutions((0.5,) * 3, "packed") == base + 5 + 5 + 5
+    assert convolutions((0.5,) * 3, "stacked") == base + 5 + 5 + 5
+
+
+@pytest.mark.parametrize(
+    ("name", "students", "changes", "message"),
+    [
+        ("resnext50_32x4d", (1, 0.5), {}, "ResNeXt's groups of channels: use separate"),
+        ("densenet_bc_12_100", (1, 1), {}, "append channels.*: use stacked"),
+        ("shufflenet_v2_cifar", (1, 0.5), {}, "shuffle"),
+        ("shufflenet_v1_cifar", (1, 0.5), {}, "shuffle"),
+        ("mobilenet_v2", (1, 0.5), {}, "which of its inverted residuals add their input"),
+        ("efficientnet_b0", (1, 0.5), {}, "which of its inverted residuals add their input"),
+        ("wrn_16_2", (1, 0.5), {"model": {"dropout": 0.3}}, "model.dropout.* per student"),
+        ("resnet8", (1, "vgg8"), {"model": {"sharing": "none"}}, "different networks"),
+    ],
+)
+def test_networks_that_cannot_be_packed(name, students, changes, message):
+    """Known from the configuration alone, before any data is looked for."""
+    asked = {"model": {"name": name, "students": students, **changes.get("model", {})}}
+    asked |= {"method": {"name": "dml"}}
+    for way in ("auto", "separate", "stacked"):
+        resolve(asked | {"train": {"execution": way}})
+    with pytest.raises(UserError, match=f"train.execution=packed: .*{message}") as error:
+        resolve(asked | {"train": {"execution": "packed"}})
+    assert "\n" not in str(error.value)
+
+
+def test_one_student_runs_as_it_is():
+    """Methods of several stages train single networks before."""
+    for way in ("stacked", "packed"):
+        assert build("densenet_bc_12_100", (1,), way).ways == ["separate"]
+
+
+# --- training ---------------------------------------------------------------------------------------
+
+RUN = {
+    "model__students": (0.5, 0.5),
+    "model__shared_stages": 1,
+    "train__epochs": 1,
+    "train__log_every_steps": 1,
+    **STEADY,
+}
+
+
+def test_a_run_may_go_on_in_another_way(tmp_path, monkeypatch, capsys):
+    """Packed until it is interrupted, stacked then: the records and the checkpoint of a separate run."""
+    write = MetricWriter.write
+
+    def interrupted(self, step, epoch, split, values):
+        write(self, step, epoch, split, values)
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    train.run(tiny_config(**RUN), tmp_path / "separate", one_device())
+    assert "branches run" not in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr(MetricWriter, "write", interrupted)
+        with pytest.raises(SystemExit):
+            train.run(tiny_config(**RUN, train__execution="packed"), tmp_path / "run", one_device())
+    assert 1 < max(r["step"] for r in read_metrics(tmp_path / "run")) < 6
+    train.run(tiny_config(**RUN, train__execution="stacked"), tmp_path / "run", one_device())
+    assert_same_run(tmp_path / "run", tmp_path / "separate", rtol=1e-5)
+    configs = [workdir.read(tmp_path / name).config for name in ("run", "separate")]
+    assert fingerprint(configs[0]) == fingerprint(configs[1])
+
+
+def job_of(method="oem", **changes):
+    job = prepare(tiny_config(method, **RUN | {"train__batch_size": 4} | changes), one_device())
+    return job, init_state(job.ensemble, job.method, job.optimizer, 0, job.input_shape, job.taught)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The user's, empty; and programs are compiled once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
+    reset_cache()
+    yield user_cache()
+    jax.config.update("jax_compilation_cache_dir", None)
+    reset_cache()
+
+
+def test_the_fastest_way_is_measured_and_kept(cache):
+    job, state = job_of()
+    ensemble, said = choose_execution(job, state, measured=True)
+    assert said.startswith(f"branches run {ensemble.execution} (")
+    assert "measured on cpu" in said
+    (kept,) = cache.glob("*")
+    seconds = json.loads(kept.read_text())
+    assert seconds.keys() == {"separate", "stacked", "packed"}
+    assert ensemble.execution == min(seconds, key=seconds.get)
+    # What is kept decides from now on, for whoever trains the same, whatever the seed.
+    job, state = job_of(seed=1)
+    for fast in seconds:
+        kept.write_text(json.dumps({way: 0.001 if way == fast else 0.02 for way in seconds}))
+        ensemble, said = choose_execution(job, state, measured=True)
+        assert ensemble.execution == fast
+        assert said.startswith(f"branches run {fast} (1 ms a step; ")
+        assert said.endswith(" 20; measured before on cpu)")
+
+
+def test_a_damaged_cache_is_measured_again_and_an_unwritable_one_done_without(cache):
+    job, state = job_of("baseline", model__students=(1, 0.5), model__shared_stages=2, model__sharing="base")
+    for damaged in (None, '{"separate": 0.1, "pack'):
+        if damaged:
+            (kept,) = cache.glob("*")
+            kept.write_text(damaged)
+        _, said = choose_execution(job, state, measured=True)
+        assert "measured on cpu" in said
+        (kept,) = cache.glob("*")
+        assert json.loads(kept.read_text()).keys() == {"separate", "packed"}
+    kept.unlink()
+    cache.rmdir()
+    cache.write_text("a file where the folder would be")
+    assert "measured on cpu" in choose_execution(job, state, measured=True)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pcl", "dckd"])
+def test_what_methods_need_is_there_to_measure(cache, method, finished):
+    """Views of their own, copies of the networks, a batch in two parts; frozen teachers."""
+    changes = {"train__accumulate": 2} if method == "pcl" else {"method__teachers": (str(finished[0]),)}
+    job, state = job_of(method, **changes)
+    assert "measured on cpu" in choose_execution(job, state, measured=True)[1]
+
+
+def test_what_is_asked_for_is_what_runs(cache):
+    for way in ("separate", "stacked", "packed"):
+        job, state = job_of(train__execution=way)
+        ensemble, said = choose_execution(job, state, measured=True)
+        assert (ensemble.execution, said) == (way, "")
+    job, state = job_of()
+    ensemble, said = choose_execution(job, state)
+    assert (ensemble.execution, said) == ("separate", ""), "on CPU nothing is measured"
+    assert not list(cache.glob("execution-*"))
