@@ -23,9 +23,9 @@ def is_of_imagenet(name: str) -> bool:
     return name.startswith(OF_IMAGENET) and not name.endswith("_cifar")
 
 
-def configuration(model: str, students: Any, batch_size: int, **knobs: Any) -> Any:
+def configuration(model: str, students: Any, batch_size: int, method: str = "oem", **knobs: Any) -> Any:
     """The defaults with these changes, resolved; `train__dtype="bfloat16"` sets train.dtype."""
-    config = default()
+    config = default(method)
     config.model.name, config.model.students, config.train.batch_size = model, students, batch_size
     for knob, value in knobs.items():
         group, name = knob.split("__")

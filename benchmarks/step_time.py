@@ -1,115 +1,150 @@
-"""Step time and compile time of ensembles on the device at hand, on noise images.
+"""Step time of ensembles on the device at hand, on noise images, beside PyTorch's.
 
     python benchmarks/step_time.py --models=resnet20,resnet110 --dtypes=float32,bfloat16 --json=out.json
+    python benchmarks/step_time.py --models=resnet32 --students=1,5 --executions=separate,packed
+    python benchmarks/step_time.py --models=resnet20 --torch=eager,compile  # pip install "ekd_jax[parity]"
 
 Settings are measured in turn, again and again, so that a machine whose speed drifts treats them alike;
-a figure is the median over the rounds. Compilation is timed apart. The step is the whole one: order,
-augmentation, forward, backward, update.
+a figure is the median over the rounds. `first_s`, what comes before the first step is done, is apart. The
+step is the whole one: order, augmentation, forward, backward, update. With --methods=oem,baseline, all on a
+shared base block, the difference is what the losses beside the cross entropy cost.
 """
 
 import itertools
 import json
+import os
 import pathlib
 import statistics
+import sys
 import time
-from typing import Any
+from typing import Any, Protocol
 
 import jax
-import numpy as np
 from absl import app, flags
+from program import Program, configuration
 
-from ekd_jax import parallel
-from ekd_jax.config import default, make_ensemble, make_method, resolve
-from ekd_jax.data.images import Reader
-from ekd_jax.data.resident import Resident
-from ekd_jax.data.sources import Data, Facts, Pixels
-from ekd_jax.optimizer import make_optimizer
-from ekd_jax.state import init_state
-from ekd_jax.step import make_train_steps, zero_metrics
+from ekd_jax import models
+from ekd_jax.errors import UserError, nearest
 from ekd_jax.workdir import environment
 from ekd_jax.writers import table, write_json
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("models", ["resnet20"], "networks")
-flags.DEFINE_list("students", ["5"], "numbers of students")
-flags.DEFINE_list("dtypes", ["float32"], "float32, bfloat16")
-flags.DEFINE_list("batch_sizes", ["128"], "examples a step")
-flags.DEFINE_integer("steps", 3, "steps a dispatch")
-flags.DEFINE_integer("rounds", 5, "times each setting is measured, after one that does not count")
-flags.DEFINE_string("json", None, "file to write the figures to")
-
-SHAPE, CLASSES, EXAMPLES = (32, 32, 3), 100, 10_000
+EXAMPLES = 10_000
 
 
-class Setting:
-    """One compiled training program with its state."""
+class Setting(Protocol):
+    """Something whose steps are timed."""
 
-    def __init__(self, model: str, students: int, dtype: str, batch_size: int):
-        config = default()
-        config.model.name, config.model.students = model, students
-        config.train.dtype, config.train.batch_size = dtype, batch_size
-        config = resolve(config)
-        self.name = {"model": model, "students": students, "dtype": dtype, "batch": batch_size}
+    name: dict[str, Any]
+    batch_size: int
+    first_seconds: float
+
+    def prepare(self) -> None:
+        """Everything up to the end of the first step."""
+
+    def run(self, steps: int) -> None:
+        """So many steps, to their end."""
+
+
+class Ours:
+    """A compiled training program with its state."""
+
+    def __init__(self, model: str, students: int, batch_size: int, method: str, dtype: str, execution: str):
+        knobs = {"train__dtype": dtype, "train__execution": execution, "model__sharing": "base"}
+        config = configuration(model, students, batch_size, method, **knobs)
+        variant = " ".join([dtype, *([execution] if execution != "auto" else []), method])
+        self.name = {"model": model, "students": students, "batch": batch_size, "variant": variant}
         self.batch_size = batch_size
-        mesh = parallel.make_mesh()
-        method, ensemble = make_method(config), make_ensemble(config, CLASSES)
-        optimizer = make_optimizer(config, method, steps=1_000_000)
-        state = init_state(ensemble, method, optimizer, 0, SHAPE)
-        sums = zero_metrics(ensemble, method, state, SHAPE)
-        generator = np.random.default_rng(0)
-        images = generator.integers(0, 255, (EXAMPLES, *SHAPE), dtype=np.uint8)
-        labels = generator.integers(0, CLASSES, EXAMPLES).astype(np.int32)
-        noise = Pixels(images, labels, "noise")
-        facts = Facts("noise", SHAPE, tuple(map(str, range(CLASSES))), EXAMPLES, 0, 0)
-        feed = Resident(config, Data(facts, noise, None, noise, Reader(SHAPE)), mesh, "replicated")
-        number = parallel.replicate(mesh, np.int32(FLAGS.steps))
-        self.batches = feed.at(0), number, {"teachers": [], "key": jax.random.key_data(jax.random.key(0))}
-        self.carry = parallel.replicate(mesh, (state, sums))
-        train_steps = make_train_steps(config, ensemble, method, optimizer, feed, CLASSES, mesh, 1_000_000)
-        began = time.perf_counter()
-        lowered = train_steps.lower(*self.carry, *self.batches)
-        self.trace_seconds = time.perf_counter() - began
-        self.program = lowered.compile()
-        self.compile_seconds = time.perf_counter() - began - self.trace_seconds
-        self.step_seconds: list[float] = []
+        self.program = Program(config, examples=max(EXAMPLES, batch_size))
+        self.first_seconds = 0.0
 
-    def measure(self) -> float:
-        """Seconds a step, over one dispatch."""
+    def prepare(self) -> None:
+        """Traces, compiles and takes a step."""
         began = time.perf_counter()
-        self.carry = jax.block_until_ready(self.program(*self.carry, *self.batches))
-        return (time.perf_counter() - began) / FLAGS.steps
+        self.compiled = self.program.lower().compile()
+        self.run(1)
+        self.first_seconds = time.perf_counter() - began
 
-    def figures(self) -> dict[str, Any]:
-        """What is reported."""
-        median = statistics.median(self.step_seconds)
-        return {
-            **self.name,
-            "step_ms": round(1e3 * median, 2),
-            "min_ms": round(1e3 * min(self.step_seconds), 2),
-            "max_ms": round(1e3 * max(self.step_seconds), 2),
-            "images_per_second": round(self.batch_size / median),
-            "trace_s": round(self.trace_seconds, 1),
-            "compile_s": round(self.compile_seconds, 1),
-        }
+    def run(self, steps: int) -> None:
+        """In one dispatch."""
+        self.program.carry = jax.block_until_ready(self.compiled(*self.program.arguments(steps)))
+
+
+def settings() -> list[Setting]:
+    """As the flags ask for them.
+
+    Raises:
+        UserError: an unknown network; no PyTorch.
+    """
+    unknown = [name for name in FLAGS.models if name not in models.MODELS]
+    if unknown:
+        raise UserError(f"--models: {unknown[0]} is unknown{nearest(unknown[0], models.MODELS)}")
+    found: list[Setting] = []
+    for model, students, batch in itertools.product(
+        FLAGS.models, map(int, FLAGS.students), map(int, FLAGS.batch_sizes)
+    ):
+        own = itertools.product(FLAGS.methods, FLAGS.dtypes, FLAGS.executions)
+        found += [Ours(model, students, batch, *variant) for variant in own]
+        if FLAGS.torch:
+            from torch_reference import Reference
+
+            found += [Reference(model, students, batch, variant) for variant in FLAGS.torch]
+    return found
+
+
+def figures(setting: Setting, seconds: list[float], first: Setting, first_seconds: list[float]) -> dict:
+    """What is reported of one setting; ratios are to the first, round by round."""
+    median = statistics.median(seconds)
+    ratio = statistics.median(a / b for a, b in zip(seconds, first_seconds, strict=True))
+    return {
+        **setting.name,
+        "step_ms": round(1e3 * median, 2),
+        "min_ms": round(1e3 * min(seconds), 2),
+        "max_ms": round(1e3 * max(seconds), 2),
+        "images_per_second": round(setting.batch_size / median),
+        "to_first": round(ratio, 2),
+        "first_s": round(setting.first_seconds, 1),
+    }
 
 
 def main(_: list[str]) -> None:
     """Measures every combination."""
-    combinations = itertools.product(FLAGS.models, FLAGS.students, FLAGS.dtypes, FLAGS.batch_sizes)
-    settings = [Setting(m, int(s), d, int(b)) for m, s, d, b in combinations]
-    for setting in settings:
-        setting.measure()
+    timed = settings()
+    for setting in timed:
+        setting.prepare()
+    seconds: list[list[float]] = [[] for _ in timed]
     for _ in range(FLAGS.rounds):
-        for setting in settings:
-            setting.step_seconds.append(setting.measure())
-    rows = [setting.figures() for setting in settings]
+        for setting, own in zip(timed, seconds, strict=True):
+            began = time.perf_counter()
+            setting.run(FLAGS.steps)
+            own.append((time.perf_counter() - began) / FLAGS.steps)
+    rows = [figures(s, own, timed[0], seconds[0]) for s, own in zip(timed, seconds, strict=True)]
     print(table([list(row.values()) for row in rows], list(rows[0])))
     where = environment()
-    print(f"n = {FLAGS.rounds} rounds of {FLAGS.steps} steps; {where['devices']}, jax {where['jax']}")
+    if FLAGS.torch:
+        from torch_reference import torch_environment
+
+        where |= torch_environment()
+    versions = ", ".join(f"{name} {where[name]}" for name in ("jax", "torch") if name in where)
+    print(f"n = {FLAGS.rounds} rounds of {FLAGS.steps} steps; {where['devices']}, {versions}")
     if FLAGS.json:
         write_json(pathlib.Path(FLAGS.json), {"environment": where, "rounds": FLAGS.rounds, "rows": rows})
         print(json.dumps({"written": FLAGS.json}))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flags.DEFINE_list("models", ["resnet20"], "networks")
+    flags.DEFINE_list("students", ["5"], "numbers of students")
+    flags.DEFINE_list("batch_sizes", ["128"], "examples a step")
+    flags.DEFINE_list("methods", ["oem"], "method.name")
+    flags.DEFINE_list("dtypes", ["float32"], "train.dtype: float32, bfloat16")
+    flags.DEFINE_list("executions", ["separate"], "train.execution: separate, stacked, packed")
+    flags.DEFINE_list("torch", [], "PyTorch's, too: VARIANTS of torch_reference.py")
+    flags.DEFINE_integer("steps", 3, "steps a dispatch")
+    flags.DEFINE_integer("rounds", 5, "times each setting is measured, after the first step")
+    flags.DEFINE_string("json", None, "file to write the figures to")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory, too
+    try:
+        app.run(main)
+    except UserError as error:
+        sys.exit(f"error: {error}")
