@@ -26,17 +26,19 @@ ROUNDS = 3  # of each way, the median counts
 ROUND_SECONDS = 0.1  # a round takes at least this long
 
 
-def choose_execution(job: Job, state: TrainState, measured: bool | None = None) -> tuple[Ensemble, str]:
+def choose_execution(
+    job: Job, state: TrainState, before: str = "", measured: bool | None = None
+) -> tuple[Ensemble, str]:
     """The ensemble with its branches run in the way that `train.execution` asks for, or, for "auto", in
     the fastest way that it has.
 
-    What was measured is kept in the user's cache, for the device, the networks, the method and the batch,
-    so that a run that goes on does so in the way it began. All processes of a run must call this, and get
-    the same.
+    What was measured is kept in the user's cache, for the device, the networks, the method and the batch.
+    All processes of a run must call this, and get the same.
 
     Args:
         job: what is trained, with the ensemble as `config.make_ensemble` gives it.
         state: of it; arrays or shapes.
+        before: the way that a run went which goes on: it keeps to it, as another one rounds differently.
         measured: whether to measure for "auto", or to leave the branches as they are; None: unless the
             devices are CPUs, where one by one is the fastest (docs/decisions.md).
 
@@ -47,8 +49,10 @@ def choose_execution(job: Job, state: TrainState, measured: bool | None = None) 
     if measured is None:
         measured = device.platform != "cpu"
     ways = job.ensemble.ways
-    if job.config.train.execution != "auto" or not measured or len(ways) == 1:
+    if job.config.train.execution != "auto":
         return job.ensemble, ""
+    if before or not measured or len(ways) == 1:
+        return dataclasses.replace(job.ensemble, execution=before or "separate"), ""
     kept = user_cache() / f"execution-{_name(job, device)}.json"
     # Zeros if process 0 knows nothing yet: then all measure at the same time, and its figures count.
     seconds = parallel.from_main(np.array(_recall(kept, ways), np.float32))

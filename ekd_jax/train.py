@@ -136,8 +136,8 @@ def _run(job: Job, path: pathlib.Path) -> dict[str, Any]:
         if said := rate_in_words(job.config):
             progress.line(said)
         progress.update(int(state.step), "choosing how branches run")
-        ensemble, said = choose_execution(job, state)
-        job = dataclasses.replace(job, ensemble=ensemble)
+        ensemble, said = choose_execution(job, state, log.execution)
+        job, log.execution = dataclasses.replace(job, ensemble=ensemble), ensemble.execution
         if said:
             progress.line(said)
         progress.update(int(state.step), "reading")
@@ -179,6 +179,7 @@ class Log:
         last: test metrics of the finished run, or of the last evaluation if that was on the test set.
         best: name -> its best top-1 of all evaluations and the step of it.
         seconds: wall-clock so far.
+        execution: how branches run.
     """
 
     sums: Any
@@ -190,6 +191,7 @@ class Log:
     seconds: dict[str, float] = dataclasses.field(
         default_factory=lambda: {"read": 0.0, "compile": 0.0, "train": 0.0, "evaluate": 0.0}
     )
+    execution: str = ""
 
     @classmethod
     def recall(cls, remembered: dict[str, Any]) -> "Log":

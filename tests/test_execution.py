@@ -289,4 +289,6 @@ def test_what_is_asked_for_is_what_runs(cache):
     job, state = job_of()
     ensemble, said = choose_execution(job, state)
     assert (ensemble.execution, said) == ("separate", ""), "on CPU nothing is measured"
+    ensemble, said = choose_execution(job, state, before="packed", measured=True)
+    assert (ensemble.execution, said) == ("packed", ""), "a run that goes on keeps to its way"
     assert not list(cache.glob("execution-*"))
