@@ -10,6 +10,7 @@ computations as one that was not, and ends with the same bits.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -238,10 +239,18 @@ def _loop(
         shardings,
     )
     train_steps = train_steps.lower(state, log.sums, feed.shapes, one, frozen).compile()
-    predict = predictor(job.ensemble, job.method)
-    evaluator = make_evaluator(predict, config, watched.examples, mesh)
-    evaluator = evaluator.lower(state.variables, *watched.shapes, one).compile()
     log.seconds["compile"] += time.monotonic() - started
+    predict = predictor(job.ensemble, job.method)
+
+    @functools.cache
+    def evaluator() -> Any:
+        """Compiled when it is first wanted: the first step need not wait for it."""
+        started = time.monotonic()
+        progress.update(step, "compiling the evaluation")
+        jitted = make_evaluator(predict, config, watched.examples, mesh)
+        program = jitted.lower(state.variables, *watched.shapes, one).compile()
+        log.seconds["compile"] += time.monotonic() - started
+        return program
 
     record_every = config.train.log_every_steps
     evaluate_every = steps_in(config.train.evaluate_every_epochs, config, job.examples)
@@ -284,8 +293,9 @@ def _loop(
             evaluation = None
             near_the_end = job.steps - step < evaluate_every / 2  # the last evaluation follows soon
             if last_step or (step % evaluate_every == 0 and not near_the_end):
+                evaluate = evaluator()
                 started = time.monotonic()
-                sums_3xP = measure(evaluator, state.variables, watched, mesh)
+                sums_3xP = measure(evaluate, state.variables, watched, mesh)
                 evaluation = results(sums_3xP, watched.examples, job.names)
                 _note_best(log.best, evaluation, step, job.names)
                 writer.write(step, epoch, watched.name, evaluation)
@@ -295,8 +305,8 @@ def _loop(
                 elif last_step:
                     with jax.transfer_guard("allow"):
                         test = evaluation_set(config, job.data, mesh, "test")
-                    evaluator = make_evaluator(predict, config, test.examples, mesh)
-                    sums_3xP = measure(evaluator, state.variables, test, mesh)
+                    evaluate = make_evaluator(predict, config, test.examples, mesh)
+                    sums_3xP = measure(evaluate, state.variables, test, mesh)
                     log.last = results(sums_3xP, test.examples, job.names)
                     writer.write(step, epoch, "test", log.last)
                     progress.line(_evaluation_line("test", epoch, log.last, job.names))
