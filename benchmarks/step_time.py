@@ -85,7 +85,7 @@ def settings() -> list[Setting]:
     ):
         own = itertools.product(FLAGS.methods, FLAGS.dtypes, FLAGS.executions)
         found += [Ours(model, students, batch, *variant) for variant in own]
-        if FLAGS.torch:
+        if FLAGS.torch and students > 1:  # the reference is an ensemble
             from torch_reference import Reference
 
             found += [Reference(model, students, batch, variant) for variant in FLAGS.torch]

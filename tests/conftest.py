@@ -43,6 +43,15 @@ TINY = {
 }
 
 
+# What takes longest begins, so that both workers of pytest-xdist end together.
+FIRST = ("test_train.py", "test_processes.py", "test_stages_and_resume.py", "test_launch.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders the files."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 def tiny_config(method: str = "oem", **changes):
     """Two students on 200 digits; `changes` with __ for the dot: train__epochs=1."""
     config = default(method)

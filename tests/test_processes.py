@@ -97,7 +97,7 @@ RUNS = {
 @pytest.mark.parametrize(
     ("name", "number"),
     [
-        ("oem", 2),
+        pytest.param("oem", 2, marks=pytest.mark.slow),  # as preempted ones below
         pytest.param("oem", 4, marks=pytest.mark.slow),
         *(pytest.param(n, 2, marks=pytest.mark.slow) for n in RUNS if n != "oem"),
         *(pytest.param(n, 4, marks=pytest.mark.slow) for n in ("streamed", "one", "kd")),
