@@ -347,8 +347,8 @@ def test_tpu_delete(cloud):
     cloud.state(program=f"trap 'echo saved; exit 143' TERM; {until_deleted}")
     command = [LAUNCH / TPU[0], *TPU[1:], f"--source={cloud.path}/source", "--", *PROGRAM]
     with subprocess.Popen(command, env=cloud.environment(), stderr=subprocess.PIPE, text=True) as first:
-        while "the log of worker 0" not in first.stderr.readline():
-            pass
+        while not cloud.calls("gcloud") or "follow" not in cloud.calls("gcloud")[-1][-1]:
+            time.sleep(0.05)
         first.kill()
     log = cloud.path / "worker-0" / "ekd_jax.log"
     (cloud.path / "saved.log").hardlink_to(log)
