@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,9 @@ from ekd_jax.config import default, resolve
 
 # Networks are tiny here: compiling is what takes time. Commands run optimised programs, as a user's do.
 jax.config.update("jax_disable_most_optimizations", True)
+
+# A shell's background jobs ignore SIGINT, and so would the commands that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = pathlib.Path(__file__).parent.parent
 REFERENCE = pathlib.Path(__file__).parent / "reference"

@@ -144,7 +144,13 @@ feed.close()
 
 
 @pytest.mark.parametrize(
-    ("processes", "placement"), [(2, "replicated"), (2, "sharded"), (2, "stream"), (4, "stream")]
+    ("processes", "placement"),
+    [
+        (2, "replicated"),
+        (2, "sharded"),
+        (2, "stream"),
+        pytest.param(4, "stream", marks=pytest.mark.slow),
+    ],
 )
 def test_processes_share_the_same_batches(reference, processes, placement, tmp_path):
     """Each reads its own part, and together they have the batches that one process has."""

@@ -69,7 +69,7 @@ def test_running_statistics_see_every_part():
     np.testing.assert_allclose(found, 0.9 * 0.1 * first + 0.1 * second, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["resnet14", "vgg8"])
+@pytest.mark.parametrize("name", ["resnet14", pytest.param("vgg8", marks=pytest.mark.slow)])
 def test_what_is_computed_again_is_the_same(name):
     images, labels = batch(4)
     key = jax.random.key(0)
