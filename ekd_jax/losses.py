@@ -153,3 +153,39 @@ def mean_squared_error(a: Array, b: Array) -> Array:
     """Mean over all elements of (a - b)^2, computed in float32 at least (L_B; official nn.MSELoss)."""
     dtype = jnp.promote_types(a.dtype, jnp.float32)
     return jnp.square(a.astype(dtype) - b.astype(dtype)).mean()
+
+
+@jax.custom_vjp
+def adapted_error(x: Array, kernel: Array, bias: Array, target: Array) -> Array:
+    """`mean_squared_error(x kernel + bias, target)`: of maps that a 1x1 convolution adapts.
+
+    The gradient is written out: it keeps the difference, and multiplies it as it is. Autodiff's would write
+    the scaled difference down once more.
+
+    Args:
+        x: (..., C).
+        kernel, bias: (C, K), (K,) float32; applied in x's dtype.
+        target: (..., K), a constant.
+    """
+    return _adapted_forward(x, kernel, bias, target)[0]
+
+
+def _adapted_forward(
+    x: Array, kernel: Array, bias: Array, target: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    adapted = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+    difference = adapted.astype(dtype) - target.reshape(adapted.shape).astype(dtype)
+    return jnp.square(difference).mean(), (x, kernel, difference)
+
+
+def _adapted_backward(kept: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, Array, None]:
+    x, kernel, difference = kept
+    scale, d = 2 * g / difference.size, difference.astype(x.dtype)
+    dx = d @ (scale * kernel.T).astype(x.dtype)
+    dkernel = scale * (x.reshape(-1, x.shape[-1]).T @ d)
+    dbias = scale * difference.sum(0)
+    return dx.reshape(x.shape), dkernel.astype(kernel.dtype), dbias.astype(kernel.dtype), None
+
+
+adapted_error.defvjp(_adapted_forward, _adapted_backward)

@@ -4,6 +4,8 @@ Walawalkar, Shen, Savvides, ECCV 2020 (arXiv 2011.07449); formulas as in the off
 utils/Losses.py, which METHODS.md 1.2 and 1.9 hold against the paper.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -27,17 +29,18 @@ Array = jax.Array
 
 
 class Adaptation(nn.Module):
-    """1x1 convolutions with bias that bring students' maps to the pseudo teacher's channels."""
+    """1x1 convolutions with bias that bring students' maps to the pseudo teacher's channels, and how far
+    they are from its then."""
 
     @nn.compact
-    def __call__(self, features: Features) -> Features:
-        def adapt(b: int, i: int, x: Array) -> Array:
-            width = features[b][0].shape[-1]
-            return Linear(width, torch_default, dtype=x.dtype, name=f"block{b + 1}_student{i}")(x)
+    def __call__(self, features: Features) -> Array:
+        """(blocks, S): mean squared errors."""
 
-        return tuple(
-            (row[0], *(adapt(b, i, x) for i, x in enumerate(row[1:], 2))) for b, row in enumerate(features)
-        )
+        def error(b: int, i: int, x: Array, target: Array) -> Array:
+            linear = Linear(target.shape[-1], torch_default, name=f"block{b}_student{i}")
+            return losses.adapted_error(x, *linear.parameters(x.shape[-1]), target)
+
+        return _errors(features, error)
 
 
 class UniformWeights(nn.Module):
@@ -144,12 +147,17 @@ class Oem(Distilling):
     def _intermediate(self, outputs: Outputs) -> Array:
         """(blocks, S): MSE of every map against the stopped pseudo teacher's; 0 for student 1."""
         if self.adaptation == "conv":
-            maps = self.adaptation_layers(outputs.features)
-        else:
-            maps = jax.tree.map(lambda x: x.mean(-1), outputs.features)
-        return jnp.stack(
-            [
-                jnp.stack([losses.mean_squared_error(lax.stop_gradient(row[0]), x) for x in row])
-                for row in maps
-            ]
-        )
+            errors: Array = self.adaptation_layers(outputs.features)
+            return errors
+        means = jax.tree.map(lambda x: x.mean(-1), outputs.features)
+        return _errors(means, lambda b, i, x, target: losses.mean_squared_error(x, target))
+
+
+def _errors(maps: Features, error: Callable[[int, int, Array, Array], Array]) -> Array:
+    """(blocks, S): error(block, student, its map, the stopped pseudo teacher's); 0 for student 1."""
+    rows = []
+    for b, (first, *others) in enumerate(maps, 1):
+        target = lax.stop_gradient(first)
+        found = [error(b, i, x, target) for i, x in enumerate(others, 2)]
+        rows.append(jnp.stack([jnp.zeros((), jnp.float32), *found]))
+    return jnp.stack(rows)

@@ -344,11 +344,15 @@ class Linear(nn.Module):
     dtype: Any = None  # to compute in; float32 (or float64 for float64 input) if not given
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        fan_in = x.shape[-1]
+    def parameters(self, fan_in: int) -> tuple[Array, Array]:
+        """Kernel and bias, float32."""
         kernel = self.param("kernel", self.kernel_init, (fan_in, self.features), jnp.float32)
         bias_init = self.bias_init or uniform(1 / math.sqrt(fan_in))
-        bias = self.param("bias", bias_init, (self.features,), jnp.float32)
+        return kernel, self.param("bias", bias_init, (self.features,), jnp.float32)
+
+    def __call__(self, x: Array) -> Array:
+        fan_in = x.shape[-1]
+        kernel, bias = self.parameters(fan_in)
         dtype = self.dtype or jnp.promote_types(x.dtype, jnp.float32)
         flat = x.astype(dtype).reshape(-1, fan_in)  # of more axes the gradient would be transposed first
         return (flat @ kernel.astype(dtype) + bias.astype(dtype)).reshape(*x.shape[:-1], self.features)
