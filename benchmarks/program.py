@@ -1,5 +1,6 @@
 """The training program of a setting on images made up: what the benchmarks compile, time and read."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -66,7 +67,10 @@ class Program:
         facts = Facts("noise", shape, tuple(map(str, range(classes))), examples, 0, 0)
         self.feed = Resident(config, Data(facts, noise, None, noise, Reader(shape)), mesh, placement)
         self._shardings = parallel.state_shardings(mesh, self.state)
-        self.carry = parallel.place(self.state, self._shardings), parallel.replicate(mesh, sums)
+        self.carry: Sequence[Any] = (
+            parallel.place(self.state, self._shardings),
+            parallel.replicate(mesh, sums),
+        )
         frozen = {"teachers": [], "key": jax.random.key_data(jax.random.key(0))}
         self._frozen = parallel.replicate(mesh, frozen)
 

@@ -201,8 +201,9 @@ def make_train_steps(
         shardings: of the state, as `parallel.state_shardings` gives them; all whole if not given.
 
     Returns:
-        A jitted function of (state, sums, held, number, frozen) that gives (state, sums) after `number`
-        steps on the batches that the feed's `held` holds. `frozen` is the run's key, an argument so that
+        A jitted function of (state, sums, held, number, frozen) that gives (state, sums, step) after
+        `number` steps on the batches that the feed's `held` holds. `step` is for waiting, while the next
+        dispatch already has the others. `frozen` is the run's key, an argument so that
         all seeds share one program, and what `teach` needs of the teachers. `sums` are the metrics added
         up since they were last zero. State and sums are donated. `number` is an argument of the compiled
         program, so that one program serves any number of steps and the result does not depend on how
@@ -212,7 +213,7 @@ def make_train_steps(
 
     def train_steps(
         state: TrainState, sums: Metrics, held: Any, number: Array, frozen: Any
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, Metrics, Array]:
         def body(i: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, sums = carry
             key = jax.random.fold_in(jax.random.wrap_key_data(frozen["key"]), state.step)
@@ -228,10 +229,11 @@ def make_train_steps(
             state, metrics = step(state, images, targets, own_key, teachers)
             return state, jax.tree.map(jnp.add, sums, metrics)
 
-        return lax.fori_loop(0, number, body, (state, sums))
+        state, sums = lax.fori_loop(0, number, body, (state, sums))
+        return state, sums, state.step
 
     copied = parallel.replicated(mesh)
-    return jax.jit(train_steps, donate_argnums=(0, 1), out_shardings=(shardings or copied, copied))
+    return jax.jit(train_steps, donate_argnums=(0, 1), out_shardings=(shardings or copied, copied, copied))
 
 
 def zero_metrics(

@@ -3,8 +3,8 @@
     check the folder -> open the data -> build -> restore or initialise -> place the data -> compile
     -> (steps -> record -> evaluate -> checkpoint)* -> summary
 
-What happens at which step depends on the configuration alone, and a dispatch's length is an argument
-of the one compiled program. So a run that was killed and started again goes through the same
+What happens at which step depends on the configuration alone, and how many steps a dispatch takes is an
+argument of the one compiled program. So a run that was killed and started again goes through the same
 computations as one that was not, and ends with the same bits.
 """
 
@@ -41,7 +41,7 @@ from ekd_jax.step import make_train_steps, zero_metrics
 from ekd_jax.teachers import frozen_inputs, load_teacher, make_teach
 from ekd_jax.writers import MetricWriter, Progress, clock, table, write_json
 
-DISPATCH_SECONDS = 1.0  # a dispatch is about this long: rare enough to cost nothing, short to wait for
+STRETCH_SECONDS = 1.0  # the host looks at it so often: rare enough to cost nothing, short to wait for
 
 
 class Interrupt:
@@ -62,10 +62,10 @@ class Interrupt:
         self.signal = number
         self.restore()  # a second one acts at once
 
-    def agreed(self, dispatch: int = 0) -> tuple[int, int]:
-        """What all processes do next: the length of process 0's next dispatch, and the signal that came to
-        any of them, 0 if none did; waits for all of them."""
-        said = parallel.gathered(np.array([dispatch, self.signal], np.int32))
+    def agreed(self, steps: int = 0) -> tuple[int, int]:
+        """What all processes do next: process 0's number of steps, and the signal that came to any of them,
+        0 if none did; waits for all of them."""
+        said = parallel.gathered(np.array([steps, self.signal], np.int32))
         stop = int(said[:, 1].max())
         self.signal = self.signal or stop
         return int(said[0, 0]), stop
@@ -255,22 +255,22 @@ def _loop(
     record_every = config.train.log_every_steps
     evaluate_every = steps_in(config.train.evaluate_every_epochs, config, job.examples)
     save_every = steps_in(config.train.checkpoint_every_epochs, config, job.examples)
-    dispatch, stop = 1, 0
+    stretch, stop = 1, 0
     progress.begin()
     with jax.transfer_guard("disallow"):
         while step < job.steps and not stop:
             due = min(job.steps, *((step // n + 1) * n for n in (record_every, evaluate_every, save_every)))
-            number = min(dispatch, due - step, feed.most())
+            number = min(stretch, due - step)
             started = time.monotonic()
-            held = feed.at(step)
-            log.waited += time.monotonic() - started
-            several = parallel.replicate(mesh, np.int32(number))
-            state, log.sums = jax.block_until_ready(train_steps(state, log.sums, held, several, frozen))
+            state, log.sums, waited = _advance(
+                train_steps, state, log.sums, frozen, feed, mesh, step, number
+            )
             took = time.monotonic() - started
             log.seconds["train"] += took
             log.window += took
-            dispatch = max(1, min(2 * dispatch, math.floor(DISPATCH_SECONDS * number / took)))
-            dispatch, stop = interrupt.agreed(dispatch)
+            log.waited += waited
+            stretch = max(1, min(2 * stretch, math.floor(STRETCH_SECONDS * number / took)))
+            stretch, stop = interrupt.agreed(stretch)
             step += number
             epoch = job.epochs(step)
             progress.update(step, f"epoch {epoch:.2f}  {number * batch_size / took:,.0f} images/s")
@@ -315,6 +315,35 @@ def _loop(
                 remembered = {"epoch": epoch, "log": log.as_json(), "evaluated_on": watched.name}
                 checkpoints.save(state, remembered, evaluation)
     return step
+
+
+def _advance(
+    train_steps: Any,
+    state: TrainState,
+    sums: Any,
+    frozen: Any,
+    feed: Feed,
+    mesh: Mesh,
+    step: int,
+    number: int,
+) -> tuple[TrainState, Any, float]:
+    """Takes `number` steps from `step`, to their end, in as few dispatches as the feed allows; devices have
+    the next one before they are done with the last. Gives also the seconds that they waited for images."""
+    last, waited = step + number, 0.0
+    flying: list[Any] = []  # dispatches that may not be done
+    while step < last:
+        number = min(last - step, feed.most())
+        if not feed.ready(step):
+            jax.block_until_ready(flying)  # until then they have something to do
+        started = time.monotonic()
+        held = feed.at(step)
+        waited += time.monotonic() - started
+        several = parallel.replicate(mesh, np.int32(number))
+        state, sums, done = train_steps(state, sums, held, several, frozen)
+        jax.block_until_ready(flying)
+        flying = [done]
+        step += number
+    return jax.block_until_ready(state), jax.block_until_ready(sums), waited
 
 
 def _check_finite(sums: dict[str, float], first: int, step: int, checkpoints: Checkpoints) -> None:

@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -207,6 +208,22 @@ def test_streamed_and_resident_runs_are_the_same(finished, tmp_path):
             assert found[name] == expected[name] or found[name] == pytest.approx(
                 expected[name], rel=1e-5
             ), name
+
+
+def test_waiting_for_images_is_told_from_training(tmp_path, monkeypatch):
+    """Reading at a twentieth of a second an image takes .4 s a batch; a step of this network some .05 s."""
+    read = stream.read_one
+    changes = {"data__placement": "stream", "data__threads": 1}
+    changes |= {"train__batch_size": 8, "train__epochs": 0.56, "train__log_every_steps": 7}
+    waited = {}
+    for name, seconds in (("quick", 0.0), ("slow", 0.05)):
+        # a training image comes with its draws
+        pause = lambda *a, seconds=seconds: time.sleep(0 if a[-1] is None else seconds) or read(*a)
+        monkeypatch.setattr(stream, "read_one", pause)
+        train.run(tiny_config(**changes), tmp_path / name, one_device())
+        waited[name] = [r["input_wait"] for r in read_metrics(tmp_path / name) if r["split"] == "train"]
+    assert waited["slow"][-1] > 60, "the first batches were read while the program was compiled"
+    assert waited["quick"][-1] < 20
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,9 @@ class Feed(Protocol):
     def most(self) -> int:
         """How many steps one dispatch may take."""
 
+    def ready(self, step: int) -> bool:
+        """Whether `at` need not wait."""
+
     def at(self, step: int) -> Any:
         """Arrays on the devices that hold the batches from `step` on; waits for them."""
 

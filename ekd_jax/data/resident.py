@@ -36,6 +36,9 @@ class Resident:
     def most(self) -> int:
         return self._examples // self._batch_size  # `at` gives the order of two epochs
 
+    def ready(self, step: int) -> bool:
+        return True
+
     def at(self, step: int) -> Any:
         epoch, offset = order.position(step, self._batch_size, self._examples)
         if epoch != self._epoch:

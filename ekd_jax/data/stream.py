@@ -1,5 +1,7 @@
 """A data set that is read from disk while it is used, through Grain."""
 
+import collections
+import concurrent.futures
 import gc
 import multiprocessing
 import os
@@ -115,14 +117,28 @@ class Batches:
                 flags.FLAGS.mark_as_parsed()
             several = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
             read = read.mp_prefetch(several, _live_and_die_with_the_run)
-        placed = read.map(to_devices)
-        self._iterator = iter(
-            grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=AHEAD)
-        )
+        self._iterator = iter(read.map(to_devices))
+        self._left = len(part)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._ahead: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
+        for _ in range(AHEAD):
+            self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        if self._left:
+            self._left -= 1
+            self._ahead.append(self._thread.submit(next, self._iterator))
+
+    def ready(self) -> bool:
+        """Whether the next one is there."""
+        return bool(self._ahead) and self._ahead[0].done()
 
     def __next__(self) -> tuple[Array, ...]:
+        batch = self._ahead.popleft()
+        self._read_ahead()
         try:
-            return next(self._iterator)
+            found: tuple[Array, ...] = batch.result()
+            return found
         except Exception as error:  # in a worker process Grain wraps what was raised there
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, UserError):
@@ -133,6 +149,8 @@ class Batches:
 
     def close(self) -> None:
         """Ends threads and processes."""
+        self._thread.shutdown(cancel_futures=True)
+        self._ahead.clear()
         self._iterator.close()
         del self._iterator
         gc.collect()  # memory shared with worker processes hangs in cycles
@@ -149,6 +167,11 @@ class Streamed:
 
     def most(self) -> int:
         return 1
+
+    def ready(self, step: int) -> bool:
+        if self._batches is None or step not in (self._step, self._step + 1):
+            return False
+        return step == self._step or self._batches.ready()
 
     def at(self, step: int) -> Any:
         if step != self._step:
