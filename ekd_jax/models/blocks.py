@@ -28,7 +28,7 @@ from ekd_jax.models.layers import (
     torch_default,
 )
 
-WRITTEN_OUT = 2  # equal blocks that cost less one after the other than in a loop
+WRITTEN_OUT = 4  # equal blocks that are put one after the other, not in a loop: docs/performance.md
 Part = Callable[..., nn.Module]
 Block = Callable[..., nn.Module]  # a part that takes stride=
 
@@ -61,8 +61,8 @@ class Chain(nn.Module):
 
 class Stage(nn.Module):
     """Blocks of one width. `first` may change width and resolution; the equal ones after it are stored
-    stacked in `rest`, (blocks - 1, ...) a leaf, and scanned: one block to trace and to compile. One or two
-    are written out, as a loop has to write down everything that the backward pass wants."""
+    stacked in `rest`, (blocks - 1, ...) a leaf, and scanned: one block to trace and to compile. A few
+    are written out, as a loop has to copy everything that the backward pass wants."""
 
     block: Block
     blocks: int
