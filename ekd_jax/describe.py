@@ -161,8 +161,10 @@ def count_cost(jaxpr: Any) -> Cost:
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         given: Any = eqn.outvars[0].aval if eqn.outvars else None
-        grouped = eqn.params.get("name") == "grouped_convolution" and len(eqn.invars) == 2
-        if name == "conv_general_dilated" or grouped:
+        own = (
+            eqn.params.get("name") in ("grouped_convolution", "folded_convolution") and len(eqn.invars) == 2
+        )
+        if name == "conv_general_dilated" or own:
             kernel = eqn.invars[1].aval.shape
             numbers = eqn.params.get("dimension_numbers")
             outputs = kernel[numbers.rhs_spec[0] if numbers else -1]
