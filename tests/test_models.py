@@ -55,6 +55,37 @@ def test_convolution_and_its_gradient_are_those_of_xla(size, stride, kernel, dev
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("channels", "features", "kernel", "width", "padding", "folds"),
+    [
+        (3, 3, 3, 32, "even", 8),
+        (6, 5, 3, 12, "even", 4),
+        (9, 12, 5, 6, "same", 2),
+        (3, 2, 7, 8, "even", 8),  # the kernel sees further than the pixels put together
+        (16, 4, 3, 8, "even", 0),  # wide enough
+        (4, 4, 3, 7, "even", 0),  # an odd row
+        (4, 4, 1, 8, "even", 0),
+    ],
+)
+def test_pixels_of_few_channels_are_convolved_together(channels, features, kernel, width, padding, folds):
+    generator = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x = jnp.asarray(generator.normal(size=(2, 5, width, channels)))
+        w = jnp.asarray(generator.normal(size=(kernel, kernel, channels, features)))
+        pad = [(kernel // 2, kernel // 2)] * 2
+        plain = lambda x, w: lax.conv_general_dilated(
+            x, w, (1, 1), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        ours = lambda x, w: convolution(x, w, padding=padding)
+        traced = str(jax.make_jaxpr(ours)(x, w))
+        assert ("folded_convolution" in traced) == bool(folds)
+        assert not folds or f",{folds * channels},{folds * features}]" in traced
+        (out, gradients), (expected, theirs) = jax.vjp(ours, x, w), jax.vjp(plain, x, w)
+        g = jnp.asarray(generator.normal(size=out.shape))
+        for a, b in zip((out, *gradients(g)), (expected, *theirs(g)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_batch_norms_gradient_goes_through_its_statistics(groups):
     """As autodiff's of the formula, whichever layer computed the moments."""
