@@ -114,7 +114,8 @@ def case(name):
 quickly_compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-SECOND = {"resnet18", "vgg13", "mobilenet_v2", "shufflenet_v2_cifar"}  # of a family that another one stands for
+# Of a family that another one stands for.
+SECOND = {"resnet18", "vgg13", "mobilenet_v2", "shufflenet_v2_cifar"}
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def _canonical_convolution(x: Array, kernel: Array, stride: int, pads: tuple) ->
 @partial(jax.jit, static_argnums=(2, 3))
 def folded_convolution(x: Array, kernel: Array, pads: tuple, fold: int) -> Array:
     """The same with stride 1 and images that keep their width, `fold` pixels of a row as one with so many
-    times the channels: few channels cost as much as many, and most of the kernel's zeros nothing.
+    times the channels: few leave most of a vector register empty, and the kernel's zeros cost little.
 
     A function of its own so that `describe` can tell it in a jaxpr.
     """
