@@ -123,6 +123,9 @@ def human(count: float) -> str:
     return f"{count:.0f}"
 
 
+OWN_CONVOLUTIONS = ("grouped_convolution", "folded_convolution")  # functions of convolution.py
+
+
 class Cost(NamedTuple):
     """Of one image.
 
@@ -161,9 +164,7 @@ def count_cost(jaxpr: Any) -> Cost:
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         given: Any = eqn.outvars[0].aval if eqn.outvars else None
-        own = (
-            eqn.params.get("name") in ("grouped_convolution", "folded_convolution") and len(eqn.invars) == 2
-        )
+        own = eqn.params.get("name") in OWN_CONVOLUTIONS and len(eqn.invars) == 2
         if name == "conv_general_dilated" or own:
             kernel = eqn.invars[1].aval.shape
             numbers = eqn.params.get("dimension_numbers")

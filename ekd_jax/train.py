@@ -343,7 +343,8 @@ def _advance(
         jax.block_until_ready(flying)
         flying = [done]
         step += number
-    return jax.block_until_ready(state), jax.block_until_ready(sums), waited
+    state, sums = jax.block_until_ready((state, sums))
+    return state, sums, waited
 
 
 def _check_finite(sums: dict[str, float], first: int, step: int, checkpoints: Checkpoints) -> None:

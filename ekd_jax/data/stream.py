@@ -118,6 +118,7 @@ class Batches:
             several = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
             read = read.mp_prefetch(several, _live_and_die_with_the_run)
         self._iterator = iter(read.map(to_devices))
+        # Grain's own prefetching thread does not tell whether a batch is there.
         self._left = len(part)
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._ahead: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
@@ -169,9 +170,9 @@ class Streamed:
         return 1
 
     def ready(self, step: int) -> bool:
-        if self._batches is None or step not in (self._step, self._step + 1):
-            return False
-        return step == self._step or self._batches.ready()
+        if step == self._step:
+            return True
+        return self._batches is not None and step == self._step + 1 and self._batches.ready()
 
     def at(self, step: int) -> Any:
         if step != self._step:
