@@ -123,7 +123,7 @@ def human(count: float) -> str:
     return f"{count:.0f}"
 
 
-OWN_CONVOLUTIONS = ("grouped_convolution", "folded_convolution")  # functions of convolution.py
+OWN_CONVOLUTIONS = ("grouped_convolution", "fitted_convolution")  # functions of convolution.py
 
 
 class Cost(NamedTuple):

@@ -52,38 +52,43 @@ def _convolution(x: Array, kernel: Array, stride: int, groups: int, pads: tuple)
     )
 
 
-# --- one group: the gradient as a convolution in canonical layout, and as matrix products -------
+# --- one group: sizes that are fast, the gradient as a convolution and as matrix products --------
 
-FOLD = 24  # channels up to which neighbouring pixels are better computed as one
+UNEVEN = {*range(25, 32), *range(49, 64)}  # features that take longer than the next multiple of 32 of them
 CACHE = 2**21  # bytes that the weight gradient works on at a time: about a core's second-level cache
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _canonical_convolution(x: Array, kernel: Array, stride: int, pads: tuple) -> Array:
     _, width, channels, features = kernel.shape
-    fold = 2 ** int(math.log2(max(1, FOLD // max(channels, features))))
-    fold = math.gcd(fold, x.shape[2])
-    if fold > 1 and stride == 1 and width > 1 and sum(pads[1]) == width - 1:
-        return folded_convolution(x, kernel, pads, fold)
-    return _convolution(x, kernel, stride, 1, pads)
+    together = 1
+    if stride == 1 and width > 1 and sum(pads[1]) == width - 1:  # images keep their width
+        together = 4 if features <= 4 else 2 if features <= 12 and channels % 2 == 0 else 1
+    return fitted_convolution(x, kernel, stride, pads, math.gcd(together, x.shape[2]))
 
 
-@partial(jax.jit, static_argnums=(2, 3))
-def folded_convolution(x: Array, kernel: Array, pads: tuple, fold: int) -> Array:
-    """The same with stride 1 and images that keep their width, `fold` pixels of a row as one with so many
-    times the channels: few leave most of a vector register empty, and the kernel's zeros cost little.
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def fitted_convolution(x: Array, kernel: Array, stride: int, pads: tuple, together: int) -> Array:
+    """The same in sizes that XLA's CPU kernels are fast at (docs/performance.md has the measurements).
+
+    Few features leave most of a vector register empty. So those of `together` neighbouring pixels are
+    computed as the features of one, by a kernel that is as many pixels wider, mostly zeros, and moves on by
+    as many. Channels are filled up to a multiple of 4, and features where they are `UNEVEN`.
 
     A function of its own so that `describe` can tell it in a jaxpr.
     """
-    (batch, height, width, channels), (h, w, _, features), low = x.shape, kernel.shape, pads[1][0]
-    left, right = -(-low // fold), (fold - 1 + w - 1 - low) // fold  # neighbours that are seen
-    seen = (left + 1 + right) * fold
-    # Pixel p of those that are folded sees w of all these pixels, from the p-th on.
-    begins = [left * fold - low + p for p in range(fold)]
-    spread = [jnp.pad(kernel, ((0, 0), (b, seen - w - b), (0, 0), (0, 0))) for b in begins]
-    wide = jnp.stack(spread, 3).reshape(h, -1, fold * channels, fold * features)
-    folded = x.reshape(batch, height, width // fold, fold * channels)
-    return _convolution(folded, wide, 1, 1, (pads[0], (left, right))).reshape(batch, -1, width, features)
+    channels, features = kernel.shape[2:]
+    if together > 1:
+        spread = [(p, together - 1 - p) for p in range(together)]
+        kernel = jnp.concatenate([jnp.pad(kernel, ((0, 0), s, (0, 0), (0, 0))) for s in spread], -1)
+    outputs = together * features
+    more_in = -channels % 4 if channels > 12 else 0
+    more_out = -outputs % 32 if outputs in UNEVEN else 0
+    x = jnp.pad(x, (*[(0, 0)] * 3, (0, more_in)))
+    kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, more_in), (0, more_out)))
+    strides = (stride, stride * together)
+    y = lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_LAYOUT)[..., :outputs]
+    return y.reshape(*y.shape[:2], -1, features)
 
 
 def _forward(x: Array, kernel: Array, stride: int, pads: tuple) -> tuple[Array, tuple[Array, Array]]:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from ekd_jax.models.convolution import convolution
 
@@ -214,10 +215,24 @@ class Conv(nn.Module):
         return x + self.param("bias", self.bias_init, (self.features,), jnp.float32).astype(mode.dtype)
 
 
+def materialised(x: Array) -> Array:
+    """x, computed once and written to memory.
+
+    XLA for CPUs computes an elementwise result, and what it is made of, anew for every shape that it is
+    wanted in: (B, H, W, C), pixels in a row, a few images at a time. It takes `lax.optimization_barrier`
+    away before it decides that, but leaves a call alone that is not to be put inline.
+    """
+    if jax.default_backend() != "cpu":
+        return x
+    with set_xla_metadata(inlineable="false"):
+        written: Array = jax.jit(lax.optimization_barrier)(x)
+    return written
+
+
 @jax.custom_vjp
 def relu(x: Array) -> Array:
     """max(x, 0). Its gradient is read from what it gives, which the next convolution keeps anyway."""
-    return jnp.maximum(x, 0)
+    return materialised(jnp.maximum(x, 0))
 
 
 relu.defvjp(lambda x: (relu(x),) * 2, lambda kept, g: (jnp.where(kept > 0, g, 0),))
@@ -279,7 +294,7 @@ def _normalised_backward(mode: Mode, kept: tuple[Array, ...], g: Array) -> tuple
     slope = -gain * rate * along / count
     dx = gain * g_ + (slope * x_ - (slope * mean + gain * whole / count))
     per_channel = along.reshape(-1, x.shape[-1]).sum(0), whole.reshape(-1, x.shape[-1]).sum(0)
-    return dx.reshape(x.shape).astype(x.dtype), None, None, *per_channel
+    return materialised(dx.reshape(x.shape).astype(x.dtype)), None, None, *per_channel
 
 
 normalised.defvjp(_normalised_forward, _normalised_backward)
