@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import flags
 
-from ekd_jax import commands, parallel, stages, train
+from ekd_jax import commands, parallel, report, stages
 from ekd_jax.config import fingerprint, make_method, to_dict
 from ekd_jax.data.feed import placements, resident_bytes
 from ekd_jax.data.sources import known_facts
@@ -44,7 +44,7 @@ def _main(config: Any) -> None:
         print(dry_run(config, path))
         return
     summary = stages.run(config, path)
-    print(train.summary_table(summary))
+    print(report.summary_table(summary))
     print(f"everything is in {path}; take a student out with python -m ekd_jax.extract --workdir={path}")
 
 

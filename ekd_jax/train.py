@@ -26,20 +26,19 @@ from jax.sharding import Mesh
 
 from ekd_jax import parallel, workdir
 from ekd_jax.checkpoint import Checkpoints
-from ekd_jax.config import identity
 from ekd_jax.data.feed import EvaluationSet, Feed, evaluation_set, training_feed
 from ekd_jax.data.sources import facts
-from ekd_jax.describe import human, label
 from ekd_jax.errors import UserError, reason
 from ekd_jax.evaluate import make_evaluator, measure, results
 from ekd_jax.fastest import choose_execution
 from ekd_jax.job import Job, check_batches, prepare, steps_in
 from ekd_jax.optimizer import rate_in_words
+from ekd_jax.report import Log, evaluation_line, summarise, train_line
 from ekd_jax.restore import predictor
 from ekd_jax.state import TrainState, begin_with, init_state
 from ekd_jax.step import make_train_steps, zero_metrics
 from ekd_jax.teachers import frozen_inputs, load_teacher, make_teach
-from ekd_jax.writers import MetricWriter, Progress, clock, table, write_json
+from ekd_jax.writers import MetricWriter, Progress, write_json
 
 STRETCH_SECONDS = 1.0  # the host looks at it so often: rare enough to cost nothing, short to wait for
 
@@ -158,7 +157,7 @@ def _run(job: Job, path: pathlib.Path) -> dict[str, Any]:
     if step < job.steps:
         print(f"interrupted at step {step:,}, saved in {path}: run the same command to go on")
         raise SystemExit(128 + interrupt.signal)
-    summary = _summary(job, log)
+    summary = summarise(job, log)
     if parallel.is_main():
         write_json(path / workdir.SUMMARY, summary)
     _, stop = interrupt.agreed()  # also: all wait until the summary is there
@@ -166,41 +165,6 @@ def _run(job: Job, path: pathlib.Path) -> dict[str, Any]:
         print(f"interrupted; the run in {path} is complete: run the same command to go on")
         raise SystemExit(128 + stop)
     return summary
-
-
-@dataclasses.dataclass
-class Log:
-    """What a run remembers beside its state; saved with every checkpoint.
-
-    Attributes:
-        sums: the metrics added up since the last training record; on the device while training.
-        recorded: step of that record.
-        window: seconds of training since then.
-        waited: of these, for input.
-        last: test metrics of the finished run, or of the last evaluation if that was on the test set.
-        best: name -> its best top-1 of all evaluations and the step of it.
-        seconds: wall-clock so far.
-        execution: how branches run.
-    """
-
-    sums: Any
-    recorded: int = 0
-    window: float = 0.0
-    waited: float = 0.0
-    last: dict[str, float] = dataclasses.field(default_factory=dict)
-    best: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    seconds: dict[str, float] = dataclasses.field(
-        default_factory=lambda: {"read": 0.0, "compile": 0.0, "train": 0.0, "evaluate": 0.0}
-    )
-    execution: str = ""
-
-    @classmethod
-    def recall(cls, remembered: dict[str, Any]) -> "Log":
-        log = cls(**remembered["log"])
-        return dataclasses.replace(log, sums={k: np.float32(v) for k, v in log.sums.items()})
-
-    def as_json(self) -> dict[str, Any]:
-        return {**vars(self), "sums": {k: float(v) for k, v in jax.device_get(self.sums).items()}}
 
 
 def _loop(
@@ -286,7 +250,7 @@ def _loop(
                 means["images/s"] = round(steps * batch_size / log.window, 1)
                 means["input_wait"] = round(100 * log.waited / log.window, 2)
                 writer.write(step, epoch, "train", means)
-                progress.line(_train_line(job, step, means, progress))
+                progress.line(train_line(job, step, means, progress))
                 log.sums, log.recorded = parallel.replicate(mesh, zeros), step
                 log.window = log.waited = 0.0
 
@@ -297,9 +261,9 @@ def _loop(
                 started = time.monotonic()
                 sums_3xP = measure(evaluate, state.variables, watched, mesh)
                 evaluation = results(sums_3xP, watched.examples, job.names)
-                _note_best(log.best, evaluation, step, job.names)
+                log.note_best(evaluation, step, job.names)
                 writer.write(step, epoch, watched.name, evaluation)
-                progress.line(_evaluation_line(watched.name, epoch, evaluation, job.names))
+                progress.line(evaluation_line(watched.name, epoch, evaluation, job.names))
                 if watched.name == "test":
                     log.last = evaluation
                 elif last_step:
@@ -309,7 +273,7 @@ def _loop(
                     sums_3xP = measure(evaluate, state.variables, test, mesh)
                     log.last = results(sums_3xP, test.examples, job.names)
                     writer.write(step, epoch, "test", log.last)
-                    progress.line(_evaluation_line("test", epoch, log.last, job.names))
+                    progress.line(evaluation_line("test", epoch, log.last, job.names))
                 log.seconds["evaluate"] += time.monotonic() - started
             if evaluation or step % save_every == 0 or stop:
                 remembered = {"epoch": epoch, "log": log.as_json(), "evaluated_on": watched.name}
@@ -358,69 +322,3 @@ def _check_finite(sums: dict[str, float], first: int, step: int, checkpoints: Ch
             f"{bad[0]} is not finite between steps {first:,} and {step:,} ({kept}): "
             f"try a lower optimizer.learning_rate in a new --workdir"
         )
-
-
-def _note_best(best: dict[str, Any], evaluation: dict[str, float], step: int, names: list[str]) -> None:
-    for name in names:
-        top1 = evaluation[f"{name}/top1"]
-        if name not in best or top1 > best[name]["top1"]:
-            best[name] = {"top1": top1, "step": step}
-
-
-def _train_line(job: Job, step: int, means: dict[str, float], progress: Progress) -> str:
-    top1 = " ".join(f"{means[f'{name}/top1']:.1f}" for name in job.learning)
-    return (
-        f"step {step:,}/{job.steps:,}  epoch {job.epochs(step):.2f}  loss {means['loss']:.4f}  "
-        f"train top-1 {top1}  {means['images/s']:,.0f} images/s  {progress.remaining(step)} left"
-    )
-
-
-def _evaluation_line(split: str, epoch: float, evaluation: dict[str, float], names: list[str]) -> str:
-    top1 = "  ".join(f"{name} {evaluation[f'{name}/top1']:.2f}" for name in names)
-    return f"{split}, epoch {epoch:.2f}  top-1  {top1}"
-
-
-def _summary(job: Job, log: Log) -> dict[str, Any]:
-    def top1(name: str) -> dict[str, float]:
-        best = log.best[name]
-        return {"top1_last": log.last[f"{name}/top1"], "top1_best": best["top1"], "best_step": best["step"]}
-
-    return {
-        **identity(job.config),
-        "steps": job.steps,
-        "epochs": job.config.train.epochs,
-        "seconds": {name: round(value, 1) for name, value in log.seconds.items()},
-        "method_parameters": job.students["method_parameters"],
-        "best_on": job.watched,
-        "students": [{**s, **top1(f"student_{s['student']}")} for s in job.students["students"]],
-        "ensemble": top1("ensemble"),
-        "others": {n: top1(n) for n in job.names if n != "ensemble" and not n.startswith("student_")},
-    }
-
-
-def summary_table(summary: dict[str, Any]) -> str:
-    """The students of a finished run, as text."""
-
-    def row(*cells: str, result: dict[str, float]) -> list[str]:
-        return [*cells, f"{result['top1_last']:.2f}", f"{result['top1_best']:.2f}"]
-
-    rows = [
-        row(
-            str(s["student"]),
-            label(s, summary["model"]),
-            f"{s['parameters']:,}",
-            f"{100 * s['ratio']:.1f}",
-            human(s["macs"]),
-            result=s,
-        )
-        for s in summary["students"]
-    ]
-    for name, result in [("ensemble teacher", summary["ensemble"]), *summary["others"].items()]:
-        rows.append(row(name, "", "", "", "", result=result))
-    header = ["student", "width", "parameters", "% of 1", "MACs", "top-1 last", "top-1 best"]
-    spent = ", ".join(f"{name} {clock(seconds)}" for name, seconds in summary["seconds"].items())
-    return (
-        f"{table(rows, header)}\n"
-        f"top-1: per cent of the test set, after the last epoch; and of the {summary['best_on']} set "
-        f"at the best evaluation\n{spent}"
-    )

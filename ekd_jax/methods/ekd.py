@@ -21,18 +21,19 @@ Array = jax.Array
 
 
 class Projection(nn.Module):
-    """1x1 convolutions with bias that bring a branch's map to its teacher's channels."""
+    """1x1 convolutions with bias that bring a branch's map to its teacher's channels, and how far it is
+    from the teacher's then."""
 
     @nn.compact
-    def __call__(self, maps: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
-        """Pairs of (the branch's, the teacher's), (B, H, W, C); of unequal H or W both are pooled first."""
-        projected = []
-        for i, (own, teacher) in enumerate(maps, 1):
+    def __call__(self, maps: list[Array], teachers: list[Array]) -> Array:
+        """(S,): mean squared errors of maps (B, H, W, C); of unequal H or W both are pooled first."""
+        errors = []
+        for i, (own, teacher) in enumerate(zip(maps, teachers, strict=True), 1):
             if own.shape[1:3] != teacher.shape[1:3]:
                 own, teacher = global_pool(own), global_pool(teacher)
-            linear = Linear(teacher.shape[-1], torch_default, dtype=own.dtype, name=f"student{i}")
-            projected.append((linear(own), teacher))
-        return projected
+            linear = Linear(teacher.shape[-1], torch_default, name=f"student{i}")
+            errors.append(losses.adapted_error(own, *linear.parameters(own.shape[-1]), teacher))
+        return jnp.stack(errors)
 
 
 class Ekd(Distilling, Taught):
@@ -79,8 +80,7 @@ class Ekd(Distilling, Taught):
 
         if self.feature_weight:
             last = [lax.stop_gradient(teacher.maps[-1]) for teacher in batch.teachers]
-            pairs = self.projection(list(zip(outputs.pooled, last, strict=True)))
-            mse_S = jnp.stack([losses.mean_squared_error(teacher, own) for own, teacher in pairs])
+            mse_S = self.projection(list(outputs.pooled), last)
             terms |= per_student("loss_features", mse_S)
             loss += self.feature_weight * mse_S.sum()
         if self.mean_weight:
