@@ -40,7 +40,9 @@ from ekd_jax.step import make_train_steps, zero_metrics
 from ekd_jax.teachers import frozen_inputs, load_teacher, make_teach
 from ekd_jax.writers import MetricWriter, Progress, write_json
 
-STRETCH_SECONDS = 1.0  # the host looks at it so often: rare enough to cost nothing, short to wait for
+# The host looks at it so often: short to wait for, and rare enough. On a CPU every dispatch asks for its
+# memory anew, which takes 6 % of a second where a step does (docs/performance.md).
+STRETCH_SECONDS = 3.0
 
 
 class Interrupt:
