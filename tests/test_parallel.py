@@ -35,7 +35,7 @@ def batch(size=12):
 
 
 @pytest.mark.parametrize(
-    ("method", "parts"), [("oem", 3), ("pcl", 2), pytest.param("oem", 2, marks=pytest.mark.slow)]
+    ("method", "parts"), [("oem", 3), *(pytest.param(m, 2, marks=pytest.mark.slow) for m in ("pcl", "oem"))]
 )
 def test_accumulated_gradients_are_those_of_the_parts(method, parts):
     """Part j of a batch are examples j, j + parts, ...: what batch norm does with these as its groups."""

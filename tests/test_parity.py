@@ -115,7 +115,7 @@ quickly_compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_
 
 
 # Of a family that another one stands for.
-SECOND = {"resnet18", "vgg13", "mobilenet_v2", "shufflenet_v2_cifar"}
+SECOND = {"resnet18", "bottleneck", "vgg13", "mobilenet_v2", "shufflenet_v2_cifar"}
 
 
 @pytest.mark.parametrize(
