@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from ekd_jax.errors import UserError
 from ekd_jax.methods.base import Batch, Method, TeacherOutputs
 from ekd_jax.models.ensemble import Ensemble, Outputs, Variables
-from ekd_jax.models.layers import draw, trace
+from ekd_jax.models.initial import draw, trace
 
 
 @flax.struct.dataclass

@@ -15,7 +15,7 @@ from ekd_jax.methods import METHODS
 from ekd_jax.methods import kdcl as kdcl_module
 from ekd_jax.methods.base import Batch
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.models.layers import draw, trace
+from ekd_jax.models.initial import draw, trace
 from ekd_jax.state import init_variables, of_method, of_networks
 
 EPOCH = 33.4

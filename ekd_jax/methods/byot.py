@@ -15,7 +15,8 @@ from ekd_jax.errors import UserError
 from ekd_jax.methods.base import Batch, Terms, check_not_negative, label_terms
 from ekd_jax.methods.distilling import Distilling
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.models.layers import ConvNorm, Linear, Mode, global_pool, torch_default
+from ekd_jax.models.initial import torch_default
+from ekd_jax.models.layers import ConvNorm, Linear, Mode, global_pool
 
 Array = jax.Array
 Classified = tuple[Array, Array]

@@ -15,7 +15,8 @@ from ekd_jax.errors import UserError
 from ekd_jax.methods.base import Batch, Terms, check_not_negative, label_terms, per_student
 from ekd_jax.methods.distilling import Distilling, Taught, mean_of
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.models.layers import Linear, global_pool, torch_default
+from ekd_jax.models.initial import torch_default
+from ekd_jax.models.layers import Linear, global_pool
 
 Array = jax.Array
 

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.models.layers import BatchNorm, Linear, Mode, torch_default
+from ekd_jax.models.initial import torch_default
+from ekd_jax.models.layers import BatchNorm, Linear, Mode
 
 Array = jax.Array
 

@@ -17,7 +17,7 @@ from ekd_jax import losses
 from ekd_jax.methods.base import Batch, Terms, check_choice, check_not_negative, label_terms, per_student
 from ekd_jax.methods.distilling import Distilling
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.models.layers import constant
+from ekd_jax.models.initial import constant
 
 Array = jax.Array
 TARGETS = ("naive", "linear", "minlogit", "general", "mean")

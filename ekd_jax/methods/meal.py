@@ -27,7 +27,8 @@ from ekd_jax.methods.base import (
 )
 from ekd_jax.methods.distilling import Taught
 from ekd_jax.models.ensemble import Outputs, scale_gradient
-from ekd_jax.models.layers import Linear, torch_default
+from ekd_jax.models.initial import torch_default
+from ekd_jax.models.layers import Linear
 
 Array = jax.Array
 TAPS = ("logits", "all")

@@ -23,7 +23,8 @@ from ekd_jax.methods.base import (
 from ekd_jax.methods.distilling import Distilling
 from ekd_jax.methods.gate import Gate
 from ekd_jax.models.ensemble import Features, Outputs
-from ekd_jax.models.layers import Linear, constant, torch_default
+from ekd_jax.models.initial import constant, torch_default
+from ekd_jax.models.layers import Linear
 
 Array = jax.Array
 

@@ -15,7 +15,8 @@ from ekd_jax.errors import UserError
 from ekd_jax.methods.base import Batch, Terms, label_terms, per_student
 from ekd_jax.methods.ramped import Ramped
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.models.layers import global_pool, torch_default
+from ekd_jax.models.initial import torch_default
+from ekd_jax.models.layers import global_pool
 
 Array = jax.Array
 FACTOR = 8  # queries and keys are so many times smaller than the features

@@ -17,7 +17,8 @@ from ekd_jax.methods.base import Batch, Terms, label_terms, per_student
 from ekd_jax.methods.distilling import of_peers
 from ekd_jax.methods.ramped import Ramped
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.models.layers import Linear, global_pool, torch_default
+from ekd_jax.models.initial import torch_default
+from ekd_jax.models.layers import Linear, global_pool
 
 Array = jax.Array
 

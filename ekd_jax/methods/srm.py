@@ -32,7 +32,7 @@ from ekd_jax.methods.base import (
 from ekd_jax.methods.distilling import Taught
 from ekd_jax.methods.kd import Kd
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.models.layers import uniform
+from ekd_jax.models.initial import uniform
 
 Array = jax.Array
 Weights = Mapping[str, Array]

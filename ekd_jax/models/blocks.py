@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
+from ekd_jax.models.initial import Initializer, constant, kaiming_fan_out, torch_default
 from ekd_jax.models.layers import (
     Activation,
     Array,
@@ -17,15 +18,11 @@ from ekd_jax.models.layers import (
     Conv,
     ConvNorm,
     Drop,
-    Initializer,
     Linear,
     Mode,
-    constant,
     global_pool,
-    kaiming_fan_out,
     max_pool,
     relu,
-    torch_default,
 )
 
 WRITTEN_OUT = 4  # equal blocks that are put one after the other, not in a loop: docs/performance.md

@@ -16,20 +16,8 @@ import jax.numpy as jnp
 
 from ekd_jax.models.blocks import Head, Norm, Stem
 from ekd_jax.models.family import Architecture, Family, Options, scaled
-from ekd_jax.models.layers import (
-    Array,
-    BatchNorm,
-    Conv,
-    Initializer,
-    Mode,
-    average_pool,
-    constant,
-    kaiming_fan_in,
-    kaiming_fan_out,
-    moments,
-    relu,
-    torch_default,
-)
+from ekd_jax.models.initial import Initializer, constant, kaiming_fan_in, kaiming_fan_out, torch_default
+from ekd_jax.models.layers import Array, BatchNorm, Conv, Mode, average_pool, moments, relu
 
 
 class DenseStage(nn.Module):

@@ -21,7 +21,8 @@ from jax import lax
 
 from ekd_jax.errors import UserError
 from ekd_jax.models.execution import WAYS, Branch, Maps, Network, Wide, alike, applied
-from ekd_jax.models.layers import Array, Mode, Traced, draw, trace
+from ekd_jax.models.initial import Traced, draw, trace
+from ekd_jax.models.layers import Array, Mode
 
 Variables = dict[str, Any]
 Features = tuple[tuple[Array, ...], ...]

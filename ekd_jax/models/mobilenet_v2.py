@@ -15,7 +15,8 @@ import flax.linen as nn
 
 from ekd_jax.models.blocks import Block, Chain, Head, InvertedResidual, Part, Stage, Stem
 from ekd_jax.models.family import Architecture, Family, Options, rounded, scaled
-from ekd_jax.models.layers import ConvNorm, constant, normal, relu
+from ekd_jax.models.initial import constant, normal
+from ekd_jax.models.layers import ConvNorm, relu
 
 # Of each stage: expansion, channels, blocks, stride, kernel size.
 Settings = tuple[tuple[tuple[int, int, int, int, int], ...], ...]

@@ -14,7 +14,7 @@ from functools import partial
 
 from ekd_jax.models.blocks import BasicBlock, Block, Bottleneck, Head, Stage, Stem
 from ekd_jax.models.family import Architecture, Family, Options, scaled
-from ekd_jax.models.layers import Initializer, kaiming_fan_out, torch_default, xavier_normal
+from ekd_jax.models.initial import Initializer, kaiming_fan_out, torch_default, xavier_normal
 
 CHANNELS = (16, 16, 32, 64)  # of the stem and the three stages
 

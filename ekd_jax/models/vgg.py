@@ -12,7 +12,8 @@ import flax.linen as nn
 
 from ekd_jax.models.blocks import Head
 from ekd_jax.models.family import Architecture, Family, Options, scaled
-from ekd_jax.models.layers import Array, BatchNorm, Conv, Mode, constant, max_pool, relu
+from ekd_jax.models.initial import constant
+from ekd_jax.models.layers import Array, BatchNorm, Conv, Mode, max_pool, relu
 
 CHANNELS = (64, 128, 256, 512, 512)
 
