@@ -18,7 +18,7 @@ Expected top-1 after training in the ensemble, students 1 to 5, per cent (the pa
 test accuracy of a run, mean of 5): ResNet-20 92.13, 92.18, 91.78, 91.45, 91.03; ResNet-110 94.24,
 94.18, 93.98, 93.57, 93.28. Students 4 and 5 are doubtful: 11 thousand parameters are not expected to
 pass 85 %. Not yet measured here at full length (benchmarks/README.md); a short run on a subset is in
-docs/results.md. Wall-clock on two CPU cores: about 1.0 s a step for ResNet-20, 391 steps an epoch;
+docs/results.md. Wall-clock on two CPU cores: about .9 s a step for ResNet-20, 391 steps an epoch;
 a full run wants an accelerator.
 """
 

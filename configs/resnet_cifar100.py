@@ -18,7 +18,7 @@ A baseline is one student alone: --config.method.name=baseline "--config.model.s
 Expected top-1 after training in the ensemble, students 1 to 5, per cent (the paper's Table 3: best
 test accuracy of a run, mean of 5): ResNet-32 70.97, 68.24, 65.67, 61.17, 42.17; ResNet-110 72.81,
 70.14, 67.73, 65.08, 46.76. Not yet measured here at full length (benchmarks/README.md); a short run
-on a subset is in docs/results.md. Wall-clock on two CPU cores: about 1.0 s a step for ResNet-20,
+on a subset is in docs/results.md. Wall-clock on two CPU cores: about .9 s a step for ResNet-20,
 391 steps an epoch; a full run wants an accelerator.
 """
 

@@ -14,7 +14,7 @@ set's channel means and deviations. data.extra=True adds the extra images, as ON
 Expected top-1 after training in the ensemble, students 1 to 5, per cent (the paper's Table 5: best
 test accuracy of a run, mean of 5): ResNet-20 97.10, 96.92, 95.53, 92.03, 92.67; ResNet-110 97.87,
 97.84, 96.81, 95.90, 93.78. Not yet measured here at full length (benchmarks/README.md); a short run on
-a subset is in docs/results.md. Wall-clock on two CPU cores: about 1.0 s a step for ResNet-20, 572 steps
+a subset is in docs/results.md. Wall-clock on two CPU cores: about .9 s a step for ResNet-20, 572 steps
 an epoch; a full run wants an accelerator.
 """
 

@@ -59,7 +59,7 @@ def test_convolution_and_its_gradient_are_those_of_xla(size, stride, kernel, dev
     ("channels", "features", "kernel", "width", "padding", "computed"),
     [
         (3, 3, 3, 32, "even", (3, 6, 3, 12)),  # four pixels together
-        (6, 12, 3, 12, "even", (3, 4, 6, 24)),  # two; four for the gradient of x would be too many
+        (6, 12, 3, 12, "even", (3, 4, 6, 24)),  # two
         (9, 4, 5, 6, "same", (5, 6, 9, 8)),  # a row of six cannot be cut into fours
         (3, 2, 7, 8, "even", (7, 10, 3, 8)),
         (5, 6, 3, 7, "even", (3, 3, 5, 6)),  # an odd row

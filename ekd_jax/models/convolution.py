@@ -73,7 +73,7 @@ def fitted_convolution(x: Array, kernel: Array, stride: int, pads: tuple, togeth
 
     Few features leave most of a vector register empty. So those of `together` neighbouring pixels are
     computed as the features of one, by a kernel that is as many pixels wider, mostly zeros, and moves on by
-    as many. Channels are filled up to a multiple of 4, and features where they are `UNEVEN`.
+    as many. More than 12 channels are filled up to a multiple of 4, and features where they are `UNEVEN`.
 
     A function of its own so that `describe` can tell it in a jaxpr.
     """
