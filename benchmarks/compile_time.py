@@ -21,10 +21,11 @@ from absl import app, flags
 from program import Program, configuration, is_of_imagenet
 
 from ekd_jax import models
-from ekd_jax.describe import describe
-from ekd_jax.errors import UserError, nearest
-from ekd_jax.workdir import environment
-from ekd_jax.writers import table, write_json
+from ekd_jax.common.errors import UserError, nearest
+from ekd_jax.common.files import write_json
+from ekd_jax.common.text import table
+from ekd_jax.runs.describe import describe
+from ekd_jax.runs.workdir import environment
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list(
@@ -38,18 +39,18 @@ flags.DEFINE_list(
 )  # fmt: skip
 flags.DEFINE_list("students", ["5"], "numbers of students")
 flags.DEFINE_list("batch_sizes", ["32"], "examples a step")
-flags.DEFINE_enum("rematerialise", "no", ["no", "yes", "both"], "train.rematerialise")
+flags.DEFINE_enum("rematerialize", "no", ["no", "yes", "both"], "train.rematerialize")
 flags.DEFINE_integer("image_size", 0, "0: 224 for networks of ImageNet, else 32")
 flags.DEFINE_integer("limit", 1200, "seconds after which a network is given up")
 flags.DEFINE_string("json", None, "file to write the figures to")
 flags.DEFINE_string("measure", None, "of a child process: the arguments of `measure`")
 
 
-def measure(name: str, students: int, batch_size: int, rematerialise: bool, size: int) -> dict[str, Any]:
+def measure(name: str, students: int, batch_size: int, rematerialize: bool, size: int) -> dict[str, Any]:
     """Figures of one setting."""
     large = is_of_imagenet(name)
     size, classes = size or (224 if large else 32), 1000 if large else 100
-    config = configuration(name, students, batch_size, train__rematerialise=rematerialise)
+    config = configuration(name, students, batch_size, train__rematerialize=rematerialize)
     started = time.perf_counter()
     describe(config, (size, size, 3), classes)
     program = Program(config, size, classes)
@@ -63,7 +64,7 @@ def measure(name: str, students: int, batch_size: int, rematerialise: bool, size
         "model": name,
         "students": students,
         "batch": batch_size,
-        "again": "blocks" if rematerialise else "-",
+        "again": "blocks" if rematerialize else "-",
         "image": size,
         "build s": round(built, 1),
         "trace s": round(traced, 1),
@@ -83,11 +84,11 @@ def main(_: list[str]) -> None:
     if unknown:
         raise UserError(f"--models: {unknown[0]} is unknown{nearest(unknown[0], models.MODELS)}")
     rows = []
-    again = {"both": (False, True), "yes": (True,), "no": (False,)}[FLAGS.rematerialise]
-    for name, students, batch_size, rematerialise in itertools.product(
+    again = {"both": (False, True), "yes": (True,), "no": (False,)}[FLAGS.rematerialize]
+    for name, students, batch_size, rematerialize in itertools.product(
         FLAGS.models, map(int, FLAGS.students), map(int, FLAGS.batch_sizes), again
     ):
-        setting = json.dumps([name, students, batch_size, rematerialise, FLAGS.image_size])
+        setting = json.dumps([name, students, batch_size, rematerialize, FLAGS.image_size])
         command = [sys.executable, __file__, f"--measure={setting}"]
         try:
             done = subprocess.run(

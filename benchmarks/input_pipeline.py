@@ -92,10 +92,10 @@ def ekd_jax(folder: str, pillow: bool = False) -> Iterator[np.ndarray]:
     """What training reads, up to the device."""
     import grain
 
-    from ekd_jax.data import images as decoders
+    from ekd_jax.data import decode as decoders
+    from ekd_jax.data.decode import Reader
     from ekd_jax.data.folder import open_folder
-    from ekd_jax.data.images import Reader
-    from ekd_jax.data.sources import Data, Facts
+    from ekd_jax.data.opening import Data, Facts
     from ekd_jax.data.stream import Part
 
     if pillow:
@@ -151,7 +151,7 @@ def torch_pillow(folder: str) -> Iterator[np.ndarray]:
     """PyTorch's DataLoader with torchvision's usual transforms, written out with Pillow."""
     import torch
 
-    from ekd_jax.data.images import part
+    from ekd_jax.data.decode import part
     from ekd_jax.data.order import DRAWS
 
     paths = sorted(str(p) for p in pathlib.Path(folder).rglob("*.jpg"))
@@ -209,8 +209,9 @@ def main(_: list[str]) -> None:
         sys.stdout.flush()
         os._exit(0)  # threads that read ahead need not be waited for
 
-    from ekd_jax.workdir import environment
-    from ekd_jax.writers import table, write_json
+    from ekd_jax.common.files import write_json
+    from ekd_jax.common.text import table
+    from ekd_jax.runs.workdir import environment
 
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in FLAGS.pipelines}
     with tempfile.TemporaryDirectory() as folder:

@@ -6,14 +6,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from ekd_jax import parallel
-from ekd_jax.config import default, make_ensemble, make_method, resolve
-from ekd_jax.data.images import Reader
+from ekd_jax.common import parallel
+from ekd_jax.config.build import make_ensemble, make_method
+from ekd_jax.config.knobs import default
+from ekd_jax.config.resolve import resolve
+from ekd_jax.data.decode import Reader
+from ekd_jax.data.opening import Data, Facts, Pixels
 from ekd_jax.data.resident import Resident
-from ekd_jax.data.sources import Data, Facts, Pixels
-from ekd_jax.optimizer import make_optimizer
-from ekd_jax.state import init_state
-from ekd_jax.step import make_train_steps, zero_metrics
+from ekd_jax.runs.state import init_state
+from ekd_jax.training.optimizer import make_optimizer
+from ekd_jax.training.step import make_train_steps, zero_metrics
 
 OF_IMAGENET = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext", "wide_resnet")
 OF_IMAGENET += ("densenet121", "efficientnet", "mobilenet_v2", "shufflenet_v2_x")

@@ -4,14 +4,14 @@
     python benchmarks/scaling.py --read=out.json --chips=tpu_v5e --override=hop=2e-6     # compiles nothing
 
 Measured: the training step is compiled for so many virtual CPU devices, each setting in a process of its
-own, and its collectives are read from the optimised HLO: how many, how many bytes, what for. A collective
+own, and its collectives are read from the optimized HLO: how many, how many bytes, what for. A collective
 in a loop counts as often as the loop turns: its `known_trip_count`, or the constant that its condition
 compares with; the one loop that has neither is the loop over steps and counts once. One step is then run
 under the profiler, and the collectives that the devices ran are counted. Neither may depend on the number
 of devices.
 
 Predicted: step time = computing + all collectives one after the other, nothing overlapped; computing is
-FLOPs over the chip's stated FLOP/s times an assumed utilisation, or what `--step_seconds` says; an
+FLOPs over the chip's stated FLOP/s times an assumed utilization, or what `--step_seconds` says; an
 all-reduce of b bytes among n chips takes a latency and 2 (n - 1) / n b / bandwidth. What `CHIPS` says is
 stated by others, with the source beside it; nothing of it was measured here.
 """
@@ -34,11 +34,12 @@ from absl import app, flags
 from program import Program, configuration, is_of_imagenet
 
 from ekd_jax import models
-from ekd_jax.describe import count, count_cost
-from ekd_jax.errors import UserError, nearest
-from ekd_jax.state import TrainState
-from ekd_jax.workdir import environment
-from ekd_jax.writers import table, write_json
+from ekd_jax.common.errors import UserError, nearest
+from ekd_jax.common.files import write_json
+from ekd_jax.common.text import table
+from ekd_jax.models.cost import count, count_cost
+from ekd_jax.runs.state import TrainState
+from ekd_jax.runs.workdir import environment
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("models", ["resnet20", "resnet110", "resnet50"], "networks")
@@ -57,7 +58,7 @@ flags.DEFINE_list("override", [], "instead of what is stated of a chip: bandwidt
 flags.DEFINE_integer("chip_batch", 0, "examples a chip; 0: 64 at 224x224, else 128")
 flags.DEFINE_integer("global_batch", 1024, "examples a step where these are fixed")
 flags.DEFINE_float(
-    "utilisation", 0, "part of the stated FLOP/s that is reached; 0: .3 at 224x224, else .05"
+    "utilization", 0, "part of the stated FLOP/s that is reached; 0: .3 at 224x224, else .05"
 )
 flags.DEFINE_float("step_seconds", 0, "measured on one chip with chip_batch examples, instead of FLOP/s")
 flags.DEFINE_string("json", None, "file to write the figures to")
@@ -511,8 +512,8 @@ def predicted(rows: Sequence[dict[str, Any]]) -> str:
 
 def _seconds_an_example(row: dict[str, Any], chip: Chip) -> float:
     """A multiply-add is 2 FLOPs; the backward pass is taken for twice the forward pass."""
-    utilisation = FLAGS.utilisation or (0.3 if _is_large(row) else 0.05)
-    return 6 * row["macs"] / (chip.flops * utilisation)
+    utilization = FLAGS.utilization or (0.3 if _is_large(row) else 0.05)
+    return 6 * row["macs"] / (chip.flops * utilization)
 
 
 def _is_large(row: dict[str, Any]) -> bool:

@@ -24,9 +24,10 @@ from absl import app, flags
 from program import Program, configuration
 
 from ekd_jax import models
-from ekd_jax.errors import UserError, nearest
-from ekd_jax.workdir import environment
-from ekd_jax.writers import table, write_json
+from ekd_jax.common.errors import UserError, nearest
+from ekd_jax.common.files import write_json
+from ekd_jax.common.text import table
+from ekd_jax.runs.workdir import environment
 
 FLAGS = flags.FLAGS
 EXAMPLES = 10_000

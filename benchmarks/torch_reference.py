@@ -2,9 +2,9 @@
 
     python benchmarks/step_time.py --models=resnet20 --torch=eager,compile --json=out.json
 
-The same ensemble of CIFAR ResNets, the same loss (ekd_jax/methods/oem.py), optimiser and augmentation of
+The same ensemble of CIFAR ResNets, the same loss (ekd_jax/methods/oem.py), optimizer and augmentation of
 images that stay on the device; tests/test_torch_reference.py holds losses, gradients and parameters against
-ours. Written to be fast: order, crop and flip are one gather out of images padded beforehand, the optimiser
+ours. Written to be fast: order, crop and flip are one gather out of images padded beforehand, the optimizer
 is PyTorch's fused one, and nothing waits for the device before the last step. Ours adds up accuracies and
 terms of the loss besides; this one keeps none.
 
@@ -23,9 +23,9 @@ import time
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
-from ekd_jax.errors import UserError, nearest
+from ekd_jax.common.errors import UserError, nearest
+from ekd_jax.config.recipes import DATA
 from ekd_jax.models.resnet_cifar import CHANNELS, DEPTHS
-from ekd_jax.recipes import DATA
 
 try:
     import torch
@@ -157,7 +157,7 @@ class Losses(NamedTuple):
 
 
 def losses(network: nn.Module, images: Tensor, labels: Tensor) -> Losses:
-    """Of a batch of normalised images (B, C, H, W)."""
+    """Of a batch of normalized images (B, C, H, W)."""
     logits, adapted, targets = network(images)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     students, batch, _ = logits.shape
@@ -199,7 +199,7 @@ def crops(padded: Tensor, numbers: Tensor, generator: torch.Generator) -> Tensor
 
 
 class Reference:
-    """A network with its optimiser, and noise to train on, on the device.
+    """A network with its optimizer, and noise to train on, on the device.
 
     Raises:
         UserError: an unknown model or variant, or fewer than two students.
@@ -259,7 +259,7 @@ class Reference:
         self.first_seconds = math.nan
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """The next images (B, C, H, W), augmented and normalised, and their labels."""
+        """The next images (B, C, H, W), augmented and normalized, and their labels."""
         if self.position + self.batch_size > len(self.order):
             self._shuffle()
         numbers = self.order[self.position : self.position + self.batch_size]
@@ -268,7 +268,7 @@ class Reference:
         return images.permute(0, 3, 1, 2).contiguous(memory_format=self.layout), self.labels[numbers]
 
     def update(self, images: Tensor, labels: Tensor) -> None:
-        """One step on normalised images (B, C, H, W)."""
+        """One step on normalized images (B, C, H, W)."""
         self.optimizer.zero_grad(set_to_none=True)
         self.loss(images, labels).backward()
         self.optimizer.step()

@@ -4,7 +4,7 @@
     python -m ekd_jax.compare --config=configs/compare_cifar10.py:epochs=30,model=resnet20 --methods=oem,kd
 
 epochs: 10 (default), 3, 30, 100. model: resnet8 (default), resnet20; students of width 1, .6 and .2.
-Augmentation and optimiser are the paper's (configs/resnet_cifar10.py) with batches of 64, and all 10,000
+Augmentation and optimizer are the paper's (configs/resnet_cifar10.py) with batches of 64, and all 10,000
 test images are looked at once, at the end; which labels there are says ekd_jax/compared.py. Such short runs
 say which methods learn fast from little, not what they come to. A run of oem with epochs=3 took 70 seconds
 on two CPU cores that had other work, a third of it compiling.
@@ -12,9 +12,7 @@ on two CPU cores that had other work, a third of it compiling.
 
 from ml_collections import ConfigDict
 
-from ekd_jax.compared import every_method
-from ekd_jax.config import parse_variant
-from ekd_jax.recipes import paper
+from ekd_jax.config.recipes import every_method, paper, parse_variant
 
 
 def get_config(argument: str | None = None) -> ConfigDict:

@@ -10,8 +10,8 @@ had other work; a run of oem 63 seconds, compiling included.
 
 from ml_collections import ConfigDict
 
-from ekd_jax.compared import every_method
-from ekd_jax.config import default, parse_variant
+from ekd_jax.config.knobs import default
+from ekd_jax.config.recipes import every_method, parse_variant
 
 
 def get_config(argument: str | None = None) -> ConfigDict:

@@ -17,7 +17,8 @@ Test accuracy after the last epoch, per cent, mean +- std of n = 5 seeds (0 to 4
 
 from ml_collections import ConfigDict
 
-from ekd_jax.config import default, parse_variant
+from ekd_jax.config.knobs import default
+from ekd_jax.config.recipes import parse_variant
 
 
 def get_config(argument: str | None = None) -> ConfigDict:

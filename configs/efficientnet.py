@@ -25,8 +25,7 @@ Not yet measured here at full length; a full run wants an accelerator.
 
 from ml_collections import ConfigDict
 
-from ekd_jax.config import parse_variant
-from ekd_jax.recipes import paper, rmsprop
+from ekd_jax.config.recipes import paper, parse_variant, rmsprop
 
 
 def get_config(argument: str | None = None) -> ConfigDict:

@@ -8,7 +8,7 @@ role: student (default); teacher or alone: teacher or student by the labels alon
 pair: resnet56-resnet20 (default), resnet110-resnet32, resnet110-resnet20, resnet32x4-resnet8x4. The
     teacher is looked for in runs/teacher-NAME; elsewhere: --config.method.teachers="('DIR',)".
 loss: kl (default): .1 CE + .9 KL, T = 4; dkd: CE + DKD, T = 4, beta 2 (8 for resnet32x4); dist: CE + DIST,
-    T = 4, beta = gamma = 2; lskd: .1 CE + 9 KL of standardised logits, T = 2; dkd_lskd: dkd on standardised
+    T = 4, beta = gamma = 2; lskd: .1 CE + 9 KL of standardized logits, T = 2; dkd_lskd: dkd on standardized
     logits (its own constants are not verified).
 method: kd (default); dckd: two students and the teacher, a reconstruction; ekd: a branch for each of two
     teachers (runs/teacher-NAME and -NAME-2), a reconstruction; srm: three stages; blockwise: a structure
@@ -28,8 +28,8 @@ Not measured here at full length: this wants an accelerator.
 
 from ml_collections import ConfigDict
 
-from ekd_jax.config import default, parse_variant
-from ekd_jax.recipes import DATA
+from ekd_jax.config.knobs import default
+from ekd_jax.config.recipes import DATA, parse_variant
 
 PAIRS = ("resnet56-resnet20", "resnet110-resnet32", "resnet110-resnet20", "resnet32x4-resnet8x4")
 LOSSES = ("kl", "dkd", "dist", "lskd", "dkd_lskd")
@@ -65,7 +65,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
 def loss(method: ConfigDict, name: str, beta: float) -> None:
     """The constants of a loss as its paper has them."""
     method.kd_loss = "kl" if name == "lskd" else name.removesuffix("_lskd")
-    method.standardise = name.endswith("lskd")
+    method.standardize = name.endswith("lskd")
     method.dkd_beta = beta
     match name:
         case "dkd" | "dist" | "dkd_lskd":

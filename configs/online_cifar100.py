@@ -22,8 +22,8 @@ Not measured here at full length: this wants an accelerator.
 
 from ml_collections import ConfigDict
 
-from ekd_jax.config import default, parse_variant
-from ekd_jax.recipes import DATA
+from ekd_jax.config.knobs import default
+from ekd_jax.config.recipes import DATA, parse_variant
 
 STUDENTS = {
     "one": (1, 1, 1),

@@ -8,7 +8,7 @@ depth: 20 (default), 32, 44, 56, 110.
 recipe=paper (default): SGD Nesterov .9, .1 -> .01 at 50 % -> .001 at 75 % of 350 epochs, T=2,
     alpha, beta, gamma = .7, .15, .15; random crop of the image padded by 4, flip.
     What the paper leaves open: batch 128 and weight decay 1e-4 (official CIFAR-10 ResNet configs);
-    normalisation as in the official code.
+    normalization as in the official code.
 recipe=official: the official code's configs/Cifar10_exp for depths 20, 32 and 110, which differ from
     the paper: SGD .9 without Nesterov, T=3, and rates, drops, epochs and weights of their own. Rates
     of .01 and .001 there look like the last stage of runs resumed by hand.
@@ -24,9 +24,8 @@ a full run wants an accelerator.
 
 from ml_collections import ConfigDict
 
-from ekd_jax.config import parse_variant
-from ekd_jax.errors import UserError
-from ekd_jax.recipes import paper
+from ekd_jax.common.errors import UserError
+from ekd_jax.config.recipes import paper, parse_variant
 
 # depth -> learning rate, epochs, epochs at which it drops, weights alpha, beta, gamma
 OFFICIAL = {

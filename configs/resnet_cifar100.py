@@ -8,10 +8,10 @@ depth: 20 (default), 32, 44, 56, 110.
 recipe=paper (default): SGD Nesterov .9, .1 -> .01 at 50 % -> .001 at 75 % of 450 epochs, T=2,
     alpha, beta, gamma = .7, .15, .15; random crop of the image padded by 4, flip.
     What the paper leaves open: batch 128 (all official CIFAR-100 configs but one); weight decay 1e-4
-    (official CIFAR-10 SGD configs, the only SGD ones; He et al. 2016); images normalised by the
+    (official CIFAR-10 SGD configs, the only SGD ones; He et al. 2016); images normalized by the
     training set's channel means and deviations (the official code does so for CIFAR-10 only).
 recipe=official: the official code's configs/Cifar100_exp, which differ from the paper: Adam 1e-3,
-    weight decay 1e-5, x.1 at epochs 200 and 300 of 350, images not normalised. Depth 20: T=3,
+    weight decay 1e-5, x.1 at epochs 200 and 300 of 350, images not normalized. Depth 20: T=3,
     weights .4, .3, .3, batch 64, x.1 at epochs 100, 180, 240, 350 of 400.
 A baseline is one student alone: --config.method.name=baseline "--config.model.students=(0.2,)".
 
@@ -24,8 +24,7 @@ on a subset is in docs/results.md. Wall-clock on two CPU cores: about .9 s a ste
 
 from ml_collections import ConfigDict
 
-from ekd_jax.config import parse_variant
-from ekd_jax.recipes import paper
+from ekd_jax.config.recipes import paper, parse_variant
 
 
 def get_config(argument: str | None = None) -> ConfigDict:

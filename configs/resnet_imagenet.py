@@ -22,8 +22,7 @@ Not yet measured here at full length; wants accelerators and, to feed them, core
 
 from ml_collections import ConfigDict
 
-from ekd_jax.config import parse_variant
-from ekd_jax.recipes import official_imagenet_augmentation, paper
+from ekd_jax.config.recipes import official_imagenet_augmentation, paper, parse_variant
 
 
 def get_config(argument: str | None = None) -> ConfigDict:

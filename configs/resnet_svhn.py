@@ -8,7 +8,7 @@ depth: 20 (default), 32, 44, 56, 110.
 Recipe of the paper: 73,257 training and 26,032 test images, without the 531,131 extra ones; 50 epochs;
 SGD Nesterov .9, .1 -> .01 -> .001 at 50 and 75 %; T=2, alpha, beta, gamma = .7, .15, .15.
 What the paper leaves open, and no official config says: batch 128 and weight decay 1e-4 as for CIFAR;
-random crop of the image padded by 4 and no flip, as a mirrored 2 is no 2; normalisation by the training
+random crop of the image padded by 4 and no flip, as a mirrored 2 is no 2; normalization by the training
 set's channel means and deviations. data.extra=True adds the extra images, as ONE does.
 
 Expected top-1 after training in the ensemble, students 1 to 5, per cent (the paper's Table 5: best
@@ -20,8 +20,7 @@ an epoch; a full run wants an accelerator.
 
 from ml_collections import ConfigDict
 
-from ekd_jax.config import parse_variant
-from ekd_jax.recipes import paper
+from ekd_jax.config.recipes import paper, parse_variant
 
 
 def get_config(argument: str | None = None) -> ConfigDict:

@@ -18,8 +18,7 @@ Not yet measured here at full length; a full run wants an accelerator.
 
 from ml_collections import ConfigDict
 
-from ekd_jax.config import parse_variant
-from ekd_jax.recipes import DATA, paper
+from ekd_jax.config.recipes import DATA, paper, parse_variant
 
 
 def get_config(argument: str | None = None) -> ConfigDict:

@@ -8,27 +8,10 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from ekd_jax import commands
-from ekd_jax.data.dataset import Example
-from ekd_jax.data.images import CorruptImageError, Reader
-from ekd_jax.errors import UserError, reason
-from ekd_jax.extract import LoadedStudent, load_student
+from ekd_jax import cli
+from ekd_jax.students.student import load_student, read_image
 
 FLAGS = flags.FLAGS
-
-
-def read_image(path: pathlib.Path, student: LoadedStudent) -> np.ndarray:
-    """The image as (1, H, W, C) uint8, brought to its size as images to test on were.
-
-    Raises:
-        UserError: no such file, or not an image.
-    """
-    read = Reader(student.input_shape, "crop" if student.fit == "crop" else "stretch")
-    try:
-        return read(Example(path.read_bytes(), 0, str(path)))[None]
-    except (OSError, CorruptImageError) as error:
-        why = reason(error.__cause__ or error)
-        raise UserError(f"cannot read an image from --image={path}: {why}") from error
 
 
 def main() -> None:
@@ -43,4 +26,4 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("student_dir", None, "folder that ekd_jax.extract wrote", required=True)
     flags.DEFINE_string("image", None, "an image file", required=True)
-    commands.run(main)
+    cli.run(main)

@@ -19,11 +19,13 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ekd_jax-cache-")  # not 
 import jax
 import pytest
 
-from ekd_jax import parallel, train
-from ekd_jax.checkpoint import opened
-from ekd_jax.config import default, resolve
+from ekd_jax.common import parallel
+from ekd_jax.config.knobs import default
+from ekd_jax.config.resolve import resolve
+from ekd_jax.runs.checkpoint import opened
+from ekd_jax.training import loop as train
 
-# Networks are tiny here: compiling is what takes time. Commands run optimised programs, as a user's do.
+# Networks are tiny here: compiling is what takes time. Commands run optimized programs, as a user's do.
 jax.config.update("jax_disable_most_optimizations", True)
 
 # A shell's background jobs ignore SIGINT, and so would the commands that tests start.

@@ -16,10 +16,10 @@ from conftest import tiny_config
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 
-from ekd_jax import parallel
+from ekd_jax.common import parallel
 from ekd_jax.data import augment as augmentation
 from ekd_jax.data import policies
-from ekd_jax.data.augment import augment, cutout, mixup, normalise, soften, training_batch
+from ekd_jax.data.augment import augment, cutout, mixup, normalize, soften, training_batch
 
 KEY = jax.random.key(0)
 MANUAL = os.environ.get("EKD_JAX_MANUAL_DIR", "")
@@ -58,7 +58,7 @@ def digits(number):
         return np.round(file["images"][:number, ..., None] * (255 / 16)).astype(np.uint8)
 
 
-def colours(number):
+def colors(number):
     """(number, 24, 32, 3) uint8: digits in front of gradients and noise, some dull, dark or plain."""
     generator = np.random.default_rng(0)
     y, x = np.mgrid[:24, :32] / 32
@@ -83,7 +83,7 @@ def cifar(number):
 
 IMAGES = [
     digits,
-    colours,
+    colors,
     pytest.param(
         cifar,
         marks=pytest.mark.skipif(
@@ -146,7 +146,7 @@ def test_rotation_is_pils(images, most):
 
 def test_order_is_pad_rotate_crop_flip_policy():
     """Each step's result is the next one's input, and none changes the others' draws."""
-    images, numbers = colours(40), np.arange(40) * 7
+    images, numbers = colors(40), np.arange(40) * 7
     rest = {"flip": True, "policy": "trivialaugment"}
     whole = augmented(KEY, images, numbers, knobs(crop_padding=4, rotation=20.0, **rest))
     geometry = augmented(KEY, images, numbers, knobs(crop_padding=4, rotation=20.0))
@@ -262,7 +262,7 @@ def test_every_operation_at_every_level_is_pils(images, policy):
 
 
 @pytest.mark.parametrize("policy", ["randaugment", "trivialaugment"])
-def test_every_two_greys_are_mixed_as_pil_mixes_them(policy):
+def test_every_two_grays_are_mixed_as_pil_mixes_them(policy):
     first, second = np.mgrid[:256, :256].astype(np.uint8)[..., None]
     signed = np.array(magnitudes(policy, 1, 1)["Color"][0])[:, None] * [1, -1]
     blend = jax.jit(jax.vmap(policies._blend, (None, None, 0)))
@@ -273,13 +273,13 @@ def test_every_two_greys_are_mixed_as_pil_mixes_them(policy):
         np.testing.assert_array_equal(mixed, from_pil(expected))
 
 
-def test_autocontrast_between_every_two_greys_is_pils():
+def test_autocontrast_between_every_two_grays_is_pils():
     """PIL's double precision falls short of a whole number now and then, and so do we."""
     bounds = np.array(list(itertools.combinations_with_replacement(range(256), 2))[:32895]).reshape(
         -1, 3, 2
     )
-    greys = np.clip(np.arange(256)[:, None], bounds[:, None, :, 0], bounds[:, None, :, 1])
-    images = greys.reshape(-1, 16, 16, 3).astype(np.uint8)
+    grays = np.clip(np.arange(256)[:, None], bounds[:, None, :, 0], bounds[:, None, :, 1])
+    images = grays.reshape(-1, 16, 16, 3).astype(np.uint8)
     operation = np.full(len(images), policies.OPERATIONS.index("AutoContrast"))
     found = np.asarray(applied(images, operation, operation, operation * 0, "trivialaugment"))
     expected = np.stack([ImageOps.autocontrast(Image.fromarray(image)) for image in images])
@@ -288,7 +288,7 @@ def test_autocontrast_between_every_two_greys_is_pils():
 
 def test_randaugment_takes_operations_one_after_another():
     """Results of two are PIL's of two, of whatever operations and signs; all are as likely."""
-    image = colours(1)[0]
+    image = colors(1)[0]
     once = {
         (name, negative): result
         for (name, level, negative), result in possible("randaugment", image).items()
@@ -319,7 +319,7 @@ def test_randaugment_takes_operations_one_after_another():
 
 
 def test_trivialaugment_takes_any_operation_at_any_level():
-    image = colours(1)[0]
+    image = colors(1)[0]
     results = collections.defaultdict(list)
     for choice, result in possible("trivialaugment", image).items():
         results[result.tobytes()].append(choice)
@@ -359,11 +359,11 @@ def test_cutout_is_a_square_around_any_pixel(size):
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
-def test_mixup_mixes_neighbours_by_a_beta_distribution(alpha):
+def test_mixup_mixes_neighbors_by_a_beta_distribution(alpha):
     number = 2000
     generator = np.random.default_rng(0)
     images = generator.normal(size=(number, 3, 3, 2)).astype(np.float32)
-    targets = np.eye(2, dtype=np.float32)[np.arange(number) % 2]  # no two neighbours of one class
+    targets = np.eye(2, dtype=np.float32)[np.arange(number) % 2]  # no two neighbors of one class
     mixed, mixed_targets = jax.jit(mixup)(KEY, images, targets, np.arange(number), alpha)
     shares = np.asarray(mixed_targets)[np.arange(number), np.arange(number) % 2].astype(np.float64)
     expected = shares[:, None, None, None] * images
@@ -382,9 +382,9 @@ def test_softened_labels():
     np.testing.assert_allclose(found, expected, rtol=2e-7)
 
 
-def test_normalisation():
+def test_normalization():
     images = np.array([[[[0, 128, 255]]]], np.uint8)
-    found = normalise(images, (0.1, 0.2, 0.3), (0.5, 0.25, 2.0))
+    found = normalize(images, (0.1, 0.2, 0.3), (0.5, 0.25, 2.0))
     np.testing.assert_allclose(found[0, 0, 0], [-0.2, (128 / 255 - 0.2) * 4, 0.35], rtol=1e-6)
 
 
@@ -396,19 +396,19 @@ def batch_of(key, images, labels, examples, data):
     return training_batch(key, images, labels, examples, 10, data)
 
 
-def test_nothing_on_is_normalisation_alone():
-    images, labels = colours(16), np.arange(16) % 10
+def test_nothing_on_is_normalization_alone():
+    images, labels = colors(16), np.arange(16) % 10
     found, targets = batch_of(KEY, images, labels, np.arange(16), knobs(mean=(0.5,), std=(0.2,)))
-    np.testing.assert_array_equal(found, jax.jit(normalise)(images, (0.5,), (0.2,)))
+    np.testing.assert_array_equal(found, jax.jit(normalize)(images, (0.5,), (0.2,)))
     np.testing.assert_array_equal(targets, labels)
     assert jnp.issubdtype(targets.dtype, jnp.integer)
 
 
 def test_a_batch_is_its_parts_in_order():
-    images, labels, numbers = colours(16), np.arange(16) % 10, np.arange(16) * 3
+    images, labels, numbers = colors(16), np.arange(16) % 10, np.arange(16) * 3
     data = knobs(**EVERYTHING | {"policy": "none"})
     found, found_targets = batch_of(KEY, images, labels, numbers, data)
-    expected = normalise(augmented(KEY, images, numbers, data), data.mean, data.std)
+    expected = normalize(augmented(KEY, images, numbers, data), data.mean, data.std)
     expected = jax.jit(cutout, static_argnums=3)(KEY, expected, numbers, data.cutout)
     expected, targets = jax.jit(mixup)(KEY, expected, soften(labels, 10, 0.1), numbers, 1.0)
     # Float32 in one program or in several: the compiler may round once where two steps round twice.
@@ -426,7 +426,7 @@ def test_every_example_and_purpose_has_a_key_of_its_own():
 
 @pytest.mark.parametrize("policy", ["randaugment", "trivialaugment"])
 def test_an_image_depends_on_key_and_example_alone(policy):
-    images, labels, numbers = colours(24), np.arange(24) % 10, np.arange(24) * 7
+    images, labels, numbers = colors(24), np.arange(24) % 10, np.arange(24) * 7
     data = knobs(**EVERYTHING | {"policy": policy, "mixup": 0.0})
     found, targets = batch_of(KEY, images, labels, numbers, data)
     order = np.random.default_rng(1).permutation(24)
@@ -442,7 +442,7 @@ def test_an_image_depends_on_key_and_example_alone(policy):
 def test_one_and_eight_devices_give_the_same(policy):
     """And the eight need not talk to each other."""
     data = knobs(**EVERYTHING | {"policy": policy, "mixup": 0.0})
-    batch = colours(24), np.arange(24) % 10, np.arange(24) * 7
+    batch = colors(24), np.arange(24) % 10, np.arange(24) * 7
     program = batch_of.lower(KEY, *split(batch, parallel.make_mesh()), data).compile()
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in program.as_text()
@@ -455,7 +455,7 @@ def test_one_and_eight_devices_give_the_same(policy):
 def test_mixup_on_one_and_eight_devices():
     """Their last bits differ, as compilers round differently for vectors of other lengths."""
     data = knobs(mixup=1.0)
-    batch = colours(24), np.arange(24) % 10, np.arange(24) * 7
+    batch = colors(24), np.arange(24) % 10, np.arange(24) * 7
     found = batch_of(KEY, *split(batch, parallel.make_mesh()), data)
     for eight, one in zip(found, batch_of(KEY, *batch, data), strict=True):
         np.testing.assert_allclose(eight, one, atol=3e-7)

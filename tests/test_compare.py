@@ -9,14 +9,17 @@ import pytest
 from conftest import ROOT, TINY, command, one_device
 from ml_collections import ConfigDict
 
-from ekd_jax import compare, comparison, parallel
-from ekd_jax.compared import every_method
-from ekd_jax.config import default, resolve, to_dict
-from ekd_jax.errors import UserError
+from ekd_jax import compare
+from ekd_jax.common import parallel
+from ekd_jax.common.errors import UserError
+from ekd_jax.config.knobs import default
+from ekd_jax.config.recipes import every_method
+from ekd_jax.config.resolve import resolve, to_dict
 from ekd_jax.methods import METHODS
+from ekd_jax.training import comparison
 
 ONE_DEVICE = one_device()
-STAGES_ONLY = {"blockwise_search", "srm_dictionaries", "srm_initialise"}
+STAGES_ONLY = {"blockwise_search", "srm_dictionaries", "srm_initialize"}
 LABELS = {
     "baseline": {"method.name": "baseline"},
     "kd": {"method.name": "kd", "method.teachers": ("{baseline}:1",)},
@@ -206,7 +209,7 @@ def test_means_deviations_and_differences(tmp_path):
     assert comparison.time_left(runs) == 60
     shutil.rmtree(runs[1].path)
     assert comparison.time_left(runs) == 120
-    stage = runs[2].path / "stages" / "first"
+    stage = runs[2].path / "earlier" / "first"
     stage.mkdir(parents=True)
     (stage / "summary.json").write_text('{"seconds": {"train": 120.0}}')
     assert runs[2].seconds() == 180

@@ -11,11 +11,12 @@ import pytest
 from conftest import ROOT, TINY, tiny_config
 
 from ekd_jax import models
-from ekd_jax.config import KNOBS, default, fingerprint, method_fields, resolve, to_dict
-from ekd_jax.errors import UserError
-from ekd_jax.main import dry_run
+from ekd_jax.common.errors import UserError
+from ekd_jax.config.knobs import KNOBS, default, method_fields
+from ekd_jax.config.resolve import fingerprint, resolve, to_dict
 from ekd_jax.methods import METHODS
-from ekd_jax.models.family import Options
+from ekd_jax.models.assemble import Options
+from ekd_jax.training.dry_run import dry_run
 
 CONFIGS = sorted(set(ROOT.glob("configs/*.py")) - set(ROOT.glob("configs/compare_*.py")))  # of one run each
 
@@ -184,7 +185,7 @@ def test_losses_of_the_usual_protocol(pair, loss, expected):
     """METHODS.md 4 and 13."""
     get_config = recipe(ROOT / "configs/kd_cifar100.py").get_config
     own = resolve(get_config(f"pair={pair},loss={loss}")).method
-    found = (own.kd_loss, own.standardise, own.temperature, own.ce_weight, own.kd_weight, own.dkd_beta)
+    found = (own.kd_loss, own.standardize, own.temperature, own.ce_weight, own.kd_weight, own.dkd_beta)
     assert found == expected
 
 

@@ -12,12 +12,13 @@ from conftest import command, one_device, tiny_config
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
-from ekd_jax import load_student, models, train
-from ekd_jax.checkpoint import Checkpoints
-from ekd_jax.convert import _names, _stacked, convert
-from ekd_jax.errors import UserError
-from ekd_jax.models.ensemble import parse_students
-from ekd_jax.torch_names import SOURCES, torch_name
+from ekd_jax import load_student, models
+from ekd_jax.common.errors import UserError
+from ekd_jax.models.members import parse_students
+from ekd_jax.runs.checkpoint import Checkpoints
+from ekd_jax.students.convert import _names, _stacked, convert
+from ekd_jax.students.torch_names import SOURCES, torch_name
+from ekd_jax.training import loop as train
 
 # A network of each source, the ways its library has it.
 CONVERTED = [
@@ -182,9 +183,9 @@ def test_training_begins_with_a_students_values(converted, tmp_path):
     folder, variables = converted
     changes = {"model__name": "resnet8x4", "model__initial_weights": str(folder / "student")}
     frozen = {"optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0}
-    # Digits are grey: the first convolution differs, too.
+    # Digits are gray: the first convolution differs, too.
     with pytest.raises(UserError, match=r"stem/conv/kernel has shape \(3, 3, 3, 32\), this network"):
-        train.run(tiny_config(**changes), tmp_path / "grey", one_device())
+        train.run(tiny_config(**changes), tmp_path / "gray", one_device())
     rng = np.random.default_rng(0)
     for number in range(80):
         path = tmp_path / "images" / f"class{number % 2}" / f"{number}.png"

@@ -15,14 +15,16 @@ import pytest
 from conftest import ROOT, command, one_device, plain_environment, tiny_config
 from PIL import Image
 
-from ekd_jax import parallel, train
-from ekd_jax.data import images, order, resident, stream
+from ekd_jax.common import parallel
+from ekd_jax.common.errors import UserError
+from ekd_jax.data import decode as images
+from ekd_jax.data import order, resident, stream
 from ekd_jax.data.dataset import Example
+from ekd_jax.data.decode import CorruptImageError, Reader
 from ekd_jax.data.feed import evaluation_set, placements, training_feed
-from ekd_jax.data.images import CorruptImageError, Reader
-from ekd_jax.data.sources import DIGITS, Chosen, facts, known_facts, open_data, read_one
-from ekd_jax.errors import UserError
-from ekd_jax.writers import read_metrics
+from ekd_jax.data.opening import DIGITS, Chosen, facts, known_facts, open_data, read_one
+from ekd_jax.runs.metrics import read_metrics
+from ekd_jax.training import loop as train
 
 # --- order -----------------------------------------------------------------------------------
 
@@ -438,9 +440,9 @@ def test_a_run_on_a_folder(folder, tmp_path):
 # --- images ----------------------------------------------------------------------------------
 
 
-def test_colour_models_come_to_rgb_and_grey():
+def test_colour_models_come_to_rgb_and_gray():
     pixels = picture(1)
-    grey = np.asarray(Image.fromarray(pixels).convert("L"))
+    gray = np.asarray(Image.fromarray(pixels).convert("L"))
     files = {
         "png": encoded(pixels, "png"),
         "jpeg": encoded(pixels, quality=100, subsampling=0),
@@ -455,14 +457,14 @@ def test_colour_models_come_to_rgb_and_grey():
         assert found.shape == pixels.shape, name
         assert np.abs(found.astype(int) - pixels).mean() <= limit, name
     for file in (
-        encoded(grey),
-        encoded(grey, "png"),
-        _saved(Image.fromarray(grey.astype(np.uint16) * 257), "png"),
+        encoded(gray),
+        encoded(gray, "png"),
+        _saved(Image.fromarray(gray.astype(np.uint16) * 257), "png"),
     ):
         assert images.decode(file, 3).shape == pixels.shape
         found = images.decode(file, 1)
         assert found.shape == (40, 60, 1)
-        assert np.abs(found[..., 0].astype(int) - grey).mean() < 2
+        assert np.abs(found[..., 0].astype(int) - gray).mean() < 2
 
 
 def _saved(image, kind, **options):

@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from ekd_jax import losses
-from ekd_jax.config import make_ensemble, make_method
-from ekd_jax.errors import UserError
-from ekd_jax.methods import METHODS
+from ekd_jax.common.errors import UserError
+from ekd_jax.config.build import make_ensemble, make_method
+from ekd_jax.methods import METHODS, losses
 from ekd_jax.methods.base import Batch, TeacherOutputs
 from ekd_jax.methods.distilling import Distilling, mean_of, warm_up
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.optimizer import make_optimizer
-from ekd_jax.state import init_state, init_variables, of_method, of_networks
-from ekd_jax.step import make_step
+from ekd_jax.runs.state import init_state, init_variables, of_method, of_networks
+from ekd_jax.training.optimizer import make_optimizer
+from ekd_jax.training.step import make_step
 
 TEMPERATURES = (0.5, 1.0, 4.0, 20.0)
 CASES = ("random", "two classes", "one example", "identical", "huge")
@@ -64,9 +63,9 @@ def assert_equal(found, expected, tolerance=TOLERANCE):
         np.testing.assert_allclose(gradient, wanted, **tolerance)
 
 
-def standardised_kl(student, teacher, temperature):
+def standardized_kl(student, teacher, temperature):
     return losses.knowledge_distillation(
-        losses.standardised(student), losses.standardised(teacher), temperature
+        losses.standardized(student), losses.standardized(teacher), temperature
     )
 
 
@@ -76,7 +75,7 @@ def compiled(loss):
 
 
 DKD, DIST, LSKD = map(
-    compiled, (losses.decoupled_distillation, losses.correlation_distillation, standardised_kl)
+    compiled, (losses.decoupled_distillation, losses.correlation_distillation, standardized_kl)
 )
 
 
@@ -122,7 +121,7 @@ def torch_dist(student, teacher, temperature, beta, gamma, epsilon=0.0):
     return temperature**2 * (beta * relation(p, t) + gamma * relation(p.T, t.T))
 
 
-def torch_standardised(z):
+def torch_standardized(z):
     """logit-standardization-KD/mdistiller/distillers/KD.py."""
     return (z - z.mean(-1, keepdim=True)) / (1e-7 + z.std(-1, keepdim=True))
 
@@ -159,26 +158,26 @@ def test_correlation_distillation(case):
 
 @float64
 @pytest.mark.parametrize("case", CASES)
-def test_standardised_distillation(case):
+def test_standardized_distillation(case):
     student, teacher, _ = example(case)
     for temperature in TEMPERATURES:
         reference = lambda s, t, temperature=temperature: torch_kl(
-            torch_standardised(s), torch_standardised(t), temperature
+            torch_standardized(s), torch_standardized(t), temperature
         )
         assert_equal(LSKD(student, teacher, temperature), by_torch(reference, student, teacher))
 
 
 @float64
-def test_standardised():
+def test_standardized():
     z = np.random.default_rng(0).normal(3, 5, (4, 6, 7))
     expected = (z - z.mean(-1, keepdims=True)) / (z.std(-1, ddof=1, keepdims=True) + 1e-7)
-    np.testing.assert_allclose(losses.standardised(jnp.asarray(z)), expected, **TOLERANCE)
+    np.testing.assert_allclose(losses.standardized(jnp.asarray(z)), expected, **TOLERANCE)
     equal = jnp.full((3, 8), 0.5)
-    value, pull = jax.vjp(losses.standardised, equal)
+    value, pull = jax.vjp(losses.standardized, equal)
     assert not value.any()
     (gradient,) = pull(jnp.asarray(z[0, :3, :1] + np.eye(3, 8)))
     wanted = by_torch(
-        lambda x: (torch_standardised(x) * torch_standardised(x).new_tensor(np.eye(3, 8))).sum(),
+        lambda x: (torch_standardized(x) * torch_standardized(x).new_tensor(np.eye(3, 8))).sum(),
         np.asarray(equal),
     )[1][0]
     np.testing.assert_allclose(gradient, wanted, rtol=1e-10)
@@ -294,14 +293,14 @@ def test_what_does_not_vary_gives_no_huge_gradient(kind, dtype):
 
 
 @float64
-@pytest.mark.parametrize("standardise", [False, True])
+@pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize("kd_loss", ["kl", "dkd", "dist"])
-def test_distil(kd_loss, scale, standardise):
+def test_distil(kd_loss, scale, standardize):
     """Every loss for several students at once, against one teacher or one each, who do not learn."""
     temperature, epoch = 2.5, 7.9
     method = Distilling(
-        temperature=temperature, scale_by_temperature=scale, kd_loss=kd_loss, standardise=standardise,
+        temperature=temperature, scale_by_temperature=scale, kd_loss=kd_loss, standardize=standardize,
         dkd_alpha=0.7, dkd_beta=3.0, dkd_warmup_epochs=10.0, dist_beta=1.5, dist_gamma=0.5,
     )  # fmt: skip
     generator = np.random.default_rng(1)
@@ -310,8 +309,8 @@ def test_distil(kd_loss, scale, standardise):
     batch = Batch(jnp.asarray(classes), jnp.asarray(epoch))
 
     def reference(z, t):
-        if standardise:
-            z, t = torch_standardised(z), torch_standardised(t)
+        if standardize:
+            z, t = torch_standardized(z), torch_standardized(t)
         factor = 1 if scale else temperature**-2
         match kd_loss:
             case "kl":

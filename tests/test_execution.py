@@ -12,16 +12,19 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.extend.core import jaxprs_in_params
 from test_processes import STEADY, assert_same_run
 
-from ekd_jax import models, train, workdir
-from ekd_jax.config import fingerprint, resolve
-from ekd_jax.errors import UserError
-from ekd_jax.fastest import choose_execution
-from ekd_jax.job import prepare
+from ekd_jax import models
+from ekd_jax.common.errors import UserError
+from ekd_jax.common.files import user_cache
+from ekd_jax.config.resolve import fingerprint, resolve
 from ekd_jax.models import resnet
-from ekd_jax.models.ensemble import parse_students
-from ekd_jax.models.family import Family
-from ekd_jax.state import init_state
-from ekd_jax.writers import MetricWriter, read_metrics, user_cache
+from ekd_jax.models.assemble import Family
+from ekd_jax.models.members import parse_students
+from ekd_jax.runs import workdir
+from ekd_jax.runs.metrics import MetricWriter, read_metrics
+from ekd_jax.runs.state import init_state
+from ekd_jax.training import loop as train
+from ekd_jax.training.autotune import choose_execution
+from ekd_jax.training.setup import prepare
 
 # As wide_resnet50_2, with fewer blocks.
 BOTTLENECKS = Family(partial(resnet.resnet, block=resnet.wide, blocks=(1, 1, 1, 2)), stages=4, shared=3)
@@ -118,8 +121,8 @@ def test_students_that_share_nothing():
     compare("resnet8", (1, 0.5), "packed", sharing="none")
 
 
-def test_views_of_their_own_groups_of_batch_norm_and_rematerialised_blocks():
-    options = {"shared_stages": 2, "batch_norm_groups": 2, "rematerialise": True}
+def test_views_of_their_own_groups_of_batch_norm_and_rematerialized_blocks():
+    options = {"shared_stages": 2, "batch_norm_groups": 2, "rematerialize": True}
     options["base_gradients"] = "pseudo_teacher"
     compare("resnet14", (0.5, 0.5), "packed", images=images_of(views=2), **options)
 

@@ -10,16 +10,17 @@ import safetensors.numpy
 from conftest import tiny_config
 
 import ekd_jax
-from ekd_jax.checkpoint import opened
-from ekd_jax.config import make_ensemble, make_method
-from ekd_jax.data.augment import normalise
-from ekd_jax.data.sources import open_data
-from ekd_jax.errors import UserError
-from ekd_jax.evaluate import evaluate_run, evaluate_student
-from ekd_jax.extract import extract, fitting_student
-from ekd_jax.state import init_variables, of_networks
-from ekd_jax.train import run
-from ekd_jax.writers import read_metrics
+from ekd_jax.common.errors import UserError
+from ekd_jax.config.build import make_ensemble, make_method
+from ekd_jax.data.augment import normalize
+from ekd_jax.data.opening import open_data
+from ekd_jax.runs import checkpoint
+from ekd_jax.runs.checkpoint import opened
+from ekd_jax.runs.evaluation import evaluate_run, evaluate_student
+from ekd_jax.runs.extract import extract, fitting_student
+from ekd_jax.runs.metrics import read_metrics
+from ekd_jax.runs.state import init_variables, of_networks
+from ekd_jax.training.loop import run
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_weights_and_logits_are_those_of_the_branch(finished, ensemble, tmp_path
     test = open_data(tiny_config()).test
     images = np.stack([test[i].image for i in range(64)])
     config = tiny_config()
-    outputs, _ = network.apply(variables, normalise(images, config.data.mean, config.data.std), train=False)
+    outputs, _ = network.apply(variables, normalize(images, config.data.mean, config.data.std), train=False)
     expected = outputs.logits_SxBxK[student - 1]
     np.testing.assert_allclose(loaded.logits(images), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(jax.jit(loaded.logits)(images), expected, rtol=1e-5, atol=1e-5)
@@ -77,14 +78,14 @@ def test_the_folder_stands_alone(finished, tmp_path):
 
 def test_only_the_student_is_read_from_the_checkpoint(finished, monkeypatch, tmp_path):
     seen = []
-    original = ekd_jax.checkpoint.Checkpoints.restore_variables
+    original = checkpoint.Checkpoints.restore_variables
 
     def spy(self, like, step):
         variables, remembered = original(self, like, step)
         seen.append(variables)
         return variables, remembered
 
-    monkeypatch.setattr(ekd_jax.checkpoint.Checkpoints, "restore_variables", spy)
+    monkeypatch.setattr(checkpoint.Checkpoints, "restore_variables", spy)
     extract(finished[0], 2, tmp_path / "student")
     assert {k: set(v) for k, v in seen[0].items()} == {
         k: {"base", "students"} for k in ("params", "batch_stats")

@@ -11,13 +11,14 @@ import published
 import pytest
 from conftest import REFERENCE, ROOT, tiny_config
 
-from ekd_jax import models, parallel
-from ekd_jax.config import make_ensemble
-from ekd_jax.describe import count, student_cost
-from ekd_jax.errors import UserError
-from ekd_jax.models.ensemble import parse_students
-from ekd_jax.models.family import Options, assemble
+from ekd_jax import models
+from ekd_jax.common import parallel
+from ekd_jax.common.errors import UserError
+from ekd_jax.config.build import make_ensemble
+from ekd_jax.models.assemble import Options, assemble
+from ekd_jax.models.cost import count, student_cost
 from ekd_jax.models.layers import BatchNorm, Drop, Mode
+from ekd_jax.models.members import parse_students
 
 OFFICIAL = json.loads((REFERENCE / "param_counts.json").read_text())["models"]
 OUR_NAMES = {"DenseNetBC_12_100": "densenet_bc_12_100", "DenseNet121": "densenet121"}

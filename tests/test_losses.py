@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from conftest import REFERENCE
 
-from ekd_jax import losses
-from ekd_jax.methods import METHODS
+from ekd_jax.methods import METHODS, losses
 from ekd_jax.methods.base import Batch
 from ekd_jax.models.ensemble import Outputs
 

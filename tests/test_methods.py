@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, tiny_config
 
-from ekd_jax.config import make_ensemble, make_method
-from ekd_jax.errors import UserError
+from ekd_jax.common.errors import UserError
+from ekd_jax.config.build import make_ensemble, make_method
 from ekd_jax.methods import METHODS
 from ekd_jax.methods.base import Batch
-from ekd_jax.optimizer import learning_rate, make_optimizer
-from ekd_jax.state import init_state, init_variables, of_method, of_networks
-from ekd_jax.step import make_step, objective
+from ekd_jax.runs.state import init_state, init_variables, of_method, of_networks
+from ekd_jax.training.optimizer import learning_rate, make_optimizer
+from ekd_jax.training.step import make_step, objective
 
 SHAPE = (8, 8, 1)
 STUDENTS = (1, 0.5, 0.25)
@@ -128,7 +128,7 @@ def test_every_kind_of_ensemble_trains(batch, weights):
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
-def test_the_optimiser_begins_as_optax_says(name):
+def test_the_optimizer_begins_as_optax_says(name):
     """`init_state` writes zeros instead of compiling `optimizer.init`."""
     config = tiny_config(optimizer__name=name)
     ensemble, method = make_ensemble(config, 10), make_method(config)

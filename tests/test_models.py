@@ -10,10 +10,10 @@ import pytest
 from jax import lax
 
 from ekd_jax import models
-from ekd_jax.errors import UserError
+from ekd_jax.common.errors import UserError
 from ekd_jax.models.convolution import convolution
-from ekd_jax.models.ensemble import parse_students
 from ekd_jax.models.layers import BatchNorm, Mode, moments, relu
+from ekd_jax.models.members import parse_students
 
 CONVOLUTION = sys.modules[convolution.__module__]
 

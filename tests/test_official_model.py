@@ -7,13 +7,13 @@ import pytest
 from conftest import REFERENCE, tiny_config
 
 from ekd_jax import models
-from ekd_jax.config import make_method
-from ekd_jax.convert import official_variables
-from ekd_jax.errors import UserError
+from ekd_jax.common.errors import UserError
+from ekd_jax.config.build import make_method
 from ekd_jax.methods.base import Batch
-from ekd_jax.models.ensemble import parse_students
-from ekd_jax.state import init_variables, of_method, of_networks
-from ekd_jax.step import objective
+from ekd_jax.models.members import parse_students
+from ekd_jax.runs.state import init_variables, of_method, of_networks
+from ekd_jax.students.convert import official_variables
+from ekd_jax.training.step import objective
 
 STUDENTS = range(5)
 

@@ -9,14 +9,14 @@ import pytest
 from conftest import tiny_config
 from scipy.optimize import minimize
 
-from ekd_jax.config import make_ensemble, make_method
-from ekd_jax.errors import UserError
+from ekd_jax.common.errors import UserError
+from ekd_jax.config.build import make_ensemble, make_method
 from ekd_jax.methods import METHODS
 from ekd_jax.methods import kdcl as kdcl_module
 from ekd_jax.methods.base import Batch
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.models.initial import draw, trace
-from ekd_jax.state import init_variables, of_method, of_networks
+from ekd_jax.models.initializers import draw, trace
+from ekd_jax.runs.state import init_variables, of_method, of_networks
 
 EPOCH = 33.4
 CASES = {
@@ -557,7 +557,7 @@ def test_what_each_term_trains(name):
         ("cl_ilr", {"beta": 1.5}, "from 0 to 1"),
         ("cl_ilr", {"temperature": 0.0}, "above 0"),
         ("okddip", {"kd_loss": "dkd"}, "kd_loss=kl"),
-        ("okddip", {"standardise": True}, "standardise=False"),
+        ("okddip", {"standardize": True}, "standardize=False"),
         ("kdcl", {"target": "minlogits"}, "did you mean 'minlogit'"),
         ("kdcl", {"ce_weight": -1.0}, "negative"),
         ("byot", {"alpha": -0.1}, "from 0 to 1"),

@@ -8,16 +8,17 @@ import pytest
 from conftest import one_device, tiny_config
 from program import Program
 
-from ekd_jax import parallel, train
-from ekd_jax.config import make_ensemble, make_method
-from ekd_jax.describe import describe, memory
-from ekd_jax.errors import UserError
-from ekd_jax.job import check_batches
-from ekd_jax.main import dry_run
-from ekd_jax.optimizer import make_optimizer
-from ekd_jax.state import init_state
-from ekd_jax.step import make_step
-from ekd_jax.writers import read_metrics
+from ekd_jax.common import parallel
+from ekd_jax.common.errors import UserError
+from ekd_jax.config.build import make_ensemble, make_method
+from ekd_jax.runs.describe import describe, memory
+from ekd_jax.runs.metrics import read_metrics
+from ekd_jax.runs.state import init_state
+from ekd_jax.training import loop as train
+from ekd_jax.training.dry_run import dry_run
+from ekd_jax.training.optimizer import make_optimizer
+from ekd_jax.training.setup import check_batches
+from ekd_jax.training.step import make_step
 
 SHAPE = (8, 8, 1)
 
@@ -75,7 +76,7 @@ def test_what_is_computed_again_is_the_same(name):
     key = jax.random.key(0)
     changes = {"model__name": name, "model__students": (0.5,), "model__dropout": 0.1}
     state, plain = state_and_step(tiny_config(**changes))
-    _, again = state_and_step(tiny_config(**changes, train__rematerialise=True))
+    _, again = state_and_step(tiny_config(**changes, train__rematerialize=True))
     (a, m), (b, n) = plain(state, images, labels, key), again(state, images, labels, key)
     assert float(m["loss"]) == pytest.approx(float(n["loss"]), rel=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a.params, b.params)
@@ -86,7 +87,7 @@ def test_what_is_computed_again_is_not_kept():
     kept, estimated = {}, {}
     images, _ = batch(8)
     for what in (False, True):
-        config = tiny_config(model__name="resnet56", model__students=(1,), train__rematerialise=what)
+        config = tiny_config(model__name="resnet56", model__students=(1,), train__rematerialize=what)
         ensemble, method = make_ensemble(config, 10), make_method(config)
         state = init_state(ensemble, method, optax.sgd(1.0), 0, SHAPE)
 

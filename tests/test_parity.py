@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from ekd_jax import models
-from ekd_jax.convert import convert, read_state_dict, student_from_torch
-from ekd_jax.errors import UserError
+from ekd_jax.common.errors import UserError
 from ekd_jax.models import densenet, resnet
+from ekd_jax.models.assemble import Family
 from ekd_jax.models.blocks import Bottleneck
-from ekd_jax.models.ensemble import parse_students
-from ekd_jax.models.family import Family
-from ekd_jax.torch_names import sources
+from ekd_jax.models.members import parse_students
+from ekd_jax.students.convert import convert, read_state_dict, student_from_torch
+from ekd_jax.students.torch_names import sources
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[parity]'")
 theirs = pytest.importorskip("torch_networks")
@@ -79,7 +79,7 @@ NAMED = {
 }
 
 
-def randomise(network, seed=0):
+def randomize(network, seed=0):
     """Weights, batch norms and running statistics that are all different from their initial values."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in network.state_dict().items():
@@ -127,7 +127,7 @@ def test_forward_statistics_and_gradients(name):
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    randomise(network)
+    randomize(network)
     generator = np.random.default_rng(0)
     images = generator.normal(size=(6, size, size, 3))
     labels = generator.integers(CLASSES, size=6)
@@ -190,7 +190,7 @@ def state_of(network):
 def test_pth_files_become_students(tmp_path, wrap):
     """As PyTorch saves them: bare, or in a training checkpoint of a DataParallel network."""
     torch.manual_seed(0)
-    network = randomise(theirs.NETWORKS["resnet8x4"](num_classes=CLASSES)).float().eval()
+    network = randomize(theirs.NETWORKS["resnet8x4"](num_classes=CLASSES)).float().eval()
     state = {f"module.{name}": value for name, value in network.state_dict().items()}
     torch.save(wrap(state), tmp_path / "network.pth")
     found, description = convert("resnet8x4", read_state_dict(tmp_path / "network.pth"), (32, 32, 3), {})

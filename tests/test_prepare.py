@@ -28,8 +28,9 @@ from conftest import ROOT
 from PIL import Image
 from tensorflow_datasets.core.utils import shard_utils
 
-from ekd_jax.data import builders, imagenet, prepared
-from ekd_jax.errors import UserError
+from ekd_jax.common.errors import UserError
+from ekd_jax.data.tfds import builders, imagenet
+from ekd_jax.data.tfds import records as prepared
 
 # --- small archives in the layout of the published ones --------------------------------------
 

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, latest_state, one_device, plain_environment, tiny_flags
 
-from ekd_jax import parallel, train, workdir
-from ekd_jax.checkpoint import opened
-from ekd_jax.errors import UserError
-from ekd_jax.writers import read_metrics
+from ekd_jax.common import parallel
+from ekd_jax.common.errors import UserError
+from ekd_jax.runs import workdir
+from ekd_jax.runs.checkpoint import opened
+from ekd_jax.runs.metrics import read_metrics
+from ekd_jax.training import loop as train
 
 STEADY = {"optimizer__learning_rate": 1e-4}  # so that rounding stays rounding: docs/decisions.md
 
@@ -220,7 +222,7 @@ print(parallel.who(), parallel.is_main(), jax.process_count(), int(numbers.sum()
 
 
 @pytest.mark.parametrize("cluster", [slurm, open_mpi])
-def test_clusters_are_recognised(cluster):
+def test_clusters_are_recognized(cluster):
     """By what they tell every process; without any of it a process is alone."""
     job = str(random.randrange(1, 4096) << 12 | random.randrange(4096))  # the port follows from it
     started = [

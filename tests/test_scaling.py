@@ -9,7 +9,7 @@ import scaling
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ekd_jax import parallel
+from ekd_jax.common import parallel
 
 HLO = """HloModule forms, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
 

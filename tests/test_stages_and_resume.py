@@ -13,10 +13,11 @@ import pytest
 from conftest import ROOT, latest_state, one_device, tiny_config
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from ekd_jax import stages, train
-from ekd_jax.config import to_dict
+from ekd_jax.config.resolve import to_dict
 from ekd_jax.methods import METHODS
-from ekd_jax.writers import METRICS, read_metrics
+from ekd_jax.runs.metrics import METRICS, read_metrics
+from ekd_jax.training import loop as train
+from ekd_jax.training import plans as stages
 
 SMALL = {
     "train__epochs": 2.0,
@@ -42,7 +43,7 @@ CHANGES = {
     "ensemble_distillation": {"model__students": (0.5,), "method__members": 2},
 }
 # Stages of others, run by them.
-PARTS = {"blockwise_search", "srm_dictionaries", "srm_initialise"}
+PARTS = {"blockwise_search", "srm_dictionaries", "srm_initialize"}
 
 
 def config_of(name, teacher):
@@ -50,7 +51,7 @@ def config_of(name, teacher):
     if "method__teachers" in changes:
         changes["method__teachers"] = tuple(str(teacher) for _ in changes["method__teachers"])
     if name == "srm":
-        changes |= {"method__dictionary_epochs": 2.0, "method__initialise_epochs": 2.0}
+        changes |= {"method__dictionary_epochs": 2.0, "method__initialize_epochs": 2.0}
     return tiny_config(name, **changes)
 
 

@@ -13,24 +13,27 @@ import numpy as np
 import pytest
 from conftest import one_device, tiny_config
 
-from ekd_jax import stages, train, workdir
-from ekd_jax.checkpoint import Checkpoints
-from ekd_jax.config import make_ensemble, make_method
+from ekd_jax.common.errors import UserError
+from ekd_jax.config.build import make_ensemble, make_method
 from ekd_jax.data import resident
-from ekd_jax.errors import UserError
-from ekd_jax.extract import load_student, write_student
-from ekd_jax.job import prepare
-from ekd_jax.main import dry_run
 from ekd_jax.methods import METHODS
 from ekd_jax.methods.base import Batch, TeacherOutputs
 from ekd_jax.methods.meal import adaptive_average_pool, drawn, flattened, reversed_gradient
 from ekd_jax.methods.srm import binary_cross_entropy, similarity, sparse
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.optimizer import make_optimizer
-from ekd_jax.restore import restore
-from ekd_jax.state import batch_shapes, init_state
-from ekd_jax.step import make_step
-from ekd_jax.teachers import load_teacher, make_teach, network_of
+from ekd_jax.runs import workdir
+from ekd_jax.runs.checkpoint import Checkpoints
+from ekd_jax.runs.restore import restore
+from ekd_jax.runs.state import batch_shapes, init_state
+from ekd_jax.runs.teachers import load_teacher, network_of
+from ekd_jax.students.student import load_student, write_student
+from ekd_jax.training import loop as train
+from ekd_jax.training import plans as stages
+from ekd_jax.training.dry_run import dry_run
+from ekd_jax.training.optimizer import make_optimizer
+from ekd_jax.training.setup import prepare
+from ekd_jax.training.step import make_step
+from ekd_jax.training.teaching import make_teach
 
 SHAPE = (8, 8, 1)
 # Inputs of one shape are compared by one compiled program.
@@ -233,7 +236,7 @@ def test_dckd(cases, temperature, students):
 @float64
 @pytest.mark.parametrize(("cases", "temperature"), CASES)
 def test_what_peers_say_of_other_classes(cases, temperature):
-    """others_only: KL between the probabilities of all classes but the target, renormalised."""
+    """others_only: KL between the probabilities of all classes but the target, renormalized."""
     torch = pytest.importorskip("torch")
     knobs = {"ce_weight": 0.0, "teacher_weight": 0.0, "peers_weight": 1.0, "rampup_epochs": 0.0}
     method = METHODS["dckd"](temperature=temperature, others_only=True, **knobs)
@@ -507,7 +510,7 @@ def test_srm_dictionaries(share, kept, batch):
 @pytest.mark.parametrize(
     ("labels", "batch"), [("global-local", 1), ("global-local", 5), ("global", 2), ("local", 2)]
 )
-def test_srm_initialise(labels, batch):
+def test_srm_initialize(labels, batch):
     """Two students of two maps; the teacher has one more before them."""
     torch = pytest.importorskip("torch")
     tf = torch.nn.functional
@@ -520,7 +523,7 @@ def test_srm_initialise(labels, batch):
         for b, (d, k) in enumerate(zip(widths, (6, 10), strict=True), 1)
     }
     features = [maps(generator, batch, (4, 2), (4, 1)), maps(generator, batch, (2, 4), (2, 2))]
-    method = METHODS["srm_initialise"](labels=labels, sparsity_multiplier=0.4)
+    method = METHODS["srm_initialize"](labels=labels, sparsity_multiplier=0.4)
     classes, logits = np.zeros(batch, int), np.zeros((2, batch, 7))
 
     def ours(tree, classes):
@@ -607,7 +610,7 @@ RUNS = {
     "meal": {"method__taps": "all", "method__tap_lengths": (30,), **BFLOAT16},
     "meal_v2": {},
     "srm_dictionaries": BFLOAT16,
-    "srm_initialise": BFLOAT16,
+    "srm_initialize": BFLOAT16,
 }
 
 
@@ -615,14 +618,14 @@ RUNS = {
 def test_a_step_of_every_method(name, teacher):
     """Traced, not compiled: the state keeps its shapes and dtypes, and what learns is as it should be."""
     changes = {"model__students": (1, 0.5), **RUNS[name]}
-    sources = {"srm_dictionaries": 0, "srm_initialise": 1}.get(name, 2)
+    sources = {"srm_dictionaries": 0, "srm_initialize": 1}.get(name, 2)
     if sources:
         changes["method__teachers"] = (teacher,) * sources
     config = tiny_config(name, **changes)
     ensemble, method = make_ensemble(config, 10), make_method(config)
     assert method.teacher_sources == (teacher,) * sources
     taught = [load_teacher(source, pathlib.Path()).shapes() for source in method.teacher_sources]
-    if name == "srm_initialise":
+    if name == "srm_initialize":
         dictionaries = codewords(np.random.default_rng(0), (16, 32), (32, 64), (64, 128))
         taught = [dataclasses.replace(taught[0], method={"dictionaries": dictionaries})]
     optimizer = make_optimizer(config, method, 10)
@@ -640,7 +643,7 @@ def test_a_step_of_every_method(name, teacher):
         "meal": {"discriminators"},
         "meal_v2": {"discriminators"},
         "srm_dictionaries": {"dictionaries"},
-        "srm_initialise": {"similarity_layers"},
+        "srm_initialize": {"similarity_layers"},
     }
     assert state.params["method"].keys() == own.get(name, set())
     assert set(method.learning_rate_scales) <= state.params["method"].keys()
@@ -679,7 +682,7 @@ def test_teachers_are_frozen(teacher, tmp_path):
     np.testing.assert_array_equal(said[0], said[2])
     assert state.params.keys() == {"base", "students", "method"}
     assert len(jax.tree.leaves(state.params)) == len(jax.tree.leaves(ensemble.init(None, SHAPE)["params"]))
-    # its own normalisation, whatever the run's
+    # its own normalization, whatever the run's
     student = load_student(teacher)
     raw = images * config.data.std[0] + config.data.mean[0]
     expected = student.model.logits(student.variables, (raw - 0.3) / 0.4)
@@ -763,7 +766,7 @@ def test_what_methods_want_of_teachers(teacher, tmp_path, ensemble_run):
             {"method__teachers": (teacher,), "method__similarity_weights": (1.0, 2.0)},
             "similarity_weights has 2 values: give one, or 1",
         ),
-        ("srm_initialise", {"method__teachers": (teacher,)}, "one finished run of srm_dictionaries"),
+        ("srm_initialize", {"method__teachers": (teacher,)}, "one finished run of srm_dictionaries"),
     ]
     for name, changes, message in cases:
         with pytest.raises(UserError, match=message):
@@ -820,8 +823,8 @@ def srm_config(teacher, **changes):
     knobs = {
         "dictionary_epochs": 3.0,
         "dictionary_batch_size": 40,
-        "initialise_epochs": 1.0,
-        "initialise_batch_size": 56,
+        "initialize_epochs": 1.0,
+        "initialize_batch_size": 56,
     }
     settings = {"optimizer__name": "sgd", "optimizer__learning_rate": 1e-30, "train__epochs": 0.5}
     return tiny_config(
@@ -845,13 +848,13 @@ def test_srm_goes_through_its_stages(teacher, tmp_path):
     assert stages.run(config, path, one_device()) == summary
     assert {p: p.stat().st_mtime_ns for p in path.rglob("*.json")} == files
 
-    first, second = restore(path / "stages/dictionaries"), restore(path / "stages/initialise")
+    first, second = restore(path / "earlier/dictionaries"), restore(path / "earlier/initialize")
     taught = load_student(teacher)
     jax.tree.map(np.testing.assert_array_equal, first.ensemble.alone(first.variables, 1), taught.variables)
     learned = first.variables["params"]["method"]["dictionaries"]
     assert [learned[f"stage{i}"]["centers"].shape for i in (1, 2, 3)] == [(16, 32), (32, 64), (64, 128)]
     assert first.run.config.data.mean == (0.3,)
-    reconstruction = metrics(path / "stages/dictionaries", "student_1/loss_reconstruction")
+    reconstruction = metrics(path / "earlier/dictionaries", "student_1/loss_reconstruction")
     assert reconstruction[-1] < reconstruction[0]
     np.testing.assert_allclose(first.run.config.optimizer.milestones, (0.1, 0.7))
     np.testing.assert_allclose(second.run.config.optimizer.milestones, (30 / 160, 130 / 160))

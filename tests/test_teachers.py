@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 from conftest import one_device, tiny_config
 
-from ekd_jax import teachers, train
-from ekd_jax.data.augment import normalise
-from ekd_jax.data.sources import open_data
-from ekd_jax.errors import UserError
-from ekd_jax.evaluate import evaluate_run
-from ekd_jax.extract import extract
-from ekd_jax.restore import restore
-from ekd_jax.teachers import load_teacher, make_teach
-from ekd_jax.writers import read_metrics
+from ekd_jax.common.errors import UserError
+from ekd_jax.data.augment import normalize
+from ekd_jax.data.opening import open_data
+from ekd_jax.runs import teachers
+from ekd_jax.runs.evaluation import evaluate_run
+from ekd_jax.runs.extract import extract
+from ekd_jax.runs.metrics import read_metrics
+from ekd_jax.runs.restore import restore
+from ekd_jax.runs.teachers import load_teacher
+from ekd_jax.training import loop as train
+from ekd_jax.training.teaching import make_teach
 
 FIXED = {"data__crop_padding": 0, "train__epochs": 1, "model__students": (0.5,)}
 
@@ -31,7 +33,7 @@ def test_a_finished_run_is_a_teacher(finished, suffix, name):
     path, _ = finished
     teacher = load_teacher(f"{path}{suffix}", path)
     images, labels = images_of(tiny_config(), 898)
-    said = teacher(teacher.frozen, normalise(images, teacher.mean, teacher.std))
+    said = teacher(teacher.frozen, normalize(images, teacher.mean, teacher.std))
     accuracy = 100 * (np.argmax(said.logits, 1) == labels).mean()
     assert accuracy == pytest.approx(evaluate_run(path)[1][f"{name}/top1"], abs=1e-4)
     assert [m.shape[-1] for m in said.maps] == {"": [], ":1": [16, 32, 64], ":2": [8, 16, 32]}[suffix]
@@ -71,13 +73,13 @@ def test_what_is_drawn_anew_is_not_kept(change):
     assert not teachers.fixed_images(tiny_config(**FIXED | {f"data__{change}": value}).data)
 
 
-def test_a_teacher_sees_images_normalised_its_way(finished):
+def test_a_teacher_sees_images_normalized_its_way(finished):
     config = tiny_config(data__mean=(0.25,), data__std=(0.125,))
     teacher = load_teacher(str(finished[0]), finished[0])
     images, _ = images_of(config, 8)
     teach = make_teach([teacher], config.data)
-    (said,) = teach({"teachers": [teacher.frozen]}, normalise(images, (0.25,), (0.125,)), jnp.arange(8))
-    expected = teacher(teacher.frozen, normalise(images, teacher.mean, teacher.std)).logits
+    (said,) = teach({"teachers": [teacher.frozen]}, normalize(images, (0.25,), (0.125,)), jnp.arange(8))
+    expected = teacher(teacher.frozen, normalize(images, teacher.mean, teacher.std)).logits
     np.testing.assert_allclose(said.logits, expected, atol=1e-4)
 
 

@@ -13,15 +13,15 @@ import pytest
 from conftest import ROOT, plain_environment, tiny_config
 
 from ekd_jax import models
-from ekd_jax.config import make_method
-from ekd_jax.convert import student_from_torch
-from ekd_jax.errors import UserError
+from ekd_jax.common.errors import UserError
+from ekd_jax.config.build import make_method
 from ekd_jax.methods.base import Batch
-from ekd_jax.models.ensemble import parse_students
-from ekd_jax.optimizer import make_optimizer
-from ekd_jax.state import TrainState, init_variables, of_method, of_networks
-from ekd_jax.step import make_step, objective
-from ekd_jax.torch_names import sources
+from ekd_jax.models.members import parse_students
+from ekd_jax.runs.state import TrainState, init_variables, of_method, of_networks
+from ekd_jax.students.convert import student_from_torch
+from ekd_jax.students.torch_names import sources
+from ekd_jax.training.optimizer import make_optimizer
+from ekd_jax.training.step import make_step, objective
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[parity]'")
 theirs = importlib.import_module("torch_reference")

@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 from conftest import ROOT, one_device, plain_environment, tiny_config, tiny_flags
 
-from ekd_jax import parallel, train
-from ekd_jax.checkpoint import opened
-from ekd_jax.config import make_ensemble, make_method
-from ekd_jax.data.augment import normalise
+from ekd_jax.common import parallel
+from ekd_jax.common.errors import UserError
+from ekd_jax.config.build import make_ensemble, make_method
+from ekd_jax.data.augment import normalize
 from ekd_jax.data.resident import ResidentEvaluation
-from ekd_jax.errors import UserError
-from ekd_jax.evaluate import evaluate_run, make_evaluator, measure, results
-from ekd_jax.state import init_variables
-from ekd_jax.writers import METRICS, MetricWriter, read_metrics
+from ekd_jax.runs.checkpoint import opened
+from ekd_jax.runs.evaluation import evaluate_run, make_evaluator, measure, results
+from ekd_jax.runs.metrics import METRICS, MetricWriter, read_metrics
+from ekd_jax.runs.state import init_variables
+from ekd_jax.training import loop as train
 
 NAMES = ["student_1", "student_2", "ensemble"]
 
@@ -116,12 +117,12 @@ def test_a_signal_while_a_run_ends_is_not_lost(tmp_path, monkeypatch):
     """The run is complete, and nothing that was to follow it begins."""
     write = MetricWriter.write
 
-    def signalled(self, step, epoch, split, values):
+    def signaled(self, step, epoch, split, values):
         write(self, step, epoch, split, values)
         if (step, split) == (19, "test"):
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(MetricWriter, "write", signalled)
+    monkeypatch.setattr(MetricWriter, "write", signaled)
     with pytest.raises(SystemExit) as ended:
         train.run(tiny_config(), tmp_path / "run", one_device())
     assert ended.value.code == 128 + signal.SIGTERM
@@ -376,7 +377,7 @@ def test_evaluation_counts_every_example_once(devices, batch_size):
     sums_3xP = measure(evaluate, placed[0], ResidentEvaluation("test", 101, *placed[1:]), mesh)
     found = results(sums_3xP, 101, ["student_1"])
 
-    x = np.asarray(normalise(images, config.data.mean, config.data.std)).reshape(101, -1)
+    x = np.asarray(normalize(images, config.data.mean, config.data.std)).reshape(101, -1)
     logits = x.astype(np.float64) @ weights
     ranks = (-logits).argsort(1)
     logp = logits - np.log(np.exp(logits).sum(1, keepdims=True))

@@ -1,4 +1,4 @@
-"""Augmentation and normalisation, on the device, as functions of (key, example) alone."""
+"""Augmentation and normalization, on the device, as functions of (key, example) alone."""
 
 import enum
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Purpose(enum.IntEnum):
 def training_batch(
     key: Array, images: Array, labels: Array, examples: Array, num_classes: int, data: Any
 ) -> tuple[Array, Array]:
-    """What the network is given for a step: images augmented and normalised, and their targets.
+    """What the network is given for a step: images augmented and normalized, and their targets.
 
     Args:
         key: of the step. Each image's own keys are folded in from its example number, so that the
@@ -47,7 +47,7 @@ def training_batch(
         Images (B, H, W, C) float32, and the labels as they came, or with mixup or label smoothing the
         classes' probabilities (B, K) float32.
     """
-    images = normalise(augment(key, images, examples, data), data.mean, data.std)
+    images = normalize(augment(key, images, examples, data), data.mean, data.std)
     if data.cutout:
         images = cutout(key, images, examples, data.cutout)
     if not (data.mixup or data.label_smoothing):
@@ -99,14 +99,14 @@ def augment(key: Array, images: Array, examples: Array, data: Any) -> Array:
     return images
 
 
-def normalise(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+def normalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
     """(images / 255 - mean) / std in float32; mean and std of one value, or one a channel."""
     scaled = images.astype(jnp.float32) / 255
     return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
 def cutout(key: Array, images: Array, examples: Array, size: int) -> Array:
-    """Sets a square to 0, the mean of normalised images (DeVries & Taylor 2017).
+    """Sets a square to 0, the mean of normalized images (DeVries & Taylor 2017).
 
     The square's middle is any pixel, all equally likely; what lies outside the image is cut off. As in
     the official code it begins size // 2 before that pixel; there an odd size loses its last line.
@@ -123,8 +123,8 @@ def cutout(key: Array, images: Array, examples: Array, size: int) -> Array:
     height, width = images.shape[1:3]
 
     def hole(key: Array) -> Array:
-        centre = jax.random.randint(key, (2,), 0, jnp.array([height, width]))
-        place = jnp.indices((height, width)) - (centre - size // 2)[:, None, None]
+        center = jax.random.randint(key, (2,), 0, jnp.array([height, width]))
+        place = jnp.indices((height, width)) - (center - size // 2)[:, None, None]
         return ((place >= 0) & (place < size)).all(0)
 
     holes = jax.vmap(hole)(_keys(key, examples, Purpose.CUTOUT))
@@ -165,7 +165,7 @@ def soften(labels: Array, num_classes: int, smoothing: float) -> Array:
 
 
 def _rotate(keys: Array, images: Array, most: float) -> Array:
-    """Turns (B, H, W, C) about the centre by one of 1001 angles, evenly spaced up to `most` degrees."""
+    """Turns (B, H, W, C) about the center by one of 1001 angles, evenly spaced up to `most` degrees."""
     # A finite number, to compute the maps in double precision beforehand: all devices turn alike.
     maps = jnp.asarray(policies.rotation_map(np.linspace(-most, most, 1001), *images.shape[1:3]))
     turns = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(maps)))(keys)

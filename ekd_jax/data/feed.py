@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
-from ekd_jax import parallel
+from ekd_jax.common import parallel
+from ekd_jax.common.errors import UserError
+from ekd_jax.data.opening import Data, Facts
 from ekd_jax.data.resident import Resident, ResidentEvaluation, on_devices
-from ekd_jax.data.sources import Data, Facts
 from ekd_jax.data.stream import Streamed, StreamedEvaluation
-from ekd_jax.errors import UserError
 
 Array = jax.Array
 

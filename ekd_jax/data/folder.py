@@ -4,8 +4,8 @@ import hashlib
 import os
 import pathlib
 
+from ekd_jax.common.errors import UserError
 from ekd_jax.data.dataset import Example, Info, Source
-from ekd_jax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 TEST_NAMES = ("test", "val", "validation")
@@ -15,7 +15,7 @@ TEST_SHARE = 5  # without a folder of test images, every fifth image is one
 class Files:
     """The images of several class folders, ordered by a hash of their paths.
 
-    The order has nothing to do with the classes, and an image keeps its neighbours when others come.
+    The order has nothing to do with the classes, and an image keeps its neighbors when others come.
     """
 
     def __init__(self, files: list[tuple[str, int]]):

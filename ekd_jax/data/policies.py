@@ -1,6 +1,6 @@
 """RandAugment and TrivialAugment on the device, equal to torchvision's on PIL images bit for bit.
 
-An operation moves pixels, or mixes the image with a degenerate one, or replaces every level of grey by
+An operation moves pixels, or mixes the image with a degenerate one, or replaces every level of gray by
 another. Each image passes through these three stages, all but one of which leave it as it is: of a
 branch for each of the 14 operations, `vmap` would compute all.
 
@@ -50,9 +50,9 @@ class Strengths(NamedTuple):
 
     Attributes:
         maps: (14, 31, 2, 6) int32, `affine_map` of every operation.
-        products: (31, 2, 511) float32, factor times difference of two greys, from -255 on.
+        products: (31, 2, 511) float32, factor times difference of two grays, from -255 on.
         masks: (31,) uint8, bits that Posterize keeps.
-        thresholds: (31,) float32, the lowest grey that Solarize inverts.
+        thresholds: (31,) float32, the lowest gray that Solarize inverts.
     """
 
     maps: np.ndarray
@@ -165,7 +165,7 @@ def affine_map(*matrix: np.ndarray | float) -> np.ndarray:
 
 
 def rotation_map(degrees: np.ndarray, height: int, width: int) -> np.ndarray:
-    """`affine_map` of a counterclockwise turn about the centre, like PIL's Image.rotate."""
+    """`affine_map` of a counterclockwise turn about the center, like PIL's Image.rotate."""
     angle = -np.radians(degrees)
     cos, sin = np.round(np.cos(angle), 15), np.round(np.sin(angle), 15)
     x, y = width / 2, height / 2
@@ -186,13 +186,13 @@ def warp(image: Array, affine: Array) -> Array:
 def _degenerate(image: Array, operation: int | Array) -> Array:
     """What an image at factor 0 looks like (PIL's ImageEnhance), int32; the image itself for the others."""
     image = image.astype(jnp.int32)
-    grey = image
+    gray = image
     if image.shape[-1] == 3:
-        grey = (image * jnp.asarray(_LUMA)).sum(-1, keepdims=True) + 32768 >> 16
+        gray = (image * jnp.asarray(_LUMA)).sum(-1, keepdims=True) + 32768 >> 16
     chosen = {
         "Brightness": jnp.zeros_like(image),
-        "Color": jnp.broadcast_to(grey, image.shape),
-        "Contrast": jnp.full_like(image, (2 * grey.sum() + grey.size) // (2 * grey.size)),
+        "Color": jnp.broadcast_to(gray, image.shape),
+        "Contrast": jnp.full_like(image, (2 * gray.sum() + gray.size) // (2 * gray.size)),
         "Sharpness": _smooth(image),
     }
     return _select(operation, chosen, image)
@@ -207,56 +207,56 @@ def _smooth(image: Array) -> Array:
 
 
 def _blend(degenerate: Array, image: Array, products: Array) -> Array:
-    """degenerate + factor * (image - degenerate), cut off to a level of grey.
+    """degenerate + factor * (image - degenerate), cut off to a level of gray.
 
     The product comes from a table, since a compiler may fuse the two steps and round once, not twice.
     """
     return jnp.clip(degenerate + products[image - degenerate + 255], 0, 255).astype(jnp.uint8)
 
 
-# --- every level of grey is replaced ---------------------------------------------------------
+# --- every level of gray is replaced ---------------------------------------------------------
 
 
 def _curve(image: Array, operation: int | Array, mask: Array, threshold: Array) -> Array:
-    """The grey (256, C) uint8 that takes the place of each (PIL's ImageOps)."""
-    greys = jnp.arange(_GREYS)[:, None]
+    """The gray (256, C) uint8 that takes the place of each (PIL's ImageOps)."""
+    grays = jnp.arange(_GREYS)[:, None]
     chosen = {
-        "Posterize": greys & mask,
-        "Solarize": jnp.where(greys < threshold, greys, 255 - greys),
-        "AutoContrast": _autocontrast(image, greys),
-        "Equalize": _equalize(image, greys),
+        "Posterize": grays & mask,
+        "Solarize": jnp.where(grays < threshold, grays, 255 - grays),
+        "AutoContrast": _autocontrast(image, grays),
+        "Equalize": _equalize(image, grays),
     }
     shape = (_GREYS, image.shape[-1])
     chosen = {name: jnp.broadcast_to(curve, shape) for name, curve in chosen.items()}
-    return _select(operation, chosen, jnp.broadcast_to(greys, shape)).astype(jnp.uint8)
+    return _select(operation, chosen, jnp.broadcast_to(grays, shape)).astype(jnp.uint8)
 
 
-def _autocontrast(image: Array, greys: Array) -> Array:
-    """From the darkest to the lightest grey of each channel, stretched to 0 to 255."""
+def _autocontrast(image: Array, grays: Array) -> Array:
+    """From the darkest to the lightest gray of each channel, stretched to 0 to 255."""
     low, high = (bound.astype(jnp.int32) for bound in (image.min((0, 1)), image.max((0, 1))))
     extent = jnp.maximum(high - low, 1)
-    whole, rest = jnp.divmod((greys - low) * 255, extent)
+    whole, rest = jnp.divmod((grays - low) * 255, extent)
     # PIL subtracts two products in double precision, which may fall short of a whole number.
     residues = jnp.asarray(_stretched_residues())
-    error = lax.bitcast_convert_type(residues[extent, greys] - residues[extent, low], jnp.int32)
+    error = lax.bitcast_convert_type(residues[extent, grays] - residues[extent, low], jnp.int32)
     spacing = 1 << 31 - lax.clz(jnp.maximum(whole - 1, 1))
     short = (rest == 0) & (2 * error < -spacing)
-    return jnp.where(high > low, jnp.clip(whole - short, 0, 255), greys)
+    return jnp.where(high > low, jnp.clip(whole - short, 0, 255), grays)
 
 
 def _stretched_residues() -> np.ndarray:
-    """(256, 256) uint32 of (extent, grey): the double grey * (255 / extent) in 1/2**52, modulo 2**32.
+    """(256, 256) uint32 of (extent, gray): the double gray * (255 / extent) in 1/2**52, modulo 2**32.
 
     The difference of two of them is how far the difference of the doubles is from a whole number, given
     that it is all but one; 2**-52 is the spacing of doubles from 1 on.
     """
-    greys = np.arange(256.0)
-    products = greys * (255 / np.maximum(greys, 1))[:, None]
+    grays = np.arange(256.0)
+    products = grays * (255 / np.maximum(grays, 1))[:, None]
     return np.fmod(products * 2.0**52, 2.0**32).astype(np.uint32)
 
 
-def _equalize(image: Array, greys: Array) -> Array:
-    """Each channel's greys spread so that all are about as frequent."""
+def _equalize(image: Array, grays: Array) -> Array:
+    """Each channel's grays spread so that all are about as frequent."""
     pixels = image.reshape(-1, image.shape[-1])
     histogram = (
         jnp.zeros((_GREYS, pixels.shape[1]), jnp.int32).at[pixels, jnp.arange(pixels.shape[1])].add(1)
@@ -264,7 +264,7 @@ def _equalize(image: Array, greys: Array) -> Array:
     below = jnp.cumsum(histogram, axis=0) - histogram
     step = below[pixels.max(0), jnp.arange(pixels.shape[1])] // 255
     spread = (step // 2 + below) // jnp.maximum(step, 1)
-    return jnp.where(step > 0, jnp.clip(spread, 0, 255), greys)
+    return jnp.where(step > 0, jnp.clip(spread, 0, 255), grays)
 
 
 def _select(operation: int | Array, chosen: dict[str, Array], otherwise: Array) -> Array:

@@ -14,11 +14,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from ekd_jax import parallel
+from ekd_jax.common import parallel
+from ekd_jax.common.files import user_cache
 from ekd_jax.data import order
 from ekd_jax.data.dataset import Examples
-from ekd_jax.data.sources import Data, read_one
-from ekd_jax.writers import user_cache
+from ekd_jax.data.opening import Data, read_one
 
 Array = jax.Array
 CACHE_SECONDS, CACHE_BYTES = 2.0, 4e9  # what takes so long to read is kept, so much in all

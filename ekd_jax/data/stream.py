@@ -17,11 +17,11 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from ekd_jax import parallel
+from ekd_jax.common import parallel
+from ekd_jax.common.errors import UserError
 from ekd_jax.data import order
 from ekd_jax.data.dataset import Examples
-from ekd_jax.data.sources import Data, read_one
-from ekd_jax.errors import UserError
+from ekd_jax.data.opening import Data, read_one
 
 Array = jax.Array
 AHEAD = 2  # batches that wait on the devices

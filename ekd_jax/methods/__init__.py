@@ -18,7 +18,7 @@ from ekd_jax.methods.one import One
 from ekd_jax.methods.pcl import Pcl
 from ekd_jax.methods.self_distillation import EnsembleDistillation, SelfDistillation
 from ekd_jax.methods.snapshot import Snapshot
-from ekd_jax.methods.srm import Srm, SrmDictionaries, SrmInitialise
+from ekd_jax.methods.srm import Srm, SrmDictionaries, SrmInitialize
 
 METHODS: dict[str, type[Method]] = {
     "oem": Oem,
@@ -43,5 +43,5 @@ METHODS: dict[str, type[Method]] = {
     "meal_v2": MealV2,
     "srm": Srm,
     "srm_dictionaries": SrmDictionaries,
-    "srm_initialise": SrmInitialise,
+    "srm_initialize": SrmInitialize,
 }

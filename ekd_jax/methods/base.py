@@ -5,8 +5,6 @@ what predicts; whatever else it trains (adaptation layers, gates, discriminators
 which the train state holds under `method/`. Its fields are its knobs, `config.method.*`.
 """
 
-import pathlib
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -14,13 +12,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ekd_jax import losses
-from ekd_jax.errors import UserError, nearest
+from ekd_jax.common.errors import UserError, nearest
+from ekd_jax.methods import losses
 from ekd_jax.models.ensemble import Outputs
 
 Array = jax.Array
 Terms = dict[str, Array]
-Stages = dict[str, Mapping[str, Any]]
+
+# A teacher named `earlier/<name>` is one of the runs that a method's plan trains first.
+EARLIER = "earlier"
 
 
 @flax.struct.dataclass
@@ -85,7 +85,7 @@ class Method(nn.Module):
             batch: labels, and whatever else the loss may depend on.
 
         Returns:
-            The scalar that is minimised, and the unweighted terms it is made of, scalars named
+            The scalar that is minimized, and the unweighted terms it is made of, scalars named
             `student_<i>/loss_<term>` or `ensemble/loss_<term>`, all of which are logged.
         """
         raise NotImplementedError
@@ -143,26 +143,12 @@ class Method(nn.Module):
         """
         return copies
 
-    # --- frozen teachers, and runs that come before ---
+    # --- frozen teachers ---
 
     @property
     def teacher_sources(self) -> tuple[str, ...]:
         """Folders of the frozen teachers."""
         return ()
-
-    @classmethod
-    def stages(cls, config: Any, workdir: pathlib.Path) -> Stages:
-        """Runs that come before, in order: their folder's name -> their configuration, unresolved.
-
-        They are found in `workdir / "stages" / name` and may use each other's folders, as teachers or
-        initial weights.
-        """
-        return {}
-
-    @classmethod
-    def settled(cls, config: Any, workdir: pathlib.Path) -> Any:
-        """The configuration with what the finished `stages` decide filled in."""
-        return config
 
 
 def label_terms(outputs: Outputs, labels: Array) -> tuple[Array, Terms]:

@@ -7,14 +7,13 @@ loss is not verified: all below is a reconstruction, after MorphNet (Gordon et a
 11). A block is a stage of the network here.
 """
 
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ekd_jax.errors import UserError
-from ekd_jax.methods.base import Batch, Stages, Terms, check_above, check_choice, check_not_negative
+from ekd_jax.common.errors import UserError
+from ekd_jax.methods.base import Batch, Terms, check_above, check_choice, check_not_negative
 from ekd_jax.methods.kd import Kd
 from ekd_jax.models.ensemble import Outputs
 
@@ -85,25 +84,6 @@ class Blockwise(Kd):
         if self.budget >= 1:
             raise UserError(f"method.budget={self.budget:g} must be below 1, the whole network")
         super().__post_init__()
-
-    @classmethod
-    def stages(cls, config: Any, workdir: pathlib.Path) -> Stages:
-        stage = config.to_dict()
-        own = ("budget", "search_epochs")
-        stage["method"] = {name: value for name, value in stage["method"].items() if name not in own}
-        stage["method"]["name"] = "blockwise_search"
-        stage["model"]["students"] = (1,)
-        stage["train"]["epochs"] = config.method.search_epochs or config.train.epochs
-        return {"search": stage}
-
-    @classmethod
-    def settled(cls, config: Any, workdir: pathlib.Path) -> Any:
-        from ekd_jax.structure import widths_within  # which knows configurations, and these know methods
-
-        found = widths_within(workdir / "stages" / "search", config.method.budget, config.method.cost)
-        settled = config.to_dict()
-        settled["model"]["students"] = (found,)
-        return settled
 
 
 def scales_of(stage: Any) -> list[Array]:

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ekd_jax import losses
-from ekd_jax.errors import UserError
+from ekd_jax.common.errors import UserError
+from ekd_jax.methods import losses
 from ekd_jax.methods.base import Batch, Terms, check_not_negative, label_terms
 from ekd_jax.methods.distilling import Distilling
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.models.initial import torch_default
+from ekd_jax.models.initializers import torch_default
 from ekd_jax.models.layers import ConvNorm, Linear, Mode, global_pool
 
 Array = jax.Array

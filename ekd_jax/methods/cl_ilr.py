@@ -6,7 +6,7 @@ models/cl_ilr_resnet.py (METHODS.md 12.2).
 
 import jax
 
-from ekd_jax.errors import UserError
+from ekd_jax.common.errors import UserError
 from ekd_jax.methods.base import Batch, Terms, label_terms, per_student
 from ekd_jax.methods.distilling import Distilling, mean_of, of_peers
 from ekd_jax.models.ensemble import Outputs

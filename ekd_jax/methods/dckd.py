@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ekd_jax import losses
+from ekd_jax.methods import losses
 from ekd_jax.methods.base import (
     Batch,
     Terms,
@@ -37,7 +37,7 @@ class Dckd(Distilling, Taught):
         teacher_weight: a, of the KD loss from the teacher.
         peers_weight: b, of the KD loss from the peers.
         rampup_epochs: of r (80 is ONE's); 0: none.
-        others_only: q_i and the student's probabilities without the target class, renormalised, as in the
+        others_only: q_i and the student's probabilities without the target class, renormalized, as in the
             second term of DKD: then the peers' loss is this, whatever `kd_loss` says.
         average: what of several teachers is averaged: "logits" or "probabilities".
 
@@ -76,8 +76,8 @@ class Dckd(Distilling, Taught):
         if not self.others_only:
             return self.distil(own, collected, batch)
         collected = lax.stop_gradient(collected)
-        if self.standardise:
-            own, collected = losses.standardised(own), losses.standardised(collected)
+        if self.standardize:
+            own, collected = losses.standardized(own), losses.standardized(collected)
         return losses.decoupled_distillation(
             own, collected, batch.classes, self.temperature, 0.0, 1.0, self.scale_by_temperature
         )

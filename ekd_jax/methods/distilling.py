@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ekd_jax import losses
-from ekd_jax.errors import UserError
-from ekd_jax.methods.base import Batch, Method, check_above, check_choice, check_not_negative
+from ekd_jax.common.errors import UserError
+from ekd_jax.methods import losses
+from ekd_jax.methods.base import Batch, Method, check_above, check_choice, check_not_negative, ramp_up
 
 Array = jax.Array
 
@@ -21,7 +21,7 @@ class Distilling(Method):
         temperature: T of both softmaxes.
         scale_by_temperature: the factor T^2 of the KD loss.
         kd_loss: "kl", Hinton's; "dkd", decoupled; or "dist", by correlation (METHODS.md 13).
-        standardise: logits of both sides are standardised before (LSKD).
+        standardize: logits of both sides are standardized before (LSKD).
         dkd_alpha, dkd_beta: weights of target and other classes in "dkd".
         dkd_warmup_epochs: over which the weight of "dkd" grows from 0 to 1.
         dist_beta, dist_gamma: weights of the relations of classes and of examples in "dist".
@@ -30,7 +30,7 @@ class Distilling(Method):
     temperature: float = 4.0
     scale_by_temperature: bool = True
     kd_loss: str = "kl"
-    standardise: bool = False
+    standardize: bool = False
     dkd_alpha: float = 1.0
     dkd_beta: float = 2.0
     dkd_warmup_epochs: float = 20.0
@@ -46,8 +46,8 @@ class Distilling(Method):
     def distil(self, logits: Array, teacher_logits: Array, batch: Batch) -> Array:
         """The KD loss of (..., B, K) against (..., B, K), whose gradient is stopped: (...)."""
         teacher_logits = lax.stop_gradient(teacher_logits)
-        if self.standardise:
-            logits, teacher_logits = losses.standardised(logits), losses.standardised(teacher_logits)
+        if self.standardize:
+            logits, teacher_logits = losses.standardized(logits), losses.standardized(teacher_logits)
         temperature, scale = self.temperature, self.scale_by_temperature
         match self.kd_loss:
             case "dkd":
@@ -106,3 +106,24 @@ def mean_of(logits_TxBxK: Array, temperature: float, average: str) -> Array:
 def warm_up(epoch: Array, epochs: float) -> Array | float:
     """min(epoch / epochs, 1) with epochs counted from 1, as mdistiller does; 1 for 0 epochs."""
     return jnp.minimum((jnp.floor(epoch) + 1) / epochs, 1.0) if epochs else 1.0
+
+
+class Ramped(Distilling):
+    """A method that multiplies its KD losses by kd_weight * exp(-5 (1 - min(epoch, R) / R)^2).
+
+    Attributes:
+        rampup_epochs: R; 0: the full weight from the start.
+        kd_weight: that weight.
+    """
+
+    temperature: float = 3.0
+    rampup_epochs: float = 80.0
+    kd_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "rampup_epochs", "kd_weight")
+        super().__post_init__()
+
+    def ramp(self, batch: Batch) -> jax.Array:
+        """The weight of the KD losses in this step, a scalar."""
+        return self.kd_weight * ramp_up(batch.epoch, self.rampup_epochs)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.models.initial import torch_default
+from ekd_jax.models.initializers import torch_default
 from ekd_jax.models.layers import BatchNorm, Linear, Mode
 
 Array = jax.Array

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ekd_jax import losses
+from ekd_jax.methods import losses
 from ekd_jax.methods.base import Batch, Terms, check_choice, check_not_negative, label_terms, per_student
 from ekd_jax.methods.distilling import Distilling
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.models.initial import constant
+from ekd_jax.models.initializers import constant
 
 Array = jax.Array
 TARGETS = ("naive", "linear", "minlogit", "general", "mean")
@@ -119,7 +119,7 @@ def smallest_logits(logits_SxBxK: Array, classes: Array) -> Array:
 
 
 def convex_weights(logits_SxBxK: Array, labels: Array) -> Array:
-    """(S,) weights, not negative and of sum 1, that minimise the cross entropy of the weighted mean.
+    """(S,) weights, not negative and of sum 1, that minimize the cross entropy of the weighted mean.
 
     By exponentiated gradient: logarithms of the weights go down the gradient, whose largest component is
     scaled to the size of the step. A step that lowers the loss is twice as long the next time; one that

@@ -15,19 +15,12 @@ import numpy as np
 import optax
 from jax import lax
 
-from ekd_jax import losses
-from ekd_jax.errors import UserError
-from ekd_jax.methods.base import (
-    Batch,
-    Terms,
-    check_choice,
-    check_not_negative,
-    label_terms,
-    per_student,
-)
+from ekd_jax.common.errors import UserError
+from ekd_jax.methods import losses
+from ekd_jax.methods.base import Batch, Terms, check_choice, check_not_negative, label_terms, per_student
 from ekd_jax.methods.distilling import Taught
 from ekd_jax.models.ensemble import Outputs, scale_gradient
-from ekd_jax.models.initial import torch_default
+from ekd_jax.models.initializers import torch_default
 from ekd_jax.models.layers import Linear
 
 Array = jax.Array
@@ -146,7 +139,7 @@ class Meal(Adversarial):
         discriminator_weights: eta, likewise.
         adversarial: the student learns to mislead the discriminators: their gradient to it is reversed (a
             reconstruction of the paper's min-max, which is not verified). False: the published code, in
-            which the student minimises their loss, too.
+            which the student minimizes their loss, too.
         discriminator_learning_rate_scale: on the discriminators (published: 1e-3 against .1).
     """
 
@@ -231,7 +224,7 @@ class MealV2(Adversarial):
 
     All teachers are used in every step and labels are not (their cross entropy is logged). One
     discriminator a student, d -> d/8 -> d/64 -> 2, tells its logits from the mean of the teachers'; there
-    is no reversal: as published, the student minimises this loss, too. It should be trained already: pass
+    is no reversal: as published, the student minimizes this loss, too. It should be trained already: pass
     the folder of a student as `model.initial_weights`, which student 1 begins with.
 
     Attributes:

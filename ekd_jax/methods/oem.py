@@ -11,19 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ekd_jax import losses
-from ekd_jax.methods.base import (
-    Batch,
-    Terms,
-    check_choice,
-    check_not_negative,
-    label_terms,
-    per_student,
-)
+from ekd_jax.methods import losses
+from ekd_jax.methods.base import Batch, Terms, check_choice, check_not_negative, label_terms, per_student
 from ekd_jax.methods.distilling import Distilling
 from ekd_jax.methods.gate import Gate
 from ekd_jax.models.ensemble import Features, Outputs
-from ekd_jax.models.initial import constant, torch_default
+from ekd_jax.models.initializers import constant, torch_default
 from ekd_jax.models.layers import Linear
 
 Array = jax.Array

@@ -10,12 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ekd_jax import losses
-from ekd_jax.errors import UserError
+from ekd_jax.common.errors import UserError
+from ekd_jax.methods import losses
 from ekd_jax.methods.base import Batch, Terms, label_terms, per_student
-from ekd_jax.methods.ramped import Ramped
+from ekd_jax.methods.distilling import Ramped
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.models.initial import torch_default
+from ekd_jax.models.initializers import torch_default
 from ekd_jax.models.layers import global_pool
 
 Array = jax.Array
@@ -60,7 +60,7 @@ class Okddip(Ramped):
             drawn.
 
     T is 3, R 80 epochs and the weight 1, as in the official code. The KD losses of `Distilling` other than
-    "kl", and `standardise`, stop the target's gradient, and so need `detach_targets`.
+    "kl", and `standardize`, stop the target's gradient, and so need `detach_targets`.
     """
 
     own_stages = 1
@@ -68,9 +68,9 @@ class Okddip(Ramped):
     detach_targets: bool = False
 
     def __post_init__(self) -> None:
-        if not self.detach_targets and (self.kd_loss != "kl" or self.standardise):
+        if not self.detach_targets and (self.kd_loss != "kl" or self.standardize):
             raise UserError(
-                "method.detach_targets=False goes with method.kd_loss=kl and method.standardise=False alone"
+                "method.detach_targets=False goes with method.kd_loss=kl and method.standardize=False alone"
             )
         super().__post_init__()
 

@@ -6,10 +6,10 @@ models/cifar/resnet.py and loss/kl_loss.py (METHODS.md 2).
 
 import jax
 
-from ekd_jax import losses
+from ekd_jax.methods import losses
 from ekd_jax.methods.base import Batch, Terms, check_choice, label_terms, per_student
+from ekd_jax.methods.distilling import Ramped
 from ekd_jax.methods.gate import Gate
-from ekd_jax.methods.ramped import Ramped
 from ekd_jax.models.ensemble import Outputs
 
 Array = jax.Array

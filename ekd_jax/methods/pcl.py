@@ -11,13 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ekd_jax import losses
-from ekd_jax.errors import UserError
+from ekd_jax.common.errors import UserError
+from ekd_jax.methods import losses
 from ekd_jax.methods.base import Batch, Terms, label_terms, per_student
-from ekd_jax.methods.distilling import of_peers
-from ekd_jax.methods.ramped import Ramped
+from ekd_jax.methods.distilling import Ramped, of_peers
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.models.initial import torch_default
+from ekd_jax.models.initializers import torch_default
 from ekd_jax.models.layers import Linear, global_pool
 
 Array = jax.Array

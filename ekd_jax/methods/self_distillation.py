@@ -6,10 +6,7 @@ their outputs and that a single network of the same kind learns from it is their
 (T = 4, weights .1 and .9) are a reconstruction.
 """
 
-import pathlib
-from typing import Any
-
-from ekd_jax.methods.base import Stages, check_above
+from ekd_jax.methods.base import EARLIER, check_above
 from ekd_jax.methods.kd import FromTeachers
 
 
@@ -17,7 +14,7 @@ class EnsembleDistillation(FromTeachers):
     """N networks alone, seeds `seed` + 1, ..., `seed` + N; then one student, `seed`, from their mean.
 
     All stages train the network of student 1, for `train.epochs` each. The runs of the N networks are
-    `stages/member1` ... of the run's folder; their mean is the paper's "ensemble" (`ekd_jax.evaluate` of
+    `earlier/member1` ... of the run's folder; their mean is the paper's "ensemble" (`ekd_jax.evaluate` of
     them gives the single networks).
 
     Attributes:
@@ -34,16 +31,7 @@ class EnsembleDistillation(FromTeachers):
 
     @property
     def teacher_sources(self) -> tuple[str, ...]:
-        return tuple(f"stages/{name}" for name in self._names(self.members))
-
-    @classmethod
-    def stages(cls, config: Any, workdir: pathlib.Path) -> Stages:
-        names = cls._names(config.method.members)
-        return {name: alone(config, seed=config.seed + k) for k, name in enumerate(names, 1)}
-
-    @staticmethod
-    def _names(members: int) -> list[str]:
-        return [f"member{k}" for k in range(1, members + 1)]
+        return tuple(f"{EARLIER}/{name}" for name in member_names(self.members))
 
 
 class SelfDistillation(EnsembleDistillation):
@@ -52,12 +40,6 @@ class SelfDistillation(EnsembleDistillation):
     members: int = 1
 
 
-def alone(config: Any, seed: int) -> Any:
-    """The configuration of student 1's network trained by itself."""
-    asked = config.model.students
-    stage = config.to_dict()
-    stage["seed"] = seed
-    stage["method"] = {"name": "baseline"}
-    stage["model"]["students"] = (asked[0],) if isinstance(asked, tuple) else (1,)
-    stage["model"]["sharing"] = ""
-    return stage
+def member_names(members: int) -> list[str]:
+    """Return the names of the runs that train the members of the ensemble."""
+    return [f"member{k}" for k in range(1, members + 1)]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ekd_jax.errors import UserError
+from ekd_jax.common.errors import UserError
 from ekd_jax.methods.base import Batch, Method, Terms, check_above, label_terms
 from ekd_jax.models.ensemble import Outputs
 

@@ -4,11 +4,10 @@ Tran, Gabbouj, Iosifidis 2021 (arXiv 2103.17012); official code viebboy/SRM, cif
 Utility.py, Runners.py (METHODS.md 8).
 
 Three stages, each a run: dictionaries of the teacher's maps (`SrmDictionaries`); a student that learns to
-predict the teacher's sparse codes (`SrmInitialise`); and knowledge distillation of that student (`Srm`).
+predict the teacher's sparse codes (`SrmInitialize`); and knowledge distillation of that student (`Srm`).
 """
 
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,12 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ekd_jax import losses
-from ekd_jax.errors import UserError
+from ekd_jax.common.errors import UserError
+from ekd_jax.methods import losses
 from ekd_jax.methods.base import (
     Batch,
     Method,
-    Stages,
     Terms,
     check_above,
     check_choice,
@@ -32,12 +30,12 @@ from ekd_jax.methods.base import (
 from ekd_jax.methods.distilling import Taught
 from ekd_jax.methods.kd import Kd
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.models.initial import uniform
+from ekd_jax.models.initializers import uniform
 
 Array = jax.Array
 Weights = Mapping[str, Array]
 LABELS = ("global-local", "global", "local")
-DICTIONARIES, INITIALISE = "dictionaries", "initialise"
+DICTIONARIES, INITIALIZE = "dictionaries", "initialize"
 
 
 class Codewords(nn.Module):
@@ -152,7 +150,7 @@ class SrmDictionaries(Method):
         return loss, {"student_1/loss_reconstruction": loss, **terms}
 
 
-class SrmInitialise(Taught):
+class SrmInitialize(Taught):
     """The second stage: L = sum over students and maps of BCE(mean of k over pixels, global label)
     + CE(k, local label), k being the student's own similarity layer on its map.
 
@@ -197,7 +195,7 @@ class SrmInitialise(Taught):
         learned = teacher.method.get("dictionaries", {})
         if others or not learned:
             raise UserError(
-                "method.teachers: srm_initialise wants the folder of one finished run of srm_dictionaries"
+                "method.teachers: srm_initialize wants the folder of one finished run of srm_dictionaries"
             )
         maps = {f"stage{i}": x for i, x in enumerate(teacher.maps, 1)}
         for s in range(len(outputs.pooled)):
@@ -226,8 +224,8 @@ class Srm(Kd):
     """All three stages; the last is L = ce_weight * CE + kd_weight * T^2 KL(teacher || student).
 
     It trains one student, from one teacher that is a single network: the folder of a student, or `RUN:1`.
-    Both must have maps of the same height and width. The first stages are runs in `stages/dictionaries`
-    and `stages/initialise` of the run's folder, with Adam, whose rate drops to a tenth after 10 and 70 %
+    Both must have maps of the same height and width. The first stages are runs in `earlier/dictionaries`
+    and `earlier/initialize` of the run's folder, with Adam, whose rate drops to a tenth after 10 and 70 %
     and after 19 and 81 % of them (10/60/30 and 30/100/30 epochs in the paper). They name each other's
     folders in full: a run must not be moved before it is complete.
 
@@ -238,10 +236,10 @@ class Srm(Kd):
     Attributes:
         ce_weight, kd_weight: 1 - alpha and alpha (paper: of .25, .5 and .75 the best on validation; T of 2,
             4 and 8).
-        labels, codeword_multiplier, sparsity_multiplier: as of `SrmInitialise` and `SrmDictionaries`.
+        labels, codeword_multiplier, sparsity_multiplier: as of `SrmInitialize` and `SrmDictionaries`.
         dictionary_epochs, dictionary_learning_rate: of the first stage.
-        initialise_epochs, initialise_learning_rate, initialise_weight_decay: of the second.
-        dictionary_batch_size, initialise_batch_size: 0: `train.batch_size` (official code: 512 and 384).
+        initialize_epochs, initialize_learning_rate, initialize_weight_decay: of the second.
+        dictionary_batch_size, initialize_batch_size: 0: `train.batch_size` (official code: 512 and 384).
     """
 
     ce_weight: float = 0.5
@@ -252,96 +250,16 @@ class Srm(Kd):
     dictionary_epochs: float = 100.0
     dictionary_learning_rate: float = 1e-3
     dictionary_batch_size: int = 0
-    initialise_epochs: float = 160.0
-    initialise_learning_rate: float = 1e-3
-    initialise_batch_size: int = 0
-    initialise_weight_decay: float = 1e-4
+    initialize_epochs: float = 160.0
+    initialize_learning_rate: float = 1e-3
+    initialize_batch_size: int = 0
+    initialize_weight_decay: float = 1e-4
 
     def __post_init__(self) -> None:
         check_choice(self, "labels", LABELS)
         check_above(self, "codeword_multiplier", "sparsity_multiplier")
-        for stage in ("dictionary", "initialise"):
+        for stage in ("dictionary", "initialize"):
             check_above(self, f"{stage}_epochs", f"{stage}_learning_rate")
             check_not_negative(self, f"{stage}_batch_size")
-        check_not_negative(self, "initialise_weight_decay")
+        check_not_negative(self, "initialize_weight_decay")
         super().__post_init__()
-
-    @classmethod
-    def stages(cls, config: Any, workdir: pathlib.Path) -> Stages:
-        # configurations know methods, so methods can know configurations only when they are called
-        from ekd_jax.config import make_ensemble, make_method, resolve
-        from ekd_jax.data.sources import facts
-        from ekd_jax.models.ensemble import parse_students
-        from ekd_jax.teachers import check_fit, network_of
-
-        own, sources = config.method, make_method(config).teacher_sources
-        number = len(parse_students(config.model.students))
-        if (number, len(sources)) != (1, 1):
-            raise UserError(
-                f"srm trains one student from one teacher, not {number} from {len(sources)}: pass one of "
-                f"each, as in --config.model.students='(1,)'"
-            )
-        teacher = network_of(sources[0], workdir)
-        network, shape = teacher["architecture"], tuple(teacher["architecture"]["input_shape"])
-        if known := facts(config):
-            check_fit(sources[0], network["num_classes"], shape, known.num_classes, known.input_shape)
-
-        first, second = config.to_dict(), config.to_dict()
-        first["method"] = {
-            "name": "srm_dictionaries",
-            "codeword_multiplier": own.codeword_multiplier,
-            "sparsity_multiplier": own.sparsity_multiplier,
-        }
-        first["model"] |= {
-            **network["options"],
-            "name": network["name"],
-            "students": (tuple(network["widths"]),),
-            **{"sharing": "", "no_blocks": 0, "shared_stages": -1},
-            "initial_weights": sources[0],
-        }
-        first["data"] |= {name: tuple(teacher["preprocessing"][name]) for name in ("mean", "std")}
-        first["train"] |= {
-            "epochs": own.dictionary_epochs,
-            "batch_size": own.dictionary_batch_size or config.train.batch_size,
-            "dtype": network["dtype"],
-        }
-        first["optimizer"] |= _adam(own.dictionary_learning_rate, 0.0, 10, 60, 30)
-
-        second["method"] = {
-            "name": "srm_initialise",
-            "teachers": (str(workdir.absolute() / "stages" / DICTIONARIES),),
-            "labels": own.labels,
-            "sparsity_multiplier": own.sparsity_multiplier,
-        }
-        second["train"] |= {
-            "epochs": own.initialise_epochs,
-            "batch_size": own.initialise_batch_size or config.train.batch_size,
-        }
-        second["optimizer"] |= _adam(own.initialise_learning_rate, own.initialise_weight_decay, 30, 100, 30)
-        for stage in (first, second):
-            stage["model"]["last_map"] = "stage"  # what frozen teachers give
-        shapes = [
-            make_ensemble(resolve(stage), network["num_classes"]).shapes(shape) for stage in (first, second)
-        ]
-        taught, learning = ([row[0] for row in outputs.features] for outputs in shapes)
-        check_sizes(learning, taught)
-        return {DICTIONARIES: first, INITIALISE: second}
-
-    @classmethod
-    def settled(cls, config: Any, workdir: pathlib.Path) -> Any:
-        settled = config.to_dict()
-        settled["model"]["initial_weights"] = f"stages/{INITIALISE}"
-        return settled
-
-
-def _adam(rate: float, weight_decay: float, *epochs: float) -> dict[str, Any]:
-    """Settings of the optimiser: a tenth of the rate after each of the epochs, in their proportions."""
-    first, second, third = epochs
-    total = first + second + third
-    return {
-        "name": "adam",
-        "learning_rate": rate,
-        "weight_decay": weight_decay,
-        **{"schedule": "steps", "decay": 0.1, "decay_every_epochs": 0.0},
-        "milestones": (first / total, (first + second) / total),
-    }

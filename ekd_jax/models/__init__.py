@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ekd_jax.errors import UserError, nearest
+from ekd_jax.common.errors import UserError, nearest
 from ekd_jax.models import (
     densenet,
     efficientnet,
@@ -16,9 +16,10 @@ from ekd_jax.models import (
     vgg,
     wide_resnet,
 )
-from ekd_jax.models.ensemble import Ensemble, Member
-from ekd_jax.models.family import Family, Options, assemble
+from ekd_jax.models.assemble import Family, Options, assemble
+from ekd_jax.models.ensemble import Ensemble
 from ekd_jax.models.layers import Mode
+from ekd_jax.models.members import Member
 
 MODELS: dict[str, Family] = {
     **resnet_cifar.MODELS,
@@ -47,7 +48,7 @@ def build(
     base_gradients: str = "all",
     batch_norm_groups: int = 1,
     batch_norm_epsilon: float = 1e-5,
-    rematerialise: bool = False,
+    rematerialize: bool = False,
     execution: str = "separate",
     **options: Any,
 ) -> Ensemble:
@@ -60,7 +61,7 @@ def build(
         dtype: what convolutions compute in, "float32" or "bfloat16".
         sharing, no_blocks, shared_stages, own_stages, last_map, base_gradients: what students have in
             common; see `family.assemble`.
-        batch_norm_groups, batch_norm_epsilon, rematerialise: see `layers.Mode`.
+        batch_norm_groups, batch_norm_epsilon, rematerialize: see `layers.Mode`.
         execution: how branches run; see `execution`.
         **options: of the networks; see `family.Options`.
 
@@ -76,7 +77,7 @@ def build(
         dtype=jnp.dtype(dtype),
         groups=batch_norm_groups,
         epsilon=batch_norm_epsilon,
-        rematerialise=rematerialise,
+        rematerialize=rematerialize,
     )
     return assemble(
         [MODELS[own] for own in names],

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
-from ekd_jax.models.initial import Initializer, constant, kaiming_fan_out, torch_default
+from ekd_jax.models.initializers import Initializer, constant, kaiming_fan_out, torch_default
 from ekd_jax.models.layers import (
     Activation,
     Array,
@@ -31,7 +31,7 @@ Block = Callable[..., nn.Module]  # a part that takes stride=
 
 
 def call(module: nn.Module, x: Array, mode: Mode, in_loop: bool = False) -> Array:
-    """`module(x, mode)`; with `mode.rematerialise` the backward pass keeps, of a block, `x` alone.
+    """`module(x, mode)`; with `mode.rematerialize` the backward pass keeps, of a block, `x` alone.
 
     Args:
         module: a stage (`Chain`, `Stage`), which keeps what its blocks do, or a block.
@@ -39,7 +39,7 @@ def call(module: nn.Module, x: Array, mode: Mode, in_loop: bool = False) -> Arra
         mode: of the network.
         in_loop: of a scan, where XLA needs no barriers to keep what is computed again apart.
     """
-    if not mode.rematerialise or isinstance(module, Chain | Stage):
+    if not mode.rematerialize or isinstance(module, Chain | Stage):
         return module(x, mode)
     return nn.remat(lambda module, x: module(x, mode), prevent_cse=not in_loop)(module, x)
 

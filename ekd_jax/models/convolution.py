@@ -71,7 +71,7 @@ def _canonical_convolution(x: Array, kernel: Array, stride: int, pads: tuple) ->
 def fitted_convolution(x: Array, kernel: Array, stride: int, pads: tuple, together: int) -> Array:
     """The same in sizes that XLA's CPU kernels are fast at (docs/performance.md has the measurements).
 
-    Few features leave most of a vector register empty. So those of `together` neighbouring pixels are
+    Few features leave most of a vector register empty. So those of `together` neighboring pixels are
     computed as the features of one, by a kernel that is as many pixels wider, mostly zeros, and moves on by
     as many. More than 12 channels are filled up to a multiple of 4, and features where they are `UNEVEN`.
 

@@ -14,9 +14,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ekd_jax.models.assemble import Architecture, Family, Options, scaled
 from ekd_jax.models.blocks import Head, Norm, Stem
-from ekd_jax.models.family import Architecture, Family, Options, scaled
-from ekd_jax.models.initial import Initializer, constant, kaiming_fan_in, kaiming_fan_out, torch_default
+from ekd_jax.models.initializers import (
+    Initializer,
+    constant,
+    kaiming_fan_in,
+    kaiming_fan_out,
+    torch_default,
+)
 from ekd_jax.models.layers import Array, BatchNorm, Conv, Mode, average_pool, moments, relu
 
 

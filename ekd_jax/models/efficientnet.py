@@ -15,9 +15,9 @@ from functools import partial
 
 import flax.linen as nn
 
+from ekd_jax.models.assemble import Architecture, Family, Options, rounded
 from ekd_jax.models.blocks import Head, InvertedResidual, Stem
-from ekd_jax.models.family import Architecture, Family, Options, rounded
-from ekd_jax.models.initial import constant, uniform
+from ekd_jax.models.initializers import constant, uniform
 from ekd_jax.models.layers import ConvNorm
 from ekd_jax.models.mobilenet_v2 import UNPACKABLE, Settings, inverted_residual_stages
 

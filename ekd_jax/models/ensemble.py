@@ -8,7 +8,7 @@ together they are its whole network, whose stages have the same names wherever i
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ekd_jax.errors import UserError
 from ekd_jax.models.execution import WAYS, Branch, Maps, Network, Wide, alike, applied
-from ekd_jax.models.initial import Traced, draw, trace
+from ekd_jax.models.initializers import Traced, draw, trace
 from ekd_jax.models.layers import Array, Mode
+from ekd_jax.models.members import Member
 
 Variables = dict[str, Any]
 Features = tuple[tuple[Array, ...], ...]
@@ -48,27 +48,6 @@ class Outputs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Member:
-    """A student as it is asked for.
-
-    Attributes:
-        network: a key of `models.MODELS`; "": the run's.
-        width: multiplier of the compressed stages, or one of each stage.
-    """
-
-    network: str
-    width: Fraction | tuple[Fraction, ...]
-
-    @property
-    def widths(self) -> tuple[Fraction, ...]:
-        return self.width if isinstance(self.width, tuple) else (self.width,)
-
-    def __str__(self) -> str:
-        width = "-".join(f"{float(w):.4g}" for w in self.widths)
-        return f"{self.network}:{width}" if self.network else width
-
-
-@dataclasses.dataclass(frozen=True)
 class Student:
     """One student on its own: variables `{"params": {"stem": ..., "head": ...}, "batch_stats": same}`."""
 
@@ -76,12 +55,12 @@ class Student:
     mode: Mode
 
     def __call__(self, variables: Variables, images: Array) -> tuple[Array, Maps, Array]:
-        """(B, H, W, C) float normalised -> as `Network`, in evaluation mode."""
+        """(B, H, W, C) float normalized -> as `Network`, in evaluation mode."""
         outputs: Any = self.network.apply(variables, images, self.mode)
         return outputs
 
     def logits(self, variables: Variables, images: Array) -> Array:
-        """(B, H, W, C) float normalised -> (B, K) float32, in evaluation mode."""
+        """(B, H, W, C) float normalized -> (B, K) float32, in evaluation mode."""
         return self(variables, images)[0]
 
 
@@ -204,7 +183,7 @@ class Ensemble:
 
         Args:
             variables: as `init` returns them.
-            images: (B, H, W, C) float, normalised; or as many views of them as there are students. Shared
+            images: (B, H, W, C) float, normalized; or as many views of them as there are students. Shared
                 parts then see one view after the other.
             train: use the batch's statistics, update the running ones, drop out.
             key: of what is dropped in this step; networks that drop nothing need none.
@@ -291,45 +270,3 @@ def scale_gradient(x: Array, factor: float) -> Array:
 
 
 scale_gradient.defvjp(lambda x, factor: (x, None), lambda factor, _, gradient: (gradient * factor,))
-
-
-def parse_students(value: Any) -> tuple[Member, ...]:
-    """Students from `model.students`: a number S gives widths 1, (S-1)/S, ..., 1/S of the run's network.
-
-    A tuple has one entry a student: a width multiplier (0.5); one of each stage ((1, 0.5, 0.5)); or the
-    name of another network ("wrn_16_2"), with a width ("wrn_16_2:0.5") if it is not 1.
-
-    Raises:
-        UserError: not a positive number of students or a list of positive widths.
-    """
-    problem = (
-        f"model.students={value!r} must be a number (5) or a tuple of width multipliers (1, 0.5) or "
-        f"networks ('resnet20', 'wrn_16_2:0.5')"
-    )
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value < 1:
-            raise UserError(f"{problem}, at least one")
-        return tuple(Member("", Fraction(value - j, value)) for j in range(value))
-    if not isinstance(value, list | tuple) or not value:
-        raise UserError(problem)
-    try:
-        members = tuple(_member(entry) for entry in value)
-    except ValueError:
-        raise UserError(problem) from None
-    if any(width <= 0 for member in members for width in member.widths):
-        raise UserError(f"{problem}, each above 0")
-    return members
-
-
-def _member(entry: Any) -> Member:
-    if isinstance(entry, list | tuple):
-        return Member("", tuple(Fraction(str(width)) for width in entry))
-    if isinstance(entry, str) and entry[:1].isalpha():
-        name, _, width = entry.partition(":")
-        return Member(name, Fraction(width or "1"))
-    return Member("", Fraction(str(entry)))  # by its decimal digits: 0.7 * 10 is 7
-
-
-def parse_member(description: Mapping[str, Any]) -> Member:
-    """The member that student.json's `architecture` is."""
-    return Member(description["name"], tuple(Fraction(width) for width in description["widths"]))

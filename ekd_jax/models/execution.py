@@ -24,7 +24,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ekd_jax.models.blocks import Chain, Part, Stage, call
-from ekd_jax.models.initial import Traced, draw, trace
+from ekd_jax.models.initializers import Traced, draw, trace
 from ekd_jax.models.layers import Array, Mode
 
 Maps = dict[str, Array]

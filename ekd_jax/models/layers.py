@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from ekd_jax.models.convolution import convolution
-from ekd_jax.models.initial import Initializer, constant, kaiming_fan_out, torch_default, uniform
+from ekd_jax.models.initializers import Initializer, constant, kaiming_fan_out, torch_default, uniform
 
 Array = jax.Array
 Activation = Callable[[Array], Array]
@@ -32,14 +32,14 @@ class Mode:
         dtype: what convolutions compute in, float32 or bfloat16.
         groups: batch norm takes the statistics of so many parts of the batch apart from each other.
         epsilon: added to batch norm's variance.
-        rematerialise: the backward pass keeps what goes into blocks alone, and computes the rest again.
+        rematerialize: the backward pass keeps what goes into blocks alone, and computes the rest again.
     """
 
     train: bool = flax.struct.field(pytree_node=False, default=False)
     dtype: Any = flax.struct.field(pytree_node=False, default=jnp.float32)
     groups: int = flax.struct.field(pytree_node=False, default=1)
     epsilon: float = flax.struct.field(pytree_node=False, default=1e-5)
-    rematerialise: bool = flax.struct.field(pytree_node=False, default=False)
+    rematerialize: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 class Conv(nn.Module):
@@ -63,7 +63,7 @@ class Conv(nn.Module):
         return x + self.param("bias", self.bias_init, (self.features,), jnp.float32).astype(mode.dtype)
 
 
-def materialised(x: Array) -> Array:
+def materialized(x: Array) -> Array:
     """x, computed once and written to memory.
 
     XLA for CPUs computes an elementwise result, and what it is made of, anew for every shape that it is
@@ -80,7 +80,7 @@ def materialised(x: Array) -> Array:
 @jax.custom_vjp
 def relu(x: Array) -> Array:
     """max(x, 0). Its gradient is read from what it gives, which the next convolution keeps anyway."""
-    return materialised(jnp.maximum(x, 0))
+    return materialized(jnp.maximum(x, 0))
 
 
 relu.defvjp(lambda x: (relu(x),) * 2, lambda kept, g: (jnp.where(kept > 0, g, 0),))
@@ -106,7 +106,7 @@ def _grouped(x: Array, mode: Mode) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def normalised(x: Array, mean: Array, var: Array, scale: Array, bias: Array, mode: Mode) -> Array:
+def normalized(x: Array, mean: Array, var: Array, scale: Array, bias: Array, mode: Mode) -> Array:
     """Batch norm with the moments of x itself, whose gradient goes through them to x.
 
     It is written out, and begins from x: two sums in one pass, and one more pass. Autodiff would keep
@@ -125,13 +125,13 @@ def normalised(x: Array, mean: Array, var: Array, scale: Array, bias: Array, mod
     return (_grouped(x, mode) * gain + (bias - mean * gain)).reshape(x.shape).astype(x.dtype)
 
 
-def _normalised_forward(
+def _normalized_forward(
     x: Array, mean: Array, var: Array, scale: Array, bias: Array, mode: Mode
 ) -> tuple[Array, tuple[Array, ...]]:
-    return normalised(x, mean, var, scale, bias, mode), (x, mean, var, scale)
+    return normalized(x, mean, var, scale, bias, mode), (x, mean, var, scale)
 
 
-def _normalised_backward(mode: Mode, kept: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
+def _normalized_backward(mode: Mode, kept: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
     x, mean, var, scale = kept
     x_, g_ = _grouped(x, mode), _grouped(g, mode)
     axes, count = tuple(range(1, x_.ndim - 1)), math.prod(x_.shape[1:-1])
@@ -142,10 +142,10 @@ def _normalised_backward(mode: Mode, kept: tuple[Array, ...], g: Array) -> tuple
     slope = -gain * rate * along / count
     dx = gain * g_ + (slope * x_ - (slope * mean + gain * whole / count))
     per_channel = along.reshape(-1, x.shape[-1]).sum(0), whole.reshape(-1, x.shape[-1]).sum(0)
-    return materialised(dx.reshape(x.shape).astype(x.dtype)), None, None, *per_channel
+    return materialized(dx.reshape(x.shape).astype(x.dtype)), None, None, *per_channel
 
 
-normalised.defvjp(_normalised_forward, _normalised_backward)
+normalized.defvjp(_normalized_forward, _normalized_backward)
 
 
 class BatchNorm(nn.Module):
@@ -176,7 +176,7 @@ class BatchNorm(nn.Module):
             means, variances = (v.reshape(mode.groups, -1).mean(0) for v in found)
             running_mean.value = keep * running_mean.value + (1 - keep) * means
             running_var.value = keep * running_var.value + (1 - keep) * unbiased * variances
-        return normalised(x, *found, scale, bias, mode)
+        return normalized(x, *found, scale, bias, mode)
 
 
 class ConvNorm(nn.Module):

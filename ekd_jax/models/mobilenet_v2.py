@@ -13,9 +13,9 @@ from functools import partial
 
 import flax.linen as nn
 
+from ekd_jax.models.assemble import Architecture, Family, Options, rounded, scaled
 from ekd_jax.models.blocks import Block, Chain, Head, InvertedResidual, Part, Stage, Stem
-from ekd_jax.models.family import Architecture, Family, Options, rounded, scaled
-from ekd_jax.models.initial import constant, normal
+from ekd_jax.models.initializers import constant, normal
 from ekd_jax.models.layers import ConvNorm, relu
 
 # Of each stage: expansion, channels, blocks, stride, kernel size.

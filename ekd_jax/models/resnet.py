@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 
+from ekd_jax.models.assemble import Architecture, Family, Options, scaled
 from ekd_jax.models.blocks import BasicBlock, Block, Bottleneck, Head, Stage, Stem
-from ekd_jax.models.family import Architecture, Family, Options, scaled
 
 PLANES = (64, 128, 256, 512)
 

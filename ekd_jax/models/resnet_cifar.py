@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 
+from ekd_jax.models.assemble import Architecture, Family, Options, scaled
 from ekd_jax.models.blocks import BasicBlock, Block, Bottleneck, Head, Stage, Stem
-from ekd_jax.models.family import Architecture, Family, Options, scaled
-from ekd_jax.models.initial import Initializer, kaiming_fan_out, torch_default, xavier_normal
+from ekd_jax.models.initializers import Initializer, kaiming_fan_out, torch_default, xavier_normal
 
 CHANNELS = (16, 16, 32, 64)  # of the stem and the three stages
 

@@ -12,9 +12,9 @@ from functools import partial
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ekd_jax.errors import UserError
+from ekd_jax.common.errors import UserError
+from ekd_jax.models.assemble import Architecture, Family, Options, scaled
 from ekd_jax.models.blocks import Block, Head, Part, Stage, Stem
-from ekd_jax.models.family import Architecture, Family, Options, scaled
 from ekd_jax.models.layers import Array, BatchNorm, Conv, ConvNorm, Mode, average_pool, relu
 
 BLOCKS = (4, 8, 4)

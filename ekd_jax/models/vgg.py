@@ -10,9 +10,9 @@ from functools import partial
 
 import flax.linen as nn
 
+from ekd_jax.models.assemble import Architecture, Family, Options, scaled
 from ekd_jax.models.blocks import Head
-from ekd_jax.models.family import Architecture, Family, Options, scaled
-from ekd_jax.models.initial import constant
+from ekd_jax.models.initializers import constant
 from ekd_jax.models.layers import Array, BatchNorm, Conv, Mode, max_pool, relu
 
 CHANNELS = (64, 128, 256, 512, 512)

@@ -10,8 +10,8 @@ from functools import partial
 
 import flax.linen as nn
 
+from ekd_jax.models.assemble import Architecture, Family, Options, scaled
 from ekd_jax.models.blocks import Head, Norm, Stage
-from ekd_jax.models.family import Architecture, Family, Options, scaled
 from ekd_jax.models.layers import Array, BatchNorm, Conv, Drop, Mode, relu
 
 

@@ -1,0 +1,227 @@
+"""Devices and processes.
+
+One mesh with the axes `data` and `fsdp`. A batch is split over all devices. What is trained is copied to
+every device; with `train.fsdp=N` each N devices in a row share one copy, its large arrays cut over them.
+
+Every process runs the same program on its own devices. Where they could part, in what a signal, a clock
+or a folder tells one of them, they agree here first.
+"""
+
+import contextlib
+import math
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ekd_jax.common.errors import UserError, reason
+
+Array = jax.Array
+AXES = ("data", "fsdp")
+LEAST_CUT = 2**14  # elements: to gather fewer takes longer than to keep them everywhere
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+def start(coordinator: str | None, processes: int | None, number: int | None, timeout: int) -> None:
+    """Joins the other processes of the run, if there are any; before anything else of JAX.
+
+    Cloud TPU, GKE, Slurm and Open MPI are recognized by JAX where the arguments are left out.
+
+    Args:
+        coordinator: HOST:PORT that process 0 listens at.
+        processes: how many.
+        number: of this one, from 0.
+        timeout: seconds to wait for the others.
+
+    Raises:
+        UserError: some of the arguments are given and some are not, or the others do not answer.
+    """
+    given = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": number}
+    missing = [name for name, value in given.items() if value is None]
+    if coordinator is None or processes is None or number is None:
+        if len(missing) < len(given):
+            raise UserError(f"{' and '.join(missing)} missing: give all of {', '.join(given)}, or none")
+    else:
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdigit():
+            raise UserError(f"--coordinator={coordinator} must be HOST:PORT, as 10.0.0.2:1234")
+        if not 0 <= number < processes:
+            raise UserError(f"--process_id={number} must be from 0 to {processes - 1}")
+    jax.config.update("jax_enable_preemption_service", False)  # signals are the training loop's
+    with _patience(coordinator, processes, number, timeout):
+        try:
+            jax.distributed.initialize(coordinator, processes, number, initialization_timeout=timeout + 60)
+        except ValueError as error:
+            if "coordinator_address" not in str(error):
+                raise UserError(f"cannot join the other processes: {reason(error)}") from error
+            # no cluster: this process is alone
+        except RuntimeError as error:
+            raise UserError(f"cannot join the other processes: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _patience(
+    coordinator: str | None, processes: int | None, number: int | None, seconds: int
+) -> Iterator[None]:
+    """Ends this process with a line when its time is over; JAX would abort it with a stack trace."""
+    where = f"at {coordinator}" if coordinator else "at the address that the cluster gives"
+    if number == 0:
+        what = f"process 0 waited {seconds} s {where} for the other {(processes or 0) - 1} to come"
+    else:
+        own = "this process" if number is None else f"process {number}"
+        what = f"{own} could not reach the coordinator, process 0 {where}, in {seconds} s"
+
+    def give_up() -> None:
+        print(
+            f"error: {what}: check that all processes were started and that the port is open between them, "
+            f"or raise --coordinator_timeout",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # another try may succeed
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def is_main() -> bool:
+    """Whether this is process 0, which alone writes files and reports."""
+    return not several() or jax.process_index() == 0
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def who() -> str:
+    """ "process 3: " if there are several, for messages."""
+    return f"process {jax.process_index()}: " if several() else ""
+
+
+def gathered(values: Any) -> np.ndarray:
+    """(processes, ...): what every process gives here, arrays of one shape; waits for all of them."""
+    values = np.asarray(values)
+    if not several():
+        return values[None]
+    with jax.transfer_guard("allow"):
+        return np.asarray(multihost_utils.process_allgather(values))
+
+
+def from_main(tree: Any) -> Any:
+    """What process 0 gives here, a tree of numpy arrays; waits for all processes."""
+    if not several():
+        return tree
+    with jax.transfer_guard("allow"):
+        return multihost_utils.broadcast_one_to_all(tree)
+
+
+# --- devices -------------------------------------------------------------------------------------
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
+    """A mesh over `devices`, all there are if not given.
+
+    Raises:
+        UserError: they cannot be put in rows of `fsdp`.
+    """
+    found = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
+    if len(found) % fsdp:
+        nearest = max(n for n in range(1, fsdp) if len(found) % n == 0)
+        raise UserError(f"train.fsdp={fsdp} does not divide the {len(found)} devices; nearest: {nearest}")
+    return Mesh(np.asarray(found).reshape(-1, fsdp), AXES)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """One axis cut over all devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXES))
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """How each array of a train state, or its shape, is kept: whole, or its longest axis that can be cut
+    over the axis `fsdp`."""
+    parts = mesh.shape["fsdp"]
+
+    def of(leaf: Any) -> NamedSharding:
+        shape = np.shape(leaf)
+        axes = [axis for axis, length in enumerate(shape) if length % parts == 0]
+        if parts == 1 or not axes or math.prod(shape) < LEAST_CUT:
+            return replicated(mesh)
+        longest = max(axes, key=lambda axis: (shape[axis], axis))
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
+
+    return jax.tree.map(of, state)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Host arrays, the same in every process, on the devices."""
+
+    def one(value: Any, sharding: NamedSharding) -> Array:
+        value = np.asarray(value)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    with jax.transfer_guard_host_to_device("allow"):  # it is asked for here
+        return jax.tree.map(one, tree, shardings)
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Host arrays, the same in every process, whole on every device."""
+    return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
+
+
+def whole(mesh: Mesh, tree: Any) -> Any:
+    """Traced: arrays that are kept cut, put together on every device where they are used."""
+    return tree if mesh.shape["fsdp"] == 1 else lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays of the devices as numpy arrays, whole, in every process; all processes must call it."""
+
+    def one(value: Any) -> Any:
+        there = not isinstance(value, Array) or value.is_fully_addressable or value.is_fully_replicated
+        return value if there else multihost_utils.process_allgather(value, tiled=True)
+
+    return jax.device_get(jax.tree.map(one, tree))
+
+
+def own_rows(sharding: NamedSharding, count: int) -> slice:
+    """Which of `count` rows this process's devices hold; they lie together."""
+    places = sharding.addressable_devices_indices_map((count,)).values()
+    held = [place[0].indices(count) for place in places if place is not None]
+    return slice(min(first for first, _, _ in held), max(last for _, last, _ in held))
+
+
+def device_memory(mesh: Mesh) -> int:
+    """Bytes of memory of a device, the smallest of all processes; for CPU devices their share of the
+    machine's."""
+    device = mesh.local_devices[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    limit = limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(mesh.local_devices)
+    return int(gathered(np.float32(limit)).min()) if several() else limit
+
+
+def check_divisible(name: str, batch_size: int, parts: int, what: str) -> None:
+    """Raises UserError unless a batch can be cut into so many equal parts."""
+    if batch_size % parts:
+        below, above = batch_size // parts * parts, -(-batch_size // parts) * parts
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise UserError(f"{name}={batch_size} cannot be split over {what}; nearest: {nearest}")

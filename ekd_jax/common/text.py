@@ -1,0 +1,37 @@
+"""TODO: common.text."""
+
+from typing import Any
+
+
+def megabytes(count: float) -> str:
+    """12 MB"""
+    return f"{count / 1e6:,.0f} MB"
+
+
+def clock(seconds: float) -> str:
+    """75 -> "0:01:15"."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def table(rows: list[list[Any]], header: list[str]) -> str:
+    """Columns aligned, the first to the left and the others to the right."""
+    cells = [header, *([str(c) for c in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        first, *rest = (
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join([first, *rest]).rstrip()
+
+    rule = "  ".join("-" * w for w in widths)
+    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+
+
+def human(count: float) -> str:
+    """41.3M, 12.5k, ..."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return f"{count:.0f}"

@@ -1,0 +1,237 @@
+"""From an image file's bytes to the pixels of one size that a network takes; on the host.
+
+JPEGs are decoded by simplejpeg and resized by OpenCV where they are installed (`ekd_jax[imagenet]`),
+by Pillow otherwise: twice the time, and pixels that differ by interpolation.
+"""
+
+import dataclasses
+import io
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from ekd_jax.common.errors import UserError, reason
+from ekd_jax.data.dataset import Example
+
+try:
+    import cv2
+    import simplejpeg
+except ImportError:
+    cv2 = simplejpeg = None  # type: ignore[assignment]
+else:
+    cv2.setNumThreads(0)  # the threads are ours: one image each
+
+Fit = Literal["native", "stretch", "crop"]
+EVALUATION_MARGIN = 256 / 224  # the short side of the image against the side of the part in its middle
+CROP_AREA, CROP_RATIO, CROP_ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
+
+
+class CorruptImageError(UserError):
+    """An image that cannot be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Makes pixels of an example.
+
+    Attributes:
+        shape: H, W, C of the result; C is 1 or 3.
+        fit: how it comes to that size: "native" is of that size already, "stretch" is resized
+            whatever its proportions, "crop" is cut to them.
+    """
+
+    shape: tuple[int, int, int]
+    fit: Fit = "native"
+
+    def __call__(self, example: Example, draws: np.ndarray | None = None) -> np.ndarray:
+        """The pixels, (H, W, C) uint8.
+
+        Args:
+            example: what is stored.
+            draws: for training with fit="crop": random numbers (40,) that say where to cut. Without
+                them the middle is taken.
+
+        Raises:
+            CorruptImageError: it cannot be decoded, or is of another size with fit="native".
+        """
+        height, width, channels = self.shape
+        try:
+            if self.fit == "crop" and draws is not None:
+                return random_part(example.image, self.shape, draws)
+            pixels = decode(example.image, channels)
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            UnidentifiedImageError,
+            Image.DecompressionBombError,
+        ) as error:
+            raise CorruptImageError(
+                f"the image {example.name} cannot be read ({reason(error)}): mend or remove it, or leave "
+                f"such images out with --config.data.corrupt=skip"
+            ) from error
+        if self.fit == "crop":
+            return middle(pixels, height, width)
+        if self.fit == "stretch" and pixels.shape != self.shape:
+            return _pillow_resize(pixels, height, width)
+        if pixels.shape != self.shape:
+            found, wanted = ("x".join(map(str, s)) for s in (pixels.shape, self.shape))
+            raise CorruptImageError(
+                f"the image {example.name} is {found}, not {wanted} like the others: "
+                f"pass --config.data.fit=stretch or crop, and --config.data.image_size"
+            )
+        return pixels
+
+
+def decode(image: bytes | np.ndarray, channels: int, factor: int = 1, fast: bool = False) -> np.ndarray:
+    """The pixels of a file, upright, (H, W, channels) uint8; pixels are passed through.
+
+    Args:
+        image: bytes of any format that Pillow reads, or pixels (H, W, C) uint8.
+        channels: 1 for gray, 3 for RGB; other color models (CMYK, palettes, transparency, 16 bits)
+            are brought to it.
+        factor: 1, 2, 4 or 8: how much smaller the result may be, where that is faster.
+        fast: take the JPEG decoder's faster, less exact arithmetic, as TensorFlow does, and pass over
+            what it can recover from.
+
+    Raises:
+        OSError, ValueError, ...: what the decoders raise for damaged files.
+    """
+    if isinstance(image, np.ndarray):
+        return image
+    return _upright(_decode(image, channels, factor, fast), _orientation(image))
+
+
+def _decode(image: bytes, channels: int, factor: int, fast: bool) -> np.ndarray:
+    if simplejpeg is not None and simplejpeg.is_jpeg(image):
+        try:
+            if simplejpeg.decode_jpeg_header(image)[2] not in ("CMYK", "YCCK"):
+                colors = "GRAY" if channels == 1 else "RGB"
+                return simplejpeg.decode_jpeg(image, colors, fast, fast, min_factor=factor, strict=not fast)
+        except ValueError:
+            pass  # Pillow forgives what does no harm, and says what does
+    with Image.open(io.BytesIO(image)) as file:
+        if factor > 1:  # does nothing but for JPEG
+            file.draft(None, (-(-file.width // factor), -(-file.height // factor)))
+        pixels: Image.Image = file
+        if file.mode.startswith("I"):  # 16 bits
+            pixels = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
+        decoded = np.asarray(pixels.convert("L" if channels == 1 else "RGB"))
+    return decoded.reshape(*decoded.shape[:2], channels)
+
+
+def _orientation(image: bytes) -> int:
+    """How a camera was held: 1 for upright, to 8."""
+    in_jpeg = any(marker == 0xE1 and image[at + 4 : at + 8] == b"Exif" for marker, at in _segments(image))
+    if not in_jpeg and not (image.startswith(b"\x89PNG") and b"eXIf" in image):
+        return 1
+    with Image.open(io.BytesIO(image)) as file:
+        return int(file.getexif().get(ExifTags.Base.Orientation, 1))
+
+
+def _segments(image: bytes) -> Iterator[tuple[int, int]]:
+    """Marker and place of the segments of a JPEG's header, to the one with the image's size."""
+    at = 2
+    while image[:2] == b"\xff\xd8" and at + 4 <= len(image) and image[at] == 0xFF:
+        marker = image[at + 1]
+        yield marker, at
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return
+        at += 2 + int.from_bytes(image[at + 2 : at + 4])
+
+
+def _shortened(image: bytes, rows: int) -> bytes:
+    """A baseline JPEG that ends after so many rows: its decoder stops there, having decoded the same.
+
+    What lies before the last row of a part must be decoded to get at it, what lies behind need not: a
+    tenth of the time. Images that are not upright, of other kinds, or that may be truncated (which
+    would go unnoticed) are returned as they are.
+    """
+    *_, (marker, at) = [(0, 0), *_segments(image)]
+    if marker != 0xC0 or not image.endswith(b"\xff\xd9") or _orientation(image) != 1:
+        return image
+    return image[: at + 5] + rows.to_bytes(2) + image[at + 7 :]
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns and mirrors as EXIF 2.3 defines orientations."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
+
+
+def random_part(image: bytes | np.ndarray, shape: tuple[int, int, int], draws: np.ndarray) -> np.ndarray:
+    """A random part of the image, resized to `shape` (Szegedy et al. 2015; torchvision's
+    RandomResizedCrop: .08 to 1 of the area, proportions 3/4 to 4/3).
+
+    Large parts are decoded at a half, a quarter or an eighth, never below `shape`; what is left to
+    shrink is less than twofold, where linear interpolation leaves no pixel out.
+    """
+    height, width, channels = shape
+    full = _size(image)
+    top, left, h, w = part(*full, draws)
+    factor = max(f for f in (1, 2, 4, 8) if f == 1 or (h >= f * height and w >= f * width))
+    if factor == 1 and isinstance(image, bytes):
+        image = _shortened(image, top + h)
+    pixels = decode(image, channels, factor, fast=True)
+    scale = pixels.shape[1] / full[1]
+    y, x = round(top * scale), round(left * scale)
+    cut = pixels[y : y + max(1, round(h * scale)), x : x + max(1, round(w * scale))]
+    if cv2 is None:
+        return _pillow_resize(cut, height, width)
+    # OpenCV drops a single channel
+    return cv2.resize(cut, (width, height), interpolation=cv2.INTER_LINEAR).reshape(shape)
+
+
+def part(height: int, width: int, draws: np.ndarray) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random part: torchvision's RandomResizedCrop.get_params."""
+    low, high = (math.log(r) for r in CROP_RATIO)
+    for area, ratio, y, x in draws.reshape(CROP_ATTEMPTS, 4).tolist():
+        pixels = height * width * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * area)
+        proportion = math.exp(low + (high - low) * ratio)
+        w, h = round(math.sqrt(pixels * proportion)), round(math.sqrt(pixels / proportion))
+        if 0 < w <= width and 0 < h <= height:
+            return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
+    # No luck, as for very long images: the largest part of allowed proportions in the middle.
+    proportion = min(max(width / height, CROP_RATIO[0]), CROP_RATIO[1])
+    w, h = min(width, round(height * proportion)), min(height, round(width / proportion))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def middle(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Short side resized to 256/224 of the wanted one, then the middle, (height, width, C) uint8.
+
+    The usual evaluation of ImageNet (torchvision: Resize(256), CenterCrop(224)), by Pillow's
+    antialiased bilinear resize, which published numbers were measured with.
+    """
+    h, w = pixels.shape[:2]
+    short = round(min(height, width) * EVALUATION_MARGIN)
+    size = (short, int(short * w / h)) if h <= w else (int(short * h / w), short)
+    pixels = _pillow_resize(pixels, *size)
+    top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
+    return pixels[top : top + height, left : left + width]
+
+
+def _size(image: bytes | np.ndarray) -> tuple[int, int]:
+    """Height and width, upright."""
+    if isinstance(image, np.ndarray):
+        return image.shape[0], image.shape[1]
+    if simplejpeg is not None and simplejpeg.is_jpeg(image):
+        height, width, *_ = simplejpeg.decode_jpeg_header(image, strict=False)
+    else:
+        with Image.open(io.BytesIO(image)) as file:
+            width, height = file.size
+    return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+def _pillow_resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    return resized.reshape(height, width, pixels.shape[-1])

@@ -1,0 +1,249 @@
+"""TFDS's builders of well-known sets, done without TensorFlow.
+
+TFDS's own builders need TensorFlow to unpack an archive and to encode images. The builders here are
+theirs with those two steps replaced; what they write (array_record, the same features, version, order
+and place) is what TFDS writes.
+"""
+
+import gzip
+import hashlib
+import io
+import pathlib
+import tarfile
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import scipy.io
+import tensorflow_datasets as tfds
+from PIL import Image
+from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder
+from tensorflow_datasets.datasets.svhn_cropped import svhn_cropped_dataset_builder
+from tensorflow_datasets.image_classification import cifar, mnist
+
+from ekd_jax.common.errors import UserError, reason
+from ekd_jax.data.tfds import archives
+
+# SHA-256 of the .bin members in order of their names: an archive that was packed again, with the same
+# contents, is as good as the published one.
+CIFAR_CONTENTS = {
+    "cifar10": "013ba16d14ecc4829da62bf2af648ca30f600491ecb3e7f329c827db0dd17522",
+    "cifar100": "c963f1a2e2c344fd7045056095ea0659afca4c4099db589dbd05ed256b4fa1f5",
+}
+
+Examples = Iterator[tuple[int, dict[str, Any]]]  # of TFDS: key, features
+
+
+class _FromArchives:
+    """Finds a set's archives, their checksums verified; the standard class comes after it as a parent."""
+
+    manual_dir = ""
+    name: str
+    url_infos: dict[str, Any]
+    info: Any
+
+    @classmethod
+    def published(cls) -> dict[str, str]:
+        """The SHA-256 of every archive by its file name, as TFDS states them."""
+        return {_file(url): info.checksum for url, info in cls.url_infos.items()}
+
+    def _archives(self, dl_manager: Any) -> dict[str, pathlib.Path]:
+        """Where every archive lies: in `manual_dir`, else where TFDS downloads it to and verifies it."""
+        if not self.manual_dir:
+            urls = {_file(url): url for url in self.url_infos}
+            return {file: pathlib.Path(path) for file, path in dl_manager.download(urls).items()}
+        paths = {file: archives.find(self.manual_dir, file) for file in self._wanted()}
+        for file, path in paths.items():
+            self._verify(path, self.published()[file])
+        return paths
+
+    def _wanted(self) -> list[str]:
+        return list(self.published())
+
+    def _verify(self, path: pathlib.Path, published: str) -> None:
+        archives.check(path, archives.sha256(path), published)
+
+    def _checked(self, label: int, path: pathlib.Path, key: str = "label") -> int:
+        classes = self.info.features[key].num_classes
+        if not 0 <= label < classes:
+            raise UserError(f"{path} holds the {key} {label}: {self.name} has {classes} classes, from 0")
+        return label
+
+
+class _Cifar(_FromArchives):
+    def _verify(self, path: pathlib.Path, published: str) -> None:
+        found = archives.sha256(path)
+        if found != published and _contents(path) != CIFAR_CONTENTS[self.name]:
+            archives.check(path, found, published)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Examples]:
+        layout = self._cifar_info  # type: ignore[attr-defined]
+        (path,) = self._archives(dl_manager).values()
+        members = _unpack(path)
+
+        def find(name: str) -> bytes:
+            if layout.prefix + name not in members:
+                raise UserError(f"{path} holds no {layout.prefix}{name}: it is not the {self.name} archive")
+            return members[layout.prefix + name]
+
+        for key, file in zip(layout.label_keys, layout.label_files, strict=True):
+            self.info.features[key].names = find(file).decode().split()
+        return {
+            split: self._generate_examples(path, f"{split}_", b"".join(map(find, files)))
+            for split, files in (("train", layout.train_files), ("test", layout.test_files))
+        }
+
+    def _generate_examples(self, path: pathlib.Path, prefix: str, data: bytes) -> Examples:
+        keys = self._cifar_info.label_keys  # type: ignore[attr-defined]
+        length = len(keys) + 3072
+        if len(data) % length:
+            raise UserError(f"{path} is damaged: {len(data)} bytes are no multiple of {length}")
+        for index, record in enumerate(np.frombuffer(data, np.uint8).reshape(-1, length)):
+            image = record[len(keys) :].reshape(3, 32, 32).transpose(1, 2, 0)
+            labels = {k: self._checked(int(v), path, k) for k, v in zip(keys, record, strict=False)}
+            yield index, {"id": f"{prefix}{index:05d}", "image": _png(image), **labels}
+
+
+class _Svhn(_FromArchives):
+    def _wanted(self) -> list[str]:
+        """`extra` may be missing, and is the largest."""
+        extra = "extra_32x32.mat"
+        there = (pathlib.Path(self.manual_dir).expanduser() / extra).is_file()
+        return [file for file in self.published() if file != extra or there]
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Examples]:
+        paths = self._archives(dl_manager)
+        named = {split: paths.get(f"{split}_32x32.mat") for split in ("train", "test", "extra")}
+        return {split: self._generate_examples(path, f"{split}_") for split, path in named.items() if path}
+
+    def _generate_examples(self, path: pathlib.Path, prefix: str) -> Examples:
+        try:
+            arrays = scipy.io.loadmat(path)
+            images, labels = arrays["X"], arrays["y"].reshape(-1)
+        except Exception as error:  # of a damaged file, loadmat raises anything
+            raise _damaged(path, error) from error
+        if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)):
+            raise UserError(
+                f"{path} holds X {images.shape} {images.dtype}, not (32, 32, 3, N) uint8 as SVHN"
+            )
+        for index, label in enumerate(labels):
+            if not 1 <= label <= 10:
+                raise UserError(f"{path} holds the label {label}: those of SVHN are 1 to 10 (digit 0)")
+            features = {"image": _png(images[..., index]), "label": int(label) % 10}
+            yield index, {"id": f"{prefix}{index:06d}", **features}
+
+
+class _Mnist(_FromArchives):
+    def _split_generators(self, dl_manager: Any) -> dict[str, Examples]:
+        paths = self._archives(dl_manager)
+        return {
+            split: self._generate_examples(
+                paths[f"{prefix}-images-idx3-ubyte.gz"], paths[f"{prefix}-labels-idx1-ubyte.gz"]
+            )
+            for split, prefix in (("train", "train"), ("test", "t10k"))
+        }
+
+    def _generate_examples(self, images_path: pathlib.Path, labels_path: pathlib.Path) -> Examples:
+        images, labels = _idx(images_path), _idx(labels_path)
+        if images.shape != (len(labels), 28, 28) or labels.ndim != 1:
+            raise UserError(
+                f"{images_path} holds {images.shape} and {labels_path} {labels.shape}, "
+                f"not N images of 28 x 28 and N labels"
+            )
+        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+            yield index, {"image": _png(image), "label": self._checked(int(label), labels_path)}
+
+
+with tfds.core.registered.skip_registration():
+
+    class Cifar10(_Cifar, cifar.Cifar10):
+        """CIFAR-10 (Krizhevsky 2009)."""
+
+        url_infos = cifar.Cifar10.url_infos
+
+    class Cifar100(_Cifar, cifar.Cifar100):
+        """CIFAR-100 (Krizhevsky 2009)."""
+
+        url_infos = cifar.Cifar100.url_infos
+
+    class SvhnCropped(_Svhn, svhn_cropped_dataset_builder.Builder):
+        """Street View House Numbers (Netzer et al. 2011), cropped to single digits."""
+
+        url_infos = svhn_cropped_dataset_builder.Builder.url_infos
+        pkg_dir_path = tfds.core.tfds_path("datasets/svhn_cropped")
+
+    class Mnist(_Mnist, mnist.MNIST):
+        """MNIST (LeCun et al. 1998)."""
+
+        url_infos = mnist.MNIST.url_infos
+
+    class FashionMnist(_Mnist, mnist.FashionMNIST):
+        """Fashion-MNIST (Xiao et al. 2017)."""
+
+        url_infos = mnist.FashionMNIST.url_infos
+
+    class Kmnist(_Mnist, mnist.KMNIST):
+        """Kuzushiji-MNIST (Clanuwat et al. 2018)."""
+
+        url_infos = mnist.KMNIST.url_infos
+
+    class Imagenet2012(_FromArchives, imagenet2012_dataset_builder.Builder):
+        """ImageNet (ILSVRC 2012). Its archives are streamed by `ekd_jax.data.imagenet`."""
+
+        url_infos = imagenet2012_dataset_builder.Builder.url_infos
+        pkg_dir_path = tfds.core.tfds_path("datasets/imagenet2012")
+
+
+BUILDERS: dict[str, Any] = {
+    builder.name: builder
+    for builder in (Cifar10, Cifar100, SvhnCropped, Mnist, FashionMnist, Kmnist, Imagenet2012)
+}
+
+
+def _file(url: str) -> str:
+    return url.rsplit("/", 1)[1]
+
+
+def _png(image: np.ndarray) -> bytes:
+    """Encodes (H, W, 3) or (H, W) uint8."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "png")
+    return file.getvalue()
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> UserError:
+    return UserError(f"{path} is truncated or damaged ({reason(error)}): download it again")
+
+
+def _unpack(path: pathlib.Path) -> dict[str, bytes]:
+    """All files of a .tar.gz by name."""
+    try:
+        with tarfile.open(path) as tar:
+            return {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}  # type: ignore[union-attr]
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise _damaged(path, error) from error
+
+
+def _contents(path: pathlib.Path) -> str:
+    """The SHA-256 of the .bin members of a .tar.gz."""
+    members = _unpack(path)
+    digest = hashlib.sha256()
+    for member in sorted(members):
+        if member.endswith(".bin"):
+            digest.update(members[member])
+    return digest.hexdigest()
+
+
+def _idx(path: pathlib.Path) -> np.ndarray:
+    """The uint8 array of a gzipped IDX file (http://yann.lecun.com/exdb/mnist/, "file format")."""
+    try:
+        with gzip.open(path) as file:
+            data = file.read()
+        zero, kind, rank = int.from_bytes(data[:2], "big"), data[2], data[3]
+        if (zero, kind) != (0, 8):
+            raise ValueError("no IDX file of bytes")
+        shape = np.frombuffer(data, ">i4", rank, offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    except (EOFError, OSError, zlib.error, ValueError, IndexError) as error:
+        raise _damaged(path, error) from error

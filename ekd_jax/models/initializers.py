@@ -1,0 +1,158 @@
+"""Initial values, drawn on the host, one numpy generator a parameter (`draw`).
+
+Every parameter carries the rule that draws it as metadata, so that nothing has to be compiled to get a
+network: ResNet-110 x 5 takes a second instead of the 24 s of `jax.jit(module.init)`.
+"""
+
+import concurrent.futures
+import dataclasses
+import math
+import os
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.core import meta
+from jax import lax
+
+Array = jax.Array
+Initializer = Callable[[Any, tuple[int, ...], Any], Any]  # (unused key, shape, dtype) -> boxed shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How the host draws a parameter: a constant, a centerd normal or a centerd uniform."""
+
+    kind: str
+    size: float
+
+    def draw(self, generator: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """In pieces, as NumPy draws float64: a large kernel need not be there twice."""
+        values = np.full(shape, self.size, dtype)
+        flat = values.reshape(-1)
+        for start in range(0, flat.size if self.kind != "constant" else 0, 2**18):
+            part = flat[start : start + 2**18]
+            if self.kind == "normal":
+                part[:] = generator.normal(0.0, self.size, part.size)
+            else:
+                part[:] = generator.uniform(-self.size, self.size, part.size)
+        return values
+
+
+@jax.tree_util.register_pytree_node_class
+class Ruled(meta.AxisMetadata[Any]):
+    """A parameter's shape boxed with its rule; exists only while shapes are evaluated."""
+
+    def __init__(self, value: Any, rule: Rule):
+        self.value, self.rule = value, rule
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> "Ruled":
+        return Ruled(val, self.rule)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "Ruled":
+        return self  # each slice of a stacked parameter is drawn by the same rule
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Ruled":
+        return self
+
+    def tree_flatten(self) -> tuple[tuple[Any], Rule]:
+        return (self.value,), self.rule
+
+    @classmethod
+    def tree_unflatten(cls, rule: Rule, children: tuple[Any]) -> "Ruled":
+        return cls(children[0], rule)
+
+
+def constant(value: float) -> Initializer:
+    """Every element `value`."""
+    return lambda key, shape, dtype: Ruled(lax.empty(shape, dtype), Rule("constant", value))
+
+
+def uniform(bound: float) -> Initializer:
+    """U(-bound, bound)."""
+    return lambda key, shape, dtype: Ruled(lax.empty(shape, dtype), Rule("uniform", bound))
+
+
+def xavier_normal(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
+    """N(0, 2 / (fan_in + fan_out)) for a kernel (..., I, O), as torch.nn.init.xavier_normal_."""
+    fans = math.prod(shape[:-2]) * (shape[-2] + shape[-1])
+    return Ruled(lax.empty(shape, dtype), Rule("normal", math.sqrt(2 / fans)))
+
+
+def kaiming_fan_out(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
+    """N(0, 2 / (k k O)) for a kernel (k, k, I, O): PyTorch's kaiming_normal_(mode="fan_out"); also
+    written sqrt(2 / n) with n = k k O."""
+    fan_out = math.prod(shape[:-2]) * shape[-1]
+    return Ruled(lax.empty(shape, dtype), Rule("normal", math.sqrt(2 / fan_out)))
+
+
+def kaiming_fan_in(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
+    """N(0, 2 / (k k I)) for a kernel (k, k, I, O): PyTorch's kaiming_normal_ as it is."""
+    return Ruled(lax.empty(shape, dtype), Rule("normal", math.sqrt(2 / math.prod(shape[:-1]))))
+
+
+def normal(std: float) -> Initializer:
+    """N(0, std^2)."""
+    return lambda key, shape, dtype: Ruled(lax.empty(shape, dtype), Rule("normal", std))
+
+
+def torch_default(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
+    """U(-b, b), b = 1/sqrt(fan_in), for a kernel (..., I, O): PyTorch's default for conv and linear."""
+    bound = 1 / math.sqrt(math.prod(shape[:-1]))
+    return Ruled(lax.empty(shape, dtype), Rule("uniform", bound))
+
+
+class Traced(NamedTuple):
+    """What one look at a module gives: nothing is computed.
+
+    Attributes:
+        outputs: shapes and dtypes.
+        variables: of its variables, with their rules.
+        jaxpr: of its making and its forward pass.
+    """
+
+    outputs: Any
+    variables: Any
+    jaxpr: Any
+
+
+def trace(module: nn.Module, *args: Any) -> Traced:
+    """Looks at `module` called with `args`, arrays or `jax.ShapeDtypeStruct`."""
+    made = jax.make_jaxpr(lambda *a: module.init_with_output(jax.random.key(0), *a), return_shape=True)
+    jaxpr, (outputs, variables) = made(*args)
+    return Traced(outputs, variables, jaxpr.jaxpr)
+
+
+def draw(variables: Any, seed: int | None, name: str) -> Any:
+    """The initial variables of a traced module, as numpy arrays in plain nested dicts.
+
+    Every value depends on `seed`, on its own path and on `name` (where the module stands in the
+    network) alone, so adding a student or a layer does not change the others.
+
+    Args:
+        variables: of a `Traced` module whose parameters are made with the initializers of this file.
+        seed: any non-negative integer; None: only shapes and dtypes are wanted.
+        name: prefix of the paths, for example "students/2".
+
+    Returns:
+        `{"params": ..., "batch_stats": ...}`, empty collections left out.
+    """
+
+    def value(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, Ruled):
+            raise TypeError(f"{jax.tree_util.keystr(path)} was not made by an initializer of initial.py")
+        shape = leaf.value
+        if seed is None:
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype)
+        where = zlib.crc32(f"{name}{jax.tree_util.keystr(path)}".encode())
+        return leaf.rule.draw(np.random.default_rng([seed, where]), shape.shape, shape.dtype)
+
+    leaves, tree = jax.tree_util.tree_flatten_with_path(variables, lambda leaf: isinstance(leaf, Ruled))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        return jax.tree.unflatten(tree, threads.map(value, *zip(*leaves, strict=True)) if leaves else [])

@@ -1,0 +1,226 @@
+"""Checkpoints: the only file that knows Orbax.
+
+A checkpoint holds the item `state` (the TrainState as nested dicts) and the item `run`, JSON: the
+SHA-256 of every array of the state, and whatever else the run must remember. Orbax restores flipped
+bytes without a word; the digests are checked whenever anything is restored.
+"""
+
+import contextlib
+import hashlib
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from ekd_jax.common import parallel
+from ekd_jax.common.errors import UserError, reason
+from ekd_jax.runs.state import TrainState
+
+FOLDER = "checkpoints"
+Tree = dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run: the latest and the best are kept.
+
+    Args:
+        workdir: of the run; checkpoints live in its folder `checkpoints/<step>`.
+        read_only: leave the folder as it is, also while a run is writing to it.
+    """
+
+    def __init__(self, workdir: pathlib.Path, read_only: bool = False):
+        self.directory = workdir.absolute() / FOLDER
+
+        def score(metrics: dict[str, float]) -> float:
+            return metrics["ensemble/top1"]
+
+        best = policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,  # of a run that was killed while saving
+                best_fn=score,  # without it Orbax forgets the metrics when the run is resumed
+            ),
+            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()},
+        )
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def choose(self, step: int | None = None, best_by: str | None = None) -> int:
+        """The step asked for, or the best of those kept by a metric, or the latest.
+
+        Args:
+            step: must be there.
+            best_by: a test metric, such as "student_3/top1"; higher is better.
+
+        Raises:
+            UserError: no such checkpoint, or none that was evaluated.
+        """
+        steps = self.steps()
+        if step is not None:
+            if step not in steps:
+                raise UserError(f"--step={step}: kept are {', '.join(map(str, steps))}")
+            return step
+        if best_by is None:
+            return steps[-1]
+        evaluated = {s: self._run(s)["evaluation"] for s in steps}
+        scores = {s: metrics[best_by] for s, metrics in evaluated.items() if metrics}
+        if not scores:
+            raise UserError(f"no checkpoint in {self.directory} was evaluated yet: leave out --best")
+        return max(scores, key=lambda s: (scores[s], s))
+
+    def save(self, state: TrainState, run: Tree, evaluation: dict[str, float] | None) -> None:
+        """Saves in the background; what was saved before is complete when this returns.
+
+        Args:
+            state: arrays; may be donated as soon as this returns.
+            run: JSON values to remember.
+            evaluation: test metrics of this very state, if there are any; decide which is best.
+        """
+        tree = parallel.fetch(_as_tree(state))
+        run = {**run, "evaluation": evaluation, "sha256": _digests(tree)}
+        with self._saving():
+            self._check_room(tree)
+            self._manager.save(
+                int(tree["step"]),
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree), run=ocp.args.JsonSave(run)),
+                metrics=evaluation,
+            )
+
+    def restore(self, like: TrainState, step: int) -> tuple[TrainState, Tree]:
+        """The whole state, as numpy arrays, and what the run remembered.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        tree, run = self._restore(_as_tree(like), step)
+        fields = {name: tree[name] for name in tree if name != "opt_state"}
+        leaves = jax.tree.leaves(tree["opt_state"])
+        opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves)
+        return TrainState(opt_state=opt_state, **fields), run
+
+    def restore_variables(self, like: Tree, step: int) -> tuple[Tree, Tree]:
+        """Some sub-trees alone: nothing else is read from disk.
+
+        Args:
+            like: nested dicts of shapes, such as `{"params": {"base": ...}}`, parts of `shapes`.
+            step: of the checkpoint.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        return self._restore(like, step)
+
+    def shapes(self, step: int) -> Tree:
+        """What the state of a checkpoint holds: nested dicts of shapes."""
+        with self._reading(step):
+            saved = self._manager.item_metadata(step)["state"].tree
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
+
+    def wait(self) -> None:
+        """Returns when everything that was saved is on disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        with self._saving():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Lets go of the folder; `wait` first."""
+        self._manager.close()
+
+    def _check_room(self, tree: Tree) -> None:
+        """A write that fails half-way is cleaned up, but with pages of tracebacks from Orbax's threads."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        free = shutil.disk_usage(self.directory).free
+        if free < 1.2 * needed + 2**20:
+            raise OSError(f"it needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free")
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a background write that failed is raised here, as many kinds
+            if parallel.several() and isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # another process ended
+            raise UserError(
+                f"cannot write a checkpoint to {self.directory}: {reason(error)}; "
+                f"make room and run the same command to go on from step {max(self.steps(), default=0)}"
+            ) from error
+
+    def _run(self, step: int) -> Tree:
+        """What the run remembered at a step."""
+        with self._reading(step):
+            return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+
+    def _restore(self, like: Tree, step: int) -> tuple[Tree, Tree]:
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), like)
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+        run = self._run(step)
+        with self._reading(step):
+            args = ocp.args.PyTreeRestore(like, as_numpy, partial_restore=True)
+            tree = self._manager.restore(step, args=ocp.args.Composite(state=args)).state
+            for path, digest in _digests(tree).items():
+                if run["sha256"].get(path) != digest:
+                    raise ValueError(f"SHA-256 of {path} differs")
+        return tree, run
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            others = ", ".join(str(s) for s in self.steps() if s != step) or "there is none"
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} is damaged: delete that folder to go on from "
+                f"another ({others}) ({reason(error)})"
+            ) from error
+
+
+@contextlib.contextmanager
+def opened(workdir: pathlib.Path) -> Iterator[Checkpoints]:
+    """The checkpoints of a finished or running run, to read.
+
+    Raises:
+        UserError: there is no complete checkpoint.
+    """
+    if not (workdir / FOLDER).is_dir():
+        raise UserError(f"{workdir} holds no checkpoints: --workdir is the folder that a run was given")
+    checkpoints = Checkpoints(workdir, read_only=True)
+    try:
+        if not checkpoints.steps():
+            raise UserError(f"{workdir} holds no complete checkpoint yet: let the run go on a little")
+        yield checkpoints
+    finally:
+        checkpoints.close()
+
+
+def _as_tree(state: TrainState) -> Tree:
+    leaves = jax.tree.leaves(state.opt_state)
+    width = len(str(len(leaves)))
+    return {
+        "step": state.step,
+        "params": state.params,
+        "batch_stats": state.batch_stats,
+        "opt_state": {str(i).zfill(width): leaf for i, leaf in enumerate(leaves)},
+        "copies": state.copies,
+    }
+
+
+def _digests(tree: Tree) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): hashlib.sha256(
+            np.ascontiguousarray(leaf).tobytes()
+        ).hexdigest()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
