@@ -8,7 +8,7 @@ import numpy as np
 
 from ekd_jax.common import parallel
 from ekd_jax.config.build import make_ensemble, make_method
-from ekd_jax.config.knobs import default
+from ekd_jax.config.knobs import default_config
 from ekd_jax.config.resolve import resolve
 from ekd_jax.data.decode import Reader
 from ekd_jax.data.opening import Data, Facts, Pixels
@@ -28,7 +28,7 @@ def is_of_imagenet(name: str) -> bool:
 
 def configuration(model: str, students: Any, batch_size: int, method: str = "oem", **knobs: Any) -> Any:
     """The defaults with these changes, resolved; `train__dtype="bfloat16"` sets train.dtype."""
-    config = default(method)
+    config = default_config(method)
     config.model.name, config.model.students, config.train.batch_size = model, students, batch_size
     for knob, value in knobs.items():
         group, name = knob.split("__")

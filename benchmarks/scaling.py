@@ -47,7 +47,7 @@ flags.DEFINE_list("batch_norms", ["global", "local"], "model.batch_norm")
 flags.DEFINE_list("devices", ["2", "4", "8"], "numbers of virtual devices")
 flags.DEFINE_integer("students", 5, "how many")
 flags.DEFINE_integer("fsdp", 1, "train.fsdp")
-flags.DEFINE_integer("accumulate", 1, "train.accumulate; theory is of 1")
+flags.DEFINE_integer("accumulate", 1, "train.accumulation_steps; theory is of 1")
 flags.DEFINE_string("placement", "replicated", "of the images: replicated or sharded")
 flags.DEFINE_integer("image_size", 0, "0: 224 for networks of ImageNet, else 32")
 flags.DEFINE_integer("device_batch", 2, "examples a virtual device; only the input depends on it")
@@ -293,7 +293,7 @@ def measure(
 ) -> dict[str, Any]:
     """Figures of one setting; the arguments are the flags of these names."""
     large = is_of_imagenet(name)
-    knobs = {"model__batch_norm": batch_norm, "train__fsdp": fsdp, "train__accumulate": accumulate}
+    knobs = {"model__batch_norm": batch_norm, "train__fsdp": fsdp, "train__accumulation_steps": accumulate}
     config = configuration(name, students, device_batch * devices, **knobs)
     size = image_size or (224 if large else 32)
     program = Program(config, size, 1000 if large else 100, devices=devices, placement=placement)

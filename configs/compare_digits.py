@@ -10,14 +10,14 @@ had other work; a run of oem 63 seconds, compiling included.
 
 from ml_collections import ConfigDict
 
-from ekd_jax.config.knobs import default
+from ekd_jax.config.knobs import default_config
 from ekd_jax.config.recipes import every_method, parse_variant
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
     """No variants."""
     parse_variant(argument)
-    config = default("baseline")
+    config = default_config("baseline")
     config.model.name, config.model.students = "resnet8", (1, 0.6, 0.2)
     config.data.name = "digits"
     config.data.mean, config.data.std = (0.3053,), (0.3760,)

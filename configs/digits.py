@@ -17,14 +17,14 @@ Test accuracy after the last epoch, per cent, mean +- std of n = 5 seeds (0 to 4
 
 from ml_collections import ConfigDict
 
-from ekd_jax.config.knobs import default
+from ekd_jax.config.knobs import default_config
 from ekd_jax.config.recipes import parse_variant
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
     """No variants."""
     parse_variant(argument)
-    config = default()
+    config = default_config()
     config.model.name = "resnet8"
     config.data.name = "digits"
     config.data.mean, config.data.std = (0.3053,), (0.3760,)

@@ -28,7 +28,7 @@ Not measured here at full length: this wants an accelerator.
 
 from ml_collections import ConfigDict
 
-from ekd_jax.config.knobs import default
+from ekd_jax.config.knobs import default_config
 from ekd_jax.config.recipes import DATA, parse_variant
 
 PAIRS = ("resnet56-resnet20", "resnet110-resnet32", "resnet110-resnet20", "resnet32x4-resnet8x4")
@@ -43,7 +43,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     )
     teacher, student = variant.pair.split("-")
     method = variant.method if variant.role == "student" else "baseline"
-    config, protocol = default(method), DATA["cifar100"]
+    config, protocol = default_config(method), DATA["cifar100"]
     config.model.name = teacher if variant.role == "teacher" else student
     config.model.students = (1, 1) if method in ("dckd", "ekd") else (1,)
     config.data.name, config.data.mean, config.data.std = protocol.name, protocol.mean, protocol.std

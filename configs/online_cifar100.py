@@ -22,7 +22,7 @@ Not measured here at full length: this wants an accelerator.
 
 from ml_collections import ConfigDict
 
-from ekd_jax.config.knobs import default
+from ekd_jax.config.knobs import default_config
 from ekd_jax.config.recipes import DATA, parse_variant
 
 STUDENTS = {
@@ -47,7 +47,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     """method=one|dml|..., model=resnet32|..."""
     variant = parse_variant(argument, method=tuple(STUDENTS), model=MODELS)
     method = variant.method
-    config, protocol = default(method), DATA["cifar100"]
+    config, protocol = default_config(method), DATA["cifar100"]
     config.model.name = variant.model or ("resnet110_a" if method == "snapshot" else "resnet32")
     config.model.students = STUDENTS[method]
     config.data.name, config.data.mean, config.data.std = protocol.name, protocol.mean, protocol.std

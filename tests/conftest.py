@@ -20,7 +20,7 @@ import jax
 import pytest
 
 from ekd_jax.common import parallel
-from ekd_jax.config.knobs import default
+from ekd_jax.config.knobs import default_config
 from ekd_jax.config.resolve import resolve
 from ekd_jax.runs.checkpoint import opened
 from ekd_jax.training import loop as train
@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def tiny_config(method: str = "oem", **changes):
     """Two students on 200 digits; `changes` with __ for the dot: train__epochs=1."""
-    config = default(method)
+    config = default_config(method)
     for name, value in (TINY | {k.replace("__", "."): v for k, v in changes.items()}).items():
         section, _, knob = name.rpartition(".")
         (config[section] if section else config)[knob] = value

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from ekd_jax import compare
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
-from ekd_jax.config.knobs import default
+from ekd_jax.config.knobs import default_config
 from ekd_jax.config.recipes import every_method
 from ekd_jax.config.resolve import resolve, to_dict
 from ekd_jax.methods import METHODS
@@ -28,7 +28,7 @@ LABELS = {
 
 def common():
     """A narrow student on 100 digits, six steps."""
-    config = default("oem")
+    config = default_config("oem")
     changes = TINY | {
         "model.students": (0.25,),
         "data.train_examples": 100,
@@ -341,7 +341,7 @@ from ml_collections import ConfigDict
 from ekd_jax.config import default
 
 def get_config(argument=None):
-    config = default("baseline")
+    config = default_config("baseline")
     config.model.name, config.model.students = "resnet8", (0.25,)
     config.data.name, config.data.train_examples, config.data.crop_padding = "digits", 100, 0
     config.data.flip = False

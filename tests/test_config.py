@@ -12,7 +12,7 @@ from conftest import ROOT, TINY, tiny_config
 
 from ekd_jax import models
 from ekd_jax.common.errors import UserError
-from ekd_jax.config.knobs import KNOBS, default, method_fields
+from ekd_jax.config.knobs import KNOBS, default_config, method_knobs
 from ekd_jax.config.resolve import fingerprint, resolve, to_dict
 from ekd_jax.methods import METHODS
 from ekd_jax.models.assemble import Options
@@ -54,8 +54,8 @@ def test_every_knob_is_read():
     aliases = {"optimizer": "knobs", "data": "data"}
     for path in KNOBS:
         section, _, name = path.rpartition(".")
-        if section == "model" and name in NETWORK_OPTIONS:
-            continue
+        if path == "imports" or (section == "model" and name in NETWORK_OPTIONS):
+            continue  # read before there is a configuration; handed on together
         read = {(section or "config", name), (aliases.get(section, section), name)}
         assert read & pairs, f"nothing reads config.{path}"
 
@@ -70,7 +70,8 @@ def test_every_knob_of_a_method_is_read(method):
             if function.name != "__post_init__":
                 read |= {n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)}
                 read |= {n.value for n in ast.walk(function) if isinstance(n, ast.Constant)}
-    for name in method_fields(method):
+    for path in method_knobs(method):
+        name = path.removeprefix("method.")
         assert name in read, f"{method} does not read its knob {name}"
 
 
@@ -193,7 +194,11 @@ def test_the_default_recipe_is_the_papers():
     config = resolve(recipe(ROOT / "configs/resnet_cifar100.py").get_config())
     optimizer, method = config.optimizer, config.method
     assert (optimizer.name, optimizer.momentum, optimizer.nesterov) == ("sgd", 0.9, True)
-    assert (optimizer.learning_rate, optimizer.decay, optimizer.milestones) == (0.1, 0.1, (0.5, 0.75))
+    assert (optimizer.learning_rate, optimizer.decay_factor, optimizer.milestones) == (
+        0.1,
+        0.1,
+        (0.5, 0.75),
+    )
     assert (method.alpha, method.beta, method.gamma, method.temperature) == (0.7, 0.15, 0.15, 2.0)
     assert (config.model.students, config.data.crop_padding, config.data.flip) == (5, 4, True)
 
@@ -228,7 +233,7 @@ def test_wrong_variants(argument, message):
         ({"method": {"name": "omm"}}, "did you mean 'oem'"),
         ({"method": {"name": "baseline", "temperature": 3.0}}, "unknown knob config.method.temperature"),
         ({"model": {"students": (1, 0.01)}}, "smallest usable width"),
-        ({"model": {"no_blocks": 5}}, "between 1 and 3"),
+        ({"model": {"compressed_stages": 5}}, "between 1 and 3"),
     ],
 )
 def test_impossible_configurations(changes, message):
@@ -238,7 +243,7 @@ def test_impossible_configurations(changes, message):
 
 
 def test_switching_the_method_drops_the_recipes_knobs_of_the_other():
-    asked = default()
+    asked = default_config()
     asked.method.name = "baseline"
     assert to_dict(resolve(asked, ["method.name"]))["method"] == {"name": "baseline"}
     asked.method.temperature = 3.0

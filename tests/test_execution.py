@@ -284,7 +284,9 @@ def test_a_damaged_cache_is_measured_again_and_an_unwritable_one_done_without(ca
 @pytest.mark.parametrize("method", ["pcl", "dckd"])
 def test_what_methods_need_is_there_to_measure(cache, method, finished):
     """Views of their own, copies of the networks, a batch in two parts; frozen teachers."""
-    changes = {"train__accumulate": 2} if method == "pcl" else {"method__teachers": (str(finished[0]),)}
+    changes = (
+        {"train__accumulation_steps": 2} if method == "pcl" else {"method__teachers": (str(finished[0]),)}
+    )
     job, state = job_of(method, **changes)
     assert "measured on cpu" in choose_execution(job, state, measured=True)[1]
 

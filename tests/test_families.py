@@ -36,13 +36,13 @@ def alone(name, classes, **options):
 
 @pytest.mark.parametrize("key", OFFICIAL)
 def test_parameters_of_every_student_are_the_official_codes(key):
-    name, students, no_blocks, classes = key.split("|")[:4]
+    name, students, compressed_stages, classes = key.split("|")[:4]
     number = lambda text: int(text.split("=")[1])
     ensemble = models.build(
         OUR_NAMES.get(name, name.lower()),
         parse_students(number(students)),
         number(classes),
-        no_blocks=number(no_blocks),
+        compressed_stages=number(compressed_stages),
     )
     params = ensemble.init(None, (64, 64, 3))["params"]
     assert count(params["base"]) == OFFICIAL[key]["base"]
@@ -99,7 +99,7 @@ def test_students_of_any_width_see_the_same_places(name):
 
 @pytest.mark.parametrize("name", ["densenet_bc_12_100", "efficientnet_b0", "resnet18", "wrn_16_2", "vgg8"])
 def test_the_last_stages_alone_can_be_compressed(name):
-    ensemble = models.build(name, parse_students((1, 0.5)), 7, no_blocks=1)
+    ensemble = models.build(name, parse_students((1, 0.5)), 7, compressed_stages=1)
     outputs = ensemble.shapes((64, 64, 3))
     assert len(outputs.features) == 1
     whole = models.build(name, parse_students((1, 0.5)), 7)
@@ -126,8 +126,8 @@ def test_the_cut_can_be_moved(shared):
 def test_impossible_cuts():
     with pytest.raises(UserError, match="model.shared_stages=3: at least 1 of the 3 stages"):
         alone("resnet20", 10, shared_stages=3)
-    with pytest.raises(UserError, match="no_blocks=2 must be between 1 and 1"):
-        alone("resnet20", 10, shared_stages=2, no_blocks=2)
+    with pytest.raises(UserError, match="compressed_stages=2 must be between 1 and 1"):
+        alone("resnet20", 10, shared_stages=2, compressed_stages=2)
     with pytest.raises(UserError, match="smallest usable width is 0.15"):
         models.build("shufflenet_v1_cifar", parse_students((0.1,)), 10)
 

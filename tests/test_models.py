@@ -164,11 +164,11 @@ def test_widths_are_floored(students, expected):
 
 
 @pytest.mark.parametrize(
-    ("no_blocks", "widths", "maps"),
+    ("compressed_stages", "widths", "maps"),
     [(3, (8, 16, 32), 3), (2, (16, 16, 32), 2), (1, (16, 32, 32), 1)],
 )
-def test_compressed_blocks_are_the_matched_ones(no_blocks, widths, maps):
-    ensemble = models.build("resnet8", parse_students((1, 0.5)), 10, no_blocks=no_blocks)
+def test_compressed_blocks_are_the_matched_ones(compressed_stages, widths, maps):
+    ensemble = models.build("resnet8", parse_students((1, 0.5)), 10, compressed_stages=compressed_stages)
     assert widths_of(ensemble)[1] == widths[-maps:]
     outputs, _ = ensemble.apply(variables_of(ensemble), jnp.zeros((2, 16, 16, 3)), train=False)
     sizes = [(16, 16, 16), (8, 8, 32), (4, 4, 64)][-maps:]
@@ -249,7 +249,7 @@ def test_a_width_without_channels_names_the_smallest_that_works():
     assert widths_of(models.build("resnet8", parse_students((0.0625,)), 10)) == [(1, 2, 4)]
 
 
-@pytest.mark.parametrize("no_blocks", [-1, 4])
-def test_impossible_number_of_blocks(no_blocks):
+@pytest.mark.parametrize("compressed_stages", [-1, 4])
+def test_impossible_number_of_blocks(compressed_stages):
     with pytest.raises(UserError, match="between 1 and 3"):
-        models.build("resnet8", parse_students(2), 10, no_blocks=no_blocks)
+        models.build("resnet8", parse_students(2), 10, compressed_stages=compressed_stages)

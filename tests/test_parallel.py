@@ -132,7 +132,9 @@ def test_the_state_is_cut_over_the_second_axis():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"train__fsdp": 4}, {"train__fsdp": 8, "train__accumulate": 2}])
+@pytest.mark.parametrize(
+    "changes", [{"train__fsdp": 4}, {"train__fsdp": 8, "train__accumulation_steps": 2}]
+)
 def test_a_run_does_not_depend_on_how_the_state_is_kept(changes, tmp_path):
     """And goes on with any other number of devices to a copy."""
     config = tiny_config(**changes, optimizer__learning_rate=1e-4)
@@ -151,12 +153,14 @@ def test_batches_and_devices_that_do_not_fit():
     mesh = parallel.make_mesh()
     with pytest.raises(UserError, match=r"train.fsdp=3 does not divide the 8 devices; nearest: 2"):
         parallel.make_mesh(fsdp=3)
-    check_batches(tiny_config(train__batch_size=64, train__accumulate=4), mesh, None)
-    message = r"train.batch_size=40 cannot be split over 8 devices x train.accumulate=2; nearest: 32 or 48"
+    check_batches(tiny_config(train__batch_size=64, train__accumulation_steps=4), mesh, None)
+    message = (
+        r"train.batch_size=40 cannot be split over 8 devices x train.accumulation_steps=2; nearest: 32 or"
+    )
     with pytest.raises(UserError, match=message):
-        check_batches(tiny_config(train__batch_size=40, train__accumulate=2), mesh, None)
-    with pytest.raises(UserError, match="train.accumulate=0 must be above 0"):
-        tiny_config(train__accumulate=0)
+        check_batches(tiny_config(train__batch_size=40, train__accumulation_steps=2), mesh, None)
+    with pytest.raises(UserError, match="train.accumulation_steps=0 must be above 0"):
+        tiny_config(train__accumulation_steps=0)
 
 
 def rates(steps, **changes):

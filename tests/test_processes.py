@@ -90,7 +90,7 @@ def assert_same_run(path, other, rtol):
 RUNS = {
     "oem": {"train__fsdp": 4},
     "streamed": {"data__placement": "stream", "data__workers": 0},
-    "sharded": {"data__placement": "sharded", "train__accumulate": 2},
+    "sharded": {"data__placement": "sharded", "train__accumulation_steps": 2},
     "one": {"method__name": "one"},
     "kd": {"method__name": "kd", "model__students": (0.5,)},
 }

@@ -24,7 +24,7 @@ def make_ensemble(config: Any, num_classes: int, devices: int = 1) -> Ensemble:
         num_classes,
         config.train.dtype,
         sharing=model.sharing or method.sharing,
-        no_blocks=model.no_blocks,
+        compressed_stages=model.compressed_stages,
         shared_stages=model.shared_stages,
         own_stages=method.own_stages,
         last_map=model.last_map,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from ekd_jax.common.errors import UserError, nearest
-from ekd_jax.config.knobs import default
+from ekd_jax.config.knobs import default_config
 
 
 def parse_variant(argument: str | None, **choices: tuple[Any, ...]) -> ConfigDict:
@@ -58,14 +58,14 @@ def paper(model: str, data: str) -> ConfigDict:
 
     CIFAR: random crop of the image padded by 4, flip. SVHN: the crop alone, as a mirrored 2 is no 2;
     evaluated every epoch. ImageNet: random part of the image resized to 224, flip; evaluated on the middle
-    of the image resized to 256. SGD as `default()`: Nesterov .9, .1 -> .01 -> .001 at 50 and 75 %, weight
-    decay 1e-4; batches of 128, for ImageNet 256.
+    of the image resized to 256. SGD as `default_config()`: Nesterov .9, .1 -> .01 -> .001 at 50 and 75 %,
+    weight decay 1e-4; batches of 128, for ImageNet 256.
 
     Args:
         model: a key of `models.MODELS`.
         data: a key of `DATA`.
     """
-    config, protocol = default(), DATA[data]
+    config, protocol = default_config(), DATA[data]
     config.model.name, config.data.name = model, protocol.name
     config.data.mean, config.data.std = protocol.mean, protocol.std
     config.train.epochs = float(protocol.epochs)
@@ -93,7 +93,7 @@ def rmsprop(config: ConfigDict) -> None:
     """
     config.optimizer.name, config.optimizer.momentum = "rmsprop", 0.9
     config.optimizer.learning_rate = 0.256 * config.train.batch_size / 4096
-    config.optimizer.decay, config.optimizer.decay_every_epochs = 0.97, 3.0
+    config.optimizer.decay_factor, config.optimizer.decay_every_epochs = 0.97, 3.0
     config.optimizer.milestones = ()
 
 

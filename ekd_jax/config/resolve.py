@@ -1,49 +1,50 @@
-"""Every knob once: its default, what it means, and which values make sense.
-
-A recipe (a file of `configs/`) starts from `default()` and changes what it must. `resolve` turns
-what the user asked for into the complete, checked configuration that a run stores and obeys.
-"""
+"""From what a user asks for to the complete, checked configuration that a run stores and obeys."""
 
 import hashlib
+import importlib
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ekd_jax.common.errors import UserError, nearest
+from ekd_jax.common.errors import UserError, nearest, reason
 from ekd_jax.config.build import make_ensemble, make_method
-from ekd_jax.config.knobs import KNOBS, _nest, method_fields
+from ekd_jax.config.knobs import KNOBS, all_knobs, nest
 
 
 def resolve(config: Mapping[str, Any], overridden: Iterable[str] = ()) -> FrozenConfigDict:
-    """The complete configuration, checked.
+    """Return the complete, checked configuration.
+
+    The user's modules that it names (`imports`) are imported first, so that their networks, methods and data
+    sets can be looked up.
 
     Args:
-        config: a recipe's, with the command line's changes.
-        overridden: dotted names that the command line set. When `method.name` is among them, the
-            recipe's other method knobs belonged to another method and give way to the defaults.
+        config: a recipe's configuration, with the changes of the command line.
+        overridden: dotted names that the command line set. If `method.name` is among them, the recipe's
+            other method knobs belong to another method and give way to the defaults.
 
     Raises:
-        UserError: an unknown knob, a value of the wrong type or out of range.
+        UserError: an unknown knob, a value of the wrong type or out of range, a module that cannot be
+            imported.
     """
-    asked = _flatten(config)
+    asked = flatten(config)
     overridden = set(overridden)
+    import_modules(asked.get("imports", ()))
     method = asked.get("method.name", KNOBS["method.name"].default)
-    _check("method.name", method)
+    KNOBS["method.name"].check("config.method.name", method)
     if "method.name" in overridden:
         asked = {k: v for k, v in asked.items() if not k.startswith("method.") or k in overridden}
-    known = {path: knob.default for path, knob in KNOBS.items()}
-    known |= {f"method.{name}": value for name, value in method_fields(method).items()}
-    known["method.name"] = method
+    known = all_knobs(method)
 
-    values = {}
-    for path, value in (known | asked).items():
+    values = {path: knob.default for path, knob in known.items()} | {"method.name": method}
+    for path, value in (values | asked).items():
         if path not in known:
             raise UserError(f"unknown knob config.{path}{nearest(path, known)}")
-        values[path] = _coerce(path, value, known[path])
-        _check(path, values[path])
-    complete = FrozenConfigDict(_nest(values))
+        values[path] = _coerce(path, value, known[path].default)
+        known[path].check(f"config.{path}", values[path])
+    complete = FrozenConfigDict(nest(values))
     make_ensemble(complete, num_classes=1)
     if complete.data.mixup and make_method(complete).separate_views:
         raise UserError(
@@ -53,26 +54,55 @@ def resolve(config: Mapping[str, Any], overridden: Iterable[str] = ()) -> Frozen
     return complete
 
 
+def import_modules(modules: Iterable[str] | str, needed_by: str = "config.imports") -> None:
+    """Import the user's modules, which register networks, methods and data sets.
+
+    A module that is not installed is looked for in the working directory, too, as `python -m` does.
+
+    Args:
+        modules: dotted names.
+        needed_by: what names them, for the error.
+
+    Raises:
+        UserError: a module is missing or fails while it is imported.
+    """
+    for module in (modules,) if isinstance(modules, str) else modules:
+        if "" not in sys.path:
+            sys.path.append("")
+        try:
+            importlib.import_module(module)
+        except UserError:
+            raise
+        except ModuleNotFoundError as error:
+            missing = f"it needs the module {error.name}" if error.name != module else "there is none"
+            raise UserError(
+                f"{needed_by}: cannot import {module!r}: {missing}; install it, or put its directory on "
+                f"PYTHONPATH"
+            ) from error
+        except Exception as error:  # the user's code may raise anything
+            raise UserError(f"{needed_by}: importing {module!r} failed: {reason(error)}") from error
+
+
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested dict, ready for JSON."""
+    """Return a configuration as nested dicts, ready for JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(ConfigDict(config).to_dict()))
     return plain
 
 
 def result_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted name -> value of everything that changes what a run computes."""
-    flat = _flatten(json.loads(json.dumps(config)))
+    """Return dotted name -> value of every knob that changes what a run computes."""
+    flat = flatten(json.loads(json.dumps(config)))
     return {k: v for k, v in flat.items() if k not in KNOBS or KNOBS[k].changes_result}
 
 
 def fingerprint(config: Any) -> str:
-    """12 hexadecimal digits that two configurations share if they compute the same."""
+    """Return 12 hexadecimal digits that two configurations share if they compute the same."""
     text = json.dumps(result_fields(to_dict(config)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """What names a run in its summary and in the students taken out of it."""
+    """Return what names a run in its summary and in the students extracted from it."""
     return {
         "model": config.model.name,
         "method": config.method.name,
@@ -82,18 +112,19 @@ def identity(config: Any) -> dict[str, Any]:
     }
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return `{"section.name": value}` of `{"section": {"name": value}}`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping | ConfigDict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
 
 
 def _coerce(path: str, value: Any, like: Any) -> Any:
-    """`value` as the type of the default `like`; an integer will do for a float."""
+    """Return `value` as the type of the default `like`; an integer will do for a float."""
     if path == "model.students":
         return tuple(value) if isinstance(value, list) else value
     if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
@@ -106,14 +137,3 @@ def _coerce(path: str, value: Any, like: Any) -> Any:
             f"config.{path}={value!r} must be of type {type(like).__name__}, like its default {like!r}"
         )
     return value
-
-
-def _check(path: str, value: Any) -> None:
-    knob = KNOBS.get(path)
-    if knob and not knob.allowed(value):
-        hint = (
-            nearest(value, knob.must.removeprefix("be one of ").split(", "))
-            if isinstance(value, str)
-            else ""
-        )
-        raise UserError(f"config.{path}={value!r} must {knob.must}{hint if 'did you' in hint else ''}")

@@ -5,6 +5,7 @@ what predicts; whatever else it trains (adaptation layers, gates, discriminators
 which the train state holds under `method/`. Its fields are its knobs, `config.method.*`.
 """
 
+import dataclasses
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ekd_jax.common.errors import UserError, nearest
+from ekd_jax.common.knob import Knob, Rule
 from ekd_jax.methods import losses
 from ekd_jax.models.ensemble import Outputs
 
@@ -64,8 +66,31 @@ class Batch:
         return self.labels.argmax(-1) if self.labels.ndim > 1 else self.labels
 
 
+def knob(default: Any, meaning: str, rule: Rule = Rule(lambda value: True)) -> Any:  # noqa: B008
+    """Return a field of a method's class that is a knob, `method.<field>`.
+
+    Args:
+        default: its value in `default_config`.
+        meaning: one line that says what it does.
+        rule: which values it may have.
+    """
+    return dataclasses.field(default=default, metadata={"knob": Knob(default, meaning, rule)})
+
+
+def knobs_of(method: type["Method"]) -> dict[str, Knob]:
+    """Return the knobs of a method's class by field; a plain field is a knob without a rule."""
+    return {
+        field.name: field.metadata.get("knob", Knob(field.default, ""))
+        for field in dataclasses.fields(method)
+        if field.name not in ("parent", "name")
+    }
+
+
 class Method(nn.Module):
-    """A way to train S students together."""
+    """A way to train S students together.
+
+    Its fields are its knobs, see `knob`; a value that the field's rule does not allow raises UserError.
+    """
 
     # What students have in common, unless `model.sharing` says otherwise: a "base" block, with as many
     # stages of their own as this (0: as the family has it); a "tree"; or "none".
@@ -76,6 +101,11 @@ class Method(nn.Module):
     compares_copies: ClassVar[bool] = False  # the loss wants the outputs of the kept copies
     has_teachers: ClassVar[bool] = False  # it learns from frozen networks
     uses_teacher_maps: ClassVar[bool] = False  # the loss wants more of teachers than their logits
+
+    def __post_init__(self) -> None:
+        for field, own in knobs_of(type(self)).items():
+            own.check(f"method.{field}", getattr(self, field))
+        super().__post_init__()
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
         """The loss of one training batch.

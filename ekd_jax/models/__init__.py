@@ -41,7 +41,7 @@ def build(
     dtype: str = "float32",
     *,
     sharing: str = "base",
-    no_blocks: int = 0,
+    compressed_stages: int = 0,
     shared_stages: int = -1,
     own_stages: int = 0,
     last_map: str = "",
@@ -59,7 +59,7 @@ def build(
         students: as `parse_students` gives them; the first is the pseudo teacher.
         num_classes: K.
         dtype: what convolutions compute in, "float32" or "bfloat16".
-        sharing, no_blocks, shared_stages, own_stages, last_map, base_gradients: what students have in
+        sharing, compressed_stages, shared_stages, own_stages, last_map, base_gradients: what students have in
             common; see `family.assemble`.
         batch_norm_groups, batch_norm_epsilon, rematerialize: see `layers.Mode`.
         execution: how branches run; see `execution`.
@@ -85,7 +85,7 @@ def build(
         Options(num_classes, **options),
         mode,
         sharing,
-        no_blocks,
+        compressed_stages,
         shared_stages,
         own_stages,
         last_map,

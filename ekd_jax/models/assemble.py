@@ -123,7 +123,7 @@ def assemble(
     options: Options,
     mode: Mode,
     sharing: str = "base",
-    no_blocks: int = 0,
+    compressed_stages: int = 0,
     shared_stages: int = -1,
     own_stages: int = 0,
     last_map: str = "",
@@ -139,7 +139,7 @@ def assemble(
         mode: dtype and batch norm.
         sharing: all students have a "base" block in common; or part one by one, like a binary "tree"; or
             share "none" of their parts.
-        no_blocks: how many of the branch's stages, from the last, the multipliers change; 0: all.
+        compressed_stages: how many of the branch's stages, from the last, the multipliers change; 0: all.
         shared_stages: how many stages belong to the base block; below 0: all but `own_stages`.
         own_stages: 0: as the family has it (the paper's).
         last_map: "stage" or "pooled"; "": the family's own.
@@ -170,9 +170,11 @@ def assemble(
             f"be left for the branches"
         )
     in_branch = family.stages - shared
-    compressed = no_blocks or in_branch
+    compressed = compressed_stages or in_branch
     if not 1 <= compressed <= in_branch:
-        raise UserError(f"model.no_blocks={no_blocks} must be between 1 and {in_branch}, or 0 for all")
+        raise UserError(
+            f"model.compressed_stages={compressed_stages} must be between 1 and {in_branch}, or 0 for all"
+        )
 
     def all_widths(family: Family, member: Member) -> tuple[Fraction, ...]:
         if len(member.widths) == 1:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ekd_jax.models.execution import WAYS, Branch, Maps, Network, Wide, alike, applied
+from ekd_jax.models.execution import EXECUTIONS, Branch, Maps, Network, Wide, alike, applied
 from ekd_jax.models.initializers import Traced, draw, trace
 from ekd_jax.models.layers import Array, Mode
 from ekd_jax.models.members import Member
@@ -80,7 +80,7 @@ class Ensemble:
         base_gradients: "all" students train the shared parts; the "pseudo_teacher" alone (METHODS.md 1.3);
             or the "mean" of what comes from either side of every parting (METHODS.md 12.2).
         mode: of evaluation.
-        execution: how branches run, one of `execution.WAYS`; it changes nothing but time and rounding.
+        execution: how branches run, one of `execution.EXECUTIONS`; it changes nothing but time and rounding.
         wide: all branches as one network, if they can be packed.
     """
 
@@ -225,7 +225,7 @@ class Ensemble:
             Branch(branch, own(("students", str(i))), x, key_of(i))
             for i, (branch, x) in enumerate(zip(self.branches, inputs, strict=True), 1)
         ]
-        results = WAYS[self.execution if students > 1 else "separate"](branches, mode, self.wide)
+        results = EXECUTIONS[self.execution if students > 1 else "separate"](branches, mode, self.wide)
         for i, (_, new) in enumerate(results, 1):
             _put(stats, ("students", str(i)), new)
         found = [given for given, _ in results]

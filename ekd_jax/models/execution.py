@@ -256,7 +256,7 @@ def _cut(x: Array, sizes: Sequence[int]) -> list[Array]:
     return jnp.split(x, np.cumsum(sizes)[:-1], -1)
 
 
-WAYS: dict[str, Callable[[Sequence[Branch], Mode, Wide | None], list[Result]]] = {
+EXECUTIONS: dict[str, Callable[[Sequence[Branch], Mode, Wide | None], list[Result]]] = {
     "separate": separate,
     "stacked": stacked,
     "packed": packed,

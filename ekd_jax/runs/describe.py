@@ -113,7 +113,7 @@ def memory(config: Any, description: dict[str, Any], data: int, devices: int = 1
     parameters = networks + (description["method_parameters"] or 0)
     trunk, branches = ensemble.trace(shape)
     cost = sum((count_cost(part.jaxpr) for part in [*trunk, *branches]), Cost())
-    images = config.train.batch_size // (config.train.accumulate * devices)
+    images = config.train.batch_size // (config.train.accumulation_steps * devices)
     kept = (1 + slots) * parameters + method.copies * networks
     gathered = parameters if config.train.fsdp > 1 else 0
     return {

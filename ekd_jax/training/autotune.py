@@ -75,7 +75,10 @@ def choose_execution(
 def _name(job: Job, device: jax.Device) -> str:
     """Two runs share it if a step of theirs takes as long."""
     config = to_dict(job.config)
-    train = {name: config["train"][name] for name in ("batch_size", "accumulate", "rematerialize", "dtype")}
+    train = {
+        name: config["train"][name]
+        for name in ("batch_size", "accumulation_steps", "rematerialize", "dtype")
+    }
     versions = [__version__, jax.__version__, device.device_kind, job.mesh.size]
     data = [job.input_shape, job.data.facts.num_classes]
     what = [*versions, *data, config["model"], config["method"], config["optimizer"]["name"], train]
@@ -106,7 +109,7 @@ def _seconds_of_a_step(job: Job, state: TrainState, way: str, device: jax.Device
     mode = dataclasses.replace(job.ensemble.mode, groups=1)  # one device's part
     ensemble = dataclasses.replace(job.ensemble, execution=way, mode=mode)
     train = job.config.train
-    step = make_step(ensemble, job.method, job.optimizer, job.steps, train.epochs, train.accumulate)
+    step = make_step(ensemble, job.method, job.optimizer, job.steps, train.epochs, train.accumulation_steps)
 
     def steps(state: Any, number: Any, batch: Any) -> Any:
         """In one dispatch, as they are when training."""

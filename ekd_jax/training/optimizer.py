@@ -55,12 +55,12 @@ def learning_rate(config: Any, steps: int) -> optax.Schedule:
     knobs = config.optimizer
     if knobs.schedule == "cosine":
         return optax.cosine_decay_schedule(knobs.learning_rate, steps)
-    drops = {round(m * steps): knobs.decay for m in knobs.milestones}
+    drops = {round(m * steps): knobs.decay_factor for m in knobs.milestones}
     rate = optax.piecewise_constant_schedule(knobs.learning_rate, drops)
     if not knobs.decay_every_epochs:
         return rate
     every = max(1, round(knobs.decay_every_epochs * steps / config.train.epochs))
-    factor = optax.exponential_decay(1.0, every, knobs.decay, staircase=True)
+    factor = optax.exponential_decay(1.0, every, knobs.decay_factor, staircase=True)
     return lambda step: rate(step) * factor(step)
 
 

@@ -107,7 +107,7 @@ def _srm_earlier(config: Any, path: pathlib.Path) -> dict[str, Any]:
         **network["options"],
         "name": network["name"],
         "students": (tuple(network["widths"]),),
-        **{"sharing": "", "no_blocks": 0, "shared_stages": -1},
+        **{"sharing": "", "compressed_stages": 0, "shared_stages": -1},
         "initial_weights": sources[0],
     }
     first["data"] |= {name: tuple(teacher["preprocessing"][name]) for name in ("mean", "std")}
@@ -153,7 +153,7 @@ def _adam(rate: float, weight_decay: float, *epochs: float) -> dict[str, Any]:
         "name": "adam",
         "learning_rate": rate,
         "weight_decay": weight_decay,
-        **{"schedule": "steps", "decay": 0.1, "decay_every_epochs": 0.0},
+        **{"schedule": "steps", "decay_factor": 0.1, "decay_every_epochs": 0.0},
         "milestones": (first / total, (first + second) / total),
     }
 

@@ -97,9 +97,9 @@ def steps_in(epochs: float, config: Any, examples: int) -> int:
 
 def check_batches(config: Any, mesh: Mesh, examples: int | None) -> None:
     """Raises UserError for a batch that devices cannot share or that is larger than the data set."""
-    parts, what = mesh.size * config.train.accumulate, f"{mesh.size} devices"
-    if config.train.accumulate > 1:
-        what += f" x train.accumulate={config.train.accumulate}"
+    parts, what = mesh.size * config.train.accumulation_steps, f"{mesh.size} devices"
+    if config.train.accumulation_steps > 1:
+        what += f" x train.accumulation_steps={config.train.accumulation_steps}"
     parallel.check_divisible("train.batch_size", config.train.batch_size, parts, what)
     if examples is not None and config.train.batch_size > examples:
         raise UserError(

@@ -209,7 +209,9 @@ def make_train_steps(
         program, so that one program serves any number of steps and the result does not depend on how
         training is cut into dispatches.
     """
-    step = make_step(ensemble, method, optimizer, steps, config.train.epochs, config.train.accumulate, mesh)
+    step = make_step(
+        ensemble, method, optimizer, steps, config.train.epochs, config.train.accumulation_steps, mesh
+    )
 
     def train_steps(
         state: TrainState, sums: Metrics, held: Any, number: Array, frozen: Any
