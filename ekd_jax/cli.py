@@ -1,135 +1,200 @@
-"""What the commands share: flags, the configuration, and one line for every error."""
+"""What the commands share: flags, the configuration, help, and one line for every error."""
 
 import os
 import pathlib
-import platform
 import sys
+import textwrap
 import threading
-import zlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import FrozenConfigDict, config_flags
 
 from ekd_jax.common import parallel
-from ekd_jax.common.errors import UserError, nearest, reason
-from ekd_jax.common.files import user_cache
+from ekd_jax.common.compilation import keep_compiled_programs
+from ekd_jax.common.errors import Interrupted, UserError, nearest, reason
+from ekd_jax.common.log import shown
 from ekd_jax.config.resolve import resolve
 
 FLAGS = flags.FLAGS
+KNOBS_HELP = "change a knob of the recipe, as in --config.optimizer.learning_rate=0.05; `ekd knobs` lists them"
+
+
+class Command(Protocol):
+    """A module of a command: what it does in its docstring, its flags, and what runs."""
+
+    __doc__: str | None
+
+    def define_flags(self) -> None:
+        """Define the command's own flags."""
+
+    def main(self) -> int | None:
+        """Run the command; return its exit code, if it is not 0."""
 
 
 def define_config() -> None:
-    """Defines --config=FILE[:argument] and --config.<knob>=value."""
+    """Define --config=FILE[:argument] and --config.<knob>=value."""
     config_flags.DEFINE_config_file(
         "config",
         None,
-        "recipe, a file of configs/; change any knob with --config.<section>.<knob>=value",
+        "recipe, such as configs/digits.py or configs/resnet_cifar100.py:depth=110",
         lock_config=False,
         accept_new_attributes=True,  # `resolve` refuses unknown knobs, and names the nearest
     )
 
 
-def config() -> Any:
-    """The complete configuration that the command line asks for.
+def config() -> FrozenConfigDict:
+    """Return the complete configuration that the command line asks for.
 
     Raises:
         UserError: no recipe, an unknown knob, a value of the wrong type or out of range.
     """
+    return resolve(recipe(), config_flags.get_override_values(FLAGS["config"]))
+
+
+def recipe(example: str = "configs/digits.py") -> Any:
+    """Return what --config names, with the changes of the command line.
+
+    Raises:
+        UserError: the flag or the file is missing.
+    """
     if FLAGS.config is None:
-        raise UserError("--config=FILE is missing; for example --config=configs/digits.py")
+        raise UserError(f"--config=FILE is missing; for example --config={example}")
     path = pathlib.Path(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0])
     if not path.is_file():
         others = [str(p) for p in (path.parent.glob("*.py") if path.parent.is_dir() else ())]
         raise UserError(
             f"there is no config file {path}{nearest(str(path), sorted(others)) if others else ''}"
         )
-    return resolve(FLAGS.config, config_flags.get_override_values(FLAGS["config"]))
+    return FLAGS.config
 
 
 def config_name() -> str:
-    """`digits` for configs/digits.py; `resnet_cifar100-depth=110` for its variant depth=110."""
+    """Return `digits` for configs/digits.py and `resnet_cifar100-depth=110` for its variant depth=110."""
     path, _, argument = config_flags.get_config_filename(FLAGS["config"]).partition(":")
     name = os.path.splitext(os.path.basename(path))[0]
     return f"{name}-{argument.replace(',', '-')}" if argument else name
 
 
-flags.DEFINE_string(
-    "compilation_cache", None, "folder for compiled programs; empty: none; ~/.cache/ekd_jax if not given"
-)
-flags.DEFINE_float(
-    "compilation_cache_gb",
-    4.0,
-    "its size: what was not used for longest is deleted",
-    lower_bound=0.001,
-)
+def run(command: Command, arguments: Sequence[str] | None = None, name: str = "") -> None:
+    """Parse flags, run a command and exit: with its code, or with 2 and one line on standard error.
+
+    Args:
+        command: its module.
+        arguments: of the command line; those of the process if not given.
+        name: how the user called it, for the help text.
+    """
+    argv = [name or f"python -m {_module_of(command)}", *(sys.argv[1:] if arguments is None else arguments)]
+    before = set(FLAGS)
+    command.define_flags()
+    _define_compilation_cache()
+    if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv[1:]):
+        print(_help(argv[0], command.__doc__ or "", [f for f in FLAGS if f not in before]))
+        sys.exit(0)
+    with shown():
+        guarded(lambda: app.run(_starting(command.main), argv=argv, flags_parser=_parse))
 
 
-def use_compilation_cache() -> None:
-    """Programs that took more than a second to compile are kept for the next run; several runs may share
-    the folder. $JAX_COMPILATION_CACHE_DIR is JAX's own way to say where."""
-    if FLAGS.compilation_cache == "" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return
-    folder = pathlib.Path(FLAGS.compilation_cache or user_cache() / "compiled") / _processor()
+def guarded(start: Callable[[], None]) -> None:
+    """Run to the end; every error that a user can mend is one line."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if FLAGS.compilation_cache:
-            raise UserError(f"--compilation_cache={FLAGS.compilation_cache}: {reason(error)}") from error
-        return  # a home that cannot be written is no reason not to run
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", int(FLAGS.compilation_cache_gb * 1e9))
-
-
-def _processor() -> str:
-    """Names the processor's instructions: programs for one CPU must not be run on another."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        known = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        known = platform.processor()
-    return f"{platform.machine()}-{zlib.crc32(known.encode()):08x}"
-
-
-def run(main: Callable[[], int | None]) -> None:
-    """Parses flags, runs `main` and exits: with its code, or 2 and one line on standard error."""
-
-    def parse(argv: list[str]) -> list[str]:
-        try:
-            rest = FLAGS(argv)
-        except (flags.Error, OSError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(" ".join(str(error).split())) from error
-        if rest[1:]:
-            raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value")
-        if not FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.FATAL)
-        # What fails in a thread of Orbax is raised again where the run waits for it: one line is enough.
-        threading.excepthook = lambda failed: logging.info("in the background: %s", failed.exc_value)
-        sys.unraisablehook = lambda failed: logging.info("in the background: %s", failed.exc_value)
-        return rest
-
-    def start(_: list[str]) -> None:
-        use_compilation_cache()
-        sys.exit(main())
-
-    try:
-        app.run(start, flags_parser=parse)
+        start()
     except UserError as error:
         leave(2, f"error: {parallel.who()}{error}")
+    except Interrupted as interruption:
+        leave(128 + interruption.signal, str(interruption))
     except jax.errors.JaxRuntimeError as error:
         if not parallel.several():
             raise
         lost = f"{parallel.who()}a computation over all processes failed, most likely because one of them"
-        leave(1, f"error: {lost} ended ({reason(error)}): run the same command in all of them to go on")
+        leave(1, f"error: {lost} ended ({reason(error)}): run the same command in all of them to resume")
     except KeyboardInterrupt:
-        leave(130, "interrupted; run the same command to go on")
+        leave(130, "interrupted; run the same command to resume")
+    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def leave(code: int, message: str) -> None:
-    """Exits; one of several processes at once, as an orderly exit would wait for the others for ever."""
+    """Print the message and exit. One of several processes exits at once: an orderly exit would wait for the
+    others forever."""
     print(message, file=sys.stderr, flush=True)
     if parallel.several():
         os._exit(code)
     sys.exit(code)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        rest = FLAGS(argv)
+    except (flags.Error, OSError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if rest[1:]:
+        raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value")
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.FATAL)
+    # An error in a thread of Orbax is raised again where the run waits for it: one line is enough.
+    threading.excepthook = lambda failed: logging.info("in the background: %s", failed.exc_value)
+    sys.unraisablehook = lambda failed: logging.info("in the background: %s", failed.exc_value)
+    return list(rest)
+
+
+def _starting(main: Callable[[], int | None]) -> Callable[[Sequence[str]], None]:
+    def start(_: Sequence[str]) -> None:
+        _use_compilation_cache()
+        sys.exit(main())
+
+    return start
+
+
+def _define_compilation_cache() -> None:
+    flags.DEFINE_string(
+        "compilation_cache",
+        None,
+        "directory for compiled programs; empty: none; ~/.cache/ekd_jax if not given",
+    )
+    flags.DEFINE_float(
+        "compilation_cache_gb",
+        4.0,
+        "size limit of that directory; programs that were not used for longest are deleted",
+        lower_bound=0.001,
+    )
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs as the flags say; $JAX_COMPILATION_CACHE_DIR is JAX's own way to say where."""
+    asked = FLAGS.compilation_cache
+    if asked == "" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    try:
+        keep_compiled_programs(pathlib.Path(asked) if asked else None, FLAGS.compilation_cache_gb)
+    except OSError as error:
+        if asked:
+            raise UserError(f"--compilation_cache={asked}: {reason(error)}") from error
+        # a home directory that cannot be written to is no reason not to run
+
+
+def _help(name: str, doc: str, names: Sequence[str]) -> str:
+    """Return what the command does, how it is called, and its flags."""
+    rows = []
+    for flag in (FLAGS[n] for n in names):
+        if flag.name.startswith("config."):
+            continue
+        value = "" if flag.boolean else f"={'FILE[:argument]' if flag.name == 'config' else 'VALUE'}"
+        default = "" if flag.value in (None, False, "", []) else f" (default: {flag.default_as_str})"
+        rows.append((f"--{flag.name}{value}", f"{flag.help}{default}".removeprefix("path to config file. ")))
+        if flag.name == "config":
+            rows.append(("--config.SECTION.KNOB=VALUE", KNOBS_HELP))
+    width = max(len(flag) for flag, _ in rows)
+    lines = [
+        textwrap.fill(text, 100, initial_indent=f"  {flag:<{width}}  ", subsequent_indent=" " * (width + 4))
+        for flag, text in rows
+    ]
+    return f"{name}: {doc.strip()}\n\nflags:\n" + "\n".join(lines)
+
+
+def _module_of(command: Command) -> str:
+    spec = getattr(command, "__spec__", None)
+    return spec.name if spec else str(getattr(command, "__name__", "ekd_jax"))

@@ -1,35 +1,41 @@
-"""What a network is: parameters, multiply-accumulates and widths of its students; also a command.
+"""Describe the students of a recipe: parameters, multiply-accumulates, channels.
 
 python -m ekd_jax.describe --config=configs/resnet_cifar100.py [--num_classes=K] [--json]
 """
 
 import json
+import sys
 
 from absl import flags
 
 from ekd_jax import cli
 from ekd_jax.common.errors import UserError
-from ekd_jax.config.build import make_method
+from ekd_jax.common.records import as_json
+from ekd_jax.config.build import build_networks
 from ekd_jax.data.opening import known_facts
 from ekd_jax.runs.describe import as_text, describe
 
 FLAGS = flags.FLAGS
 
 
+def define_flags() -> None:
+    """Define the command's own flags."""
+    cli.define_config()
+    flags.DEFINE_integer("num_classes", None, "number of classes, instead of the data set's")
+    flags.DEFINE_boolean("json", False, "print JSON")
+
+
 def main() -> None:
-    """The command."""
+    """Run the command."""
     config = cli.config()
     known = known_facts(config)
     if FLAGS.num_classes is not None and FLAGS.num_classes < 1:
         raise UserError(f"--num_classes={FLAGS.num_classes} must be at least 1")
-    classes = FLAGS.num_classes or known.num_classes
-    teachers = None if make_method(config).has_teachers else ()  # they are not looked for
-    description = describe(config, known.input_shape, classes, teachers)
-    print(json.dumps(description, indent=2) if FLAGS.json else as_text(description))
+    networks = build_networks(config, FLAGS.num_classes or known.num_classes, known.input_shape)
+    teachers = None if networks.method.has_teachers else ()  # they are not loaded here
+    description = describe(networks, config.model.name, teachers)
+    print(json.dumps(as_json(description), indent=2) if FLAGS.json else as_text(description))
 
 
 if __name__ == "__main__":
-    cli.define_config()
-    flags.DEFINE_integer("num_classes", None, "number of classes, instead of the data set's")
-    flags.DEFINE_boolean("json", False, "print JSON")
-    cli.run(main)
+    cli.run(sys.modules[__name__])

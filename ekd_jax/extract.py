@@ -1,45 +1,52 @@
-"""Takes one student out of a run, as a folder that stands alone; also a command.
+"""Extract one student of a run, as a directory that stands alone.
 
     python -m ekd_jax.extract --workdir=RUN --student=5 --output=DIR [--step=N | --best]
     python -m ekd_jax.extract --workdir=RUN --max_parameters=50000 --output=DIR
 
-The folder holds `weights.safetensors` and `student.json` (architecture, class names, preprocessing,
-metrics, provenance). `ekd_jax.load_student(DIR)` makes a model of it.
+The directory holds `weights.safetensors` and `student.json` (network, class names, preprocessing, metrics,
+provenance). `ekd_jax.load_student(DIR)` loads it.
 """
 
 import pathlib
+import sys
 
 from absl import flags
 
 from ekd_jax import cli
 from ekd_jax.common.errors import UserError
-from ekd_jax.runs.extract import extract, fitting_student
+from ekd_jax.runs.run import load_run
+from ekd_jax.students.student import check_output
 
 FLAGS = flags.FLAGS
 
 
+def define_flags() -> None:
+    """Define the command's own flags."""
+    flags.DEFINE_string("workdir", None, "directory of the run", required=True)
+    flags.DEFINE_string("output", None, "new directory to write", required=True)
+    flags.DEFINE_integer("student", None, "number of the student, from 1")
+    flags.DEFINE_integer("max_parameters", None, "the best student with at most this many parameters")
+    flags.DEFINE_integer("step", None, "step of the checkpoint; the latest if not given")
+    flags.DEFINE_boolean("best", False, "the kept checkpoint in which the student did best")
+
+
 def main() -> None:
-    """The command."""
-    workdir = pathlib.Path(FLAGS.workdir)
+    """Run the command."""
     if (FLAGS.student is None) == (FLAGS.max_parameters is None):
         raise UserError("pass --student=N, or --max_parameters=N for the best student that fits")
     if FLAGS.step is not None and FLAGS.best:
         raise UserError("pass --step=N or --best, not both")
-    student = FLAGS.student or fitting_student(workdir, FLAGS.max_parameters)
-    description = extract(workdir, student, pathlib.Path(FLAGS.output), FLAGS.step, FLAGS.best)
-    accuracy = description["metrics"].get("top1")
+    output = pathlib.Path(FLAGS.output)
+    check_output(output)
+    run = load_run(FLAGS.workdir, FLAGS.step, FLAGS.best)
+    number = run.best_student_within(FLAGS.max_parameters) if FLAGS.student is None else FLAGS.student
+    own = run.extract(number, output).description
+    accuracy = own.metrics.get("top1")
     print(
-        f"student {student} of {workdir} at step {description['provenance']['step']} -> {FLAGS.output}: "
-        f"{description['parameters']:,} parameters"
-        + (f", {accuracy:.2f} % top-1" if accuracy is not None else "")
+        f"student {number} of {FLAGS.workdir} at step {own.provenance.step} -> {output}: "
+        f"{own.parameters:,} parameters" + (f", {accuracy:.2f} % top-1" if accuracy is not None else "")
     )
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-    flags.DEFINE_string("output", None, "new folder to write", required=True)
-    flags.DEFINE_integer("student", None, "which student, from 1")
-    flags.DEFINE_integer("max_parameters", None, "the best student with at most so many parameters")
-    flags.DEFINE_integer("step", None, "step of the checkpoint; the latest if not given")
-    flags.DEFINE_boolean("best", False, "the kept checkpoint in which the student did best")
-    cli.run(main)
+    cli.run(sys.modules[__name__])

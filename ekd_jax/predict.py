@@ -1,9 +1,10 @@
-"""Asks a student that was taken out what is on an image.
+"""Ask an extracted student what is in an image.
 
 python -m ekd_jax.predict --student_dir=DIR --image=FILE
 """
 
 import pathlib
+import sys
 
 import numpy as np
 from absl import flags
@@ -14,8 +15,14 @@ from ekd_jax.students.student import load_student, read_image
 FLAGS = flags.FLAGS
 
 
+def define_flags() -> None:
+    """Define the command's own flags."""
+    flags.DEFINE_string("student_dir", None, "directory of a student, as extract writes it", required=True)
+    flags.DEFINE_string("image", None, "an image file", required=True)
+
+
 def main() -> None:
-    """The command."""
+    """Run the command."""
     student = load_student(FLAGS.student_dir)
     image = read_image(pathlib.Path(FLAGS.image), student)
     probabilities = np.asarray(student.predict(image))[0]
@@ -24,6 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("student_dir", None, "folder that ekd_jax.extract wrote", required=True)
-    flags.DEFINE_string("image", None, "an image file", required=True)
-    cli.run(main)
+    cli.run(sys.modules[__name__])

@@ -1,14 +1,23 @@
-"""Prepares a data set before anything trains on it: python -m ekd_jax.prepare --config=...
+"""Prepare a data set before anything is trained on it.
 
-Training does the same by itself; on many hosts that share a disk do it once, before.
+    python -m ekd_jax.prepare --config=configs/resnet_cifar100.py [--config.data.manual_dir=DIR]
+
+Training prepares it, too. On many hosts that share a disk, do it once, before.
 """
+
+import sys
 
 from ekd_jax import cli
 from ekd_jax.data.opening import open_data
 
 
+def define_flags() -> None:
+    """Define the command's own flags."""
+    cli.define_config()
+
+
 def main() -> None:
-    """The command."""
+    """Run the command."""
     facts = open_data(cli.config()).facts
     held_out = f"{facts.validation_examples:,} for validation, " if facts.validation_examples else ""
     print(
@@ -18,5 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.define_config()
-    cli.run(main)
+    cli.run(sys.modules[__name__])

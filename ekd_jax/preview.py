@@ -1,10 +1,13 @@
-"""Draws what the model sees: python -m ekd_jax.preview --config=... --output=grid.png
+"""Draw the images that the network sees.
 
-A row an example: as stored, then as it comes in several epochs, augmented and normalized and turned
-back into colors. Under each the label that the loss is given.
+    python -m ekd_jax.preview --config=configs/resnet_cifar100.py --output=grid.png
+
+One row per example: as stored, then as it is in several epochs, augmented, normalized and turned back into
+colors. Below each image is the label that the loss gets.
 """
 
 import pathlib
+import sys
 
 from absl import flags
 
@@ -16,8 +19,16 @@ from ekd_jax.data.opening import open_data
 FLAGS = flags.FLAGS
 
 
+def define_flags() -> None:
+    """Define the command's own flags."""
+    cli.define_config()
+    flags.DEFINE_string("output", None, "file to write, .png", required=True)
+    flags.DEFINE_integer("examples", 6, "number of rows", lower_bound=1)
+    flags.DEFINE_integer("epochs", 7, "number of columns besides the image as stored", lower_bound=1)
+
+
 def main() -> None:
-    """The command."""
+    """Run the command."""
     config = cli.config()
     output = pathlib.Path(FLAGS.output)
     if output.suffix.lower() != ".png":
@@ -33,8 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.define_config()
-    flags.DEFINE_string("output", None, "file to write, .png", required=True)
-    flags.DEFINE_integer("examples", 6, "rows", lower_bound=1)
-    flags.DEFINE_integer("epochs", 7, "columns beside the image as stored", lower_bound=1)
-    cli.run(main)
+    cli.run(sys.modules[__name__])

@@ -22,8 +22,8 @@ import pytest
 from ekd_jax.common import parallel
 from ekd_jax.config.knobs import default_config
 from ekd_jax.config.resolve import resolve
-from ekd_jax.runs.checkpoint import opened
-from ekd_jax.training import loop as train
+from ekd_jax.runs.checkpoint import open_checkpoints
+from ekd_jax.training import loop
 
 # Networks are tiny here: compiling is what takes time. Commands run optimized programs, as a user's do.
 jax.config.update("jax_disable_most_optimizations", True)
@@ -92,7 +92,7 @@ def command(module: str, *args: object, **kwargs) -> subprocess.CompletedProcess
 
 def latest_state(path: pathlib.Path) -> dict:
     """Everything in the latest checkpoint of a run."""
-    with opened(path) as checkpoints:
+    with open_checkpoints(path) as checkpoints:
         step = checkpoints.choose()
         return checkpoints.restore_variables(checkpoints.shapes(step), step)[0]
 
@@ -103,6 +103,6 @@ def plain_environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The folder and summary of a finished run."""
+    """Return the directory and the summary of a complete run."""
     path = tmp_path_factory.mktemp("finished") / "run"
-    return path, train.run(tiny_config(), path, one_device())
+    return path, loop.run(tiny_config(), path, one_device())

@@ -22,13 +22,13 @@ DIGITS = f"--config={ROOT}/configs/digits.py"
         ("main", [DIGITS, "--config.method.temperature=0"], "must be above 0"),
         ("main", [DIGITS, "--config.model.students=(1,0.01)"], "smallest usable width"),
         ("main", [DIGITS, "--config.train.batch_size=2000"], "above the 899 training examples"),
-        ("main", [DIGITS, "--workdir=pyproject.toml"], "is not a folder"),
+        ("main", [DIGITS, "--workdir=pyproject.toml"], "is not a directory"),
         ("main", [f"--config={ROOT}/configs/resnet_cifar100.py:dept=20"], "did you mean 'depth'"),
         ("describe", [DIGITS, "--num_classes=0"], "at least 1"),
-        ("extract", ["--workdir=nowhere", "--output=x", "--student=1"], "is not the folder of a run"),
+        ("extract", ["--workdir=nowhere", "--output=x", "--student=1"], "is not the directory of a run"),
         ("extract", ["--workdir=nowhere", "--output=x"], "pass --student=N"),
         ("evaluate", [], "pass --workdir=RUN"),
-        ("evaluate", ["--student_dir=nowhere"], "not a folder that ekd_jax.extract wrote"),
+        ("evaluate", ["--student_dir=nowhere"], "is not a student's directory"),
     ],
 )
 def test_mistakes_get_one_line(module, flags, message):
@@ -67,7 +67,7 @@ def test_describe_as_json():
     assert [s["parameters"] for s in found["students"]] == [272474, 171536, 97018, 42231, 10773]
     assert found["base_parameters"] == 464
     assert found["method_parameters"] == 10976
-    assert found["students"][4]["widths"] == [3, 6, 12]
+    assert found["students"][4]["channels"] == [3, 6, 12]
     assert found["students"][4]["ratio"] == pytest.approx(0.039538, abs=1e-6)
     assert found["students"][0]["macs"] == macs_by_hand()
 

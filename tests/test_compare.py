@@ -9,17 +9,16 @@ import pytest
 from conftest import ROOT, TINY, command, one_device
 from ml_collections import ConfigDict
 
-from ekd_jax import compare
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
 from ekd_jax.config.knobs import default_config
 from ekd_jax.config.recipes import every_method
-from ekd_jax.config.resolve import resolve, to_dict
+from ekd_jax.config.resolve import identity, resolve, to_dict
 from ekd_jax.methods import METHODS
-from ekd_jax.training import comparison
+from ekd_jax.training import comparison, comparison_table
 
 ONE_DEVICE = one_device()
-STAGES_ONLY = {"blockwise_search", "srm_dictionaries", "srm_initialize"}
+EARLIER_ONLY = {"blockwise_search", "srm_dictionaries", "srm_initialize"}
 LABELS = {
     "baseline": {"method.name": "baseline"},
     "kd": {"method.name": "kd", "method.teachers": ("{baseline}:1",)},
@@ -62,7 +61,7 @@ def done(tmp_path_factory):
     path = tmp_path_factory.mktemp("comparison") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "make_mesh", lambda *_, **__: ONE_DEVICE)
-        runs = comparison.plan(asked(), path)
+        runs = comparison.entries(asked(), path)
         comparison.check_existing(runs)
         comparison.check(runs)
         comparison.train_all(runs)
@@ -80,7 +79,7 @@ def test_every_label_comes_once_with_each_seed(tmp_path):
     }
     given = asked(methods)
     given.common.seed, given.common.method.temperature = 4, 5.0
-    runs = comparison.plan(given, tmp_path)
+    runs = comparison.entries(given, tmp_path)
     assert [(r.label, r.config.seed) for r in runs] == [
         ("oem", 4), ("same", 4), ("kd", 4), ("oem", 5), ("same", 5), ("kd", 5),
     ]  # fmt: skip
@@ -90,7 +89,7 @@ def test_every_label_comes_once_with_each_seed(tmp_path):
         f"{tmp_path}/oem/seed5", f"{tmp_path}/same/seed5:2", "elsewhere",
     )  # fmt: skip
     assert runs[5].needs == {"oem": tmp_path / "oem" / "seed5", "same": tmp_path / "same" / "seed5"}
-    assert len(comparison.plan(given, tmp_path, seeds=3)) == 9
+    assert len(comparison.entries(given, tmp_path, seeds=3)) == 9
     expected = to_dict(resolve(given.common))
     assert to_dict(runs[1].config) == expected
     assert [r.label for r in comparison.selected(runs[:3], ["kd"])] == ["oem", "same", "kd"]
@@ -101,10 +100,10 @@ def test_every_method_is_in_the_comparisons_of_the_configs(tmp_path):
     for name in ("compare_digits", "compare_cifar10"):
         module = recipe(name)
         assert f"--config=configs/{name}.py" in module.__doc__
-        runs = comparison.plan(module.get_config(), tmp_path, seeds=1)
-        assert {run.config.method.name for run in runs} == METHODS.keys() - STAGES_ONLY
+        runs = comparison.entries(module.get_config(), tmp_path, seeds=1)
+        assert {run.config.method.name for run in runs} == METHODS.keys() - EARLIER_ONLY
         assert {run.config.train.epochs for run in runs} == {module.get_config().common.train.epochs}
-    comparison.check(comparison.plan(recipe("compare_digits").get_config(), tmp_path, seeds=1))
+    comparison.check(comparison.entries(recipe("compare_digits").get_config(), tmp_path, seeds=1))
     found = recipe("compare_cifar10").get_config("epochs=30,model=resnet20")
     assert found.common.model.name == "resnet20"
     assert found.methods["one"]["method.rampup_epochs"] == 8.0
@@ -127,59 +126,65 @@ def test_digits_are_compared_by_the_recipe_for_digits():
 
 def test_the_table_is_of_the_runs(done):
     path, runs = done
-    found = compare.results(runs)
-    assert found["labels"].keys() == LABELS.keys()
-    for label, row in found["labels"].items():
+    found = comparison_table.compare(runs)
+    assert found.labels.keys() == LABELS.keys()
+    for label, row in found.labels.items():
         summaries = [json.loads((path / label / f"seed{k}" / "summary.json").read_text()) for k in (0, 1)]
-        assert (row["method"], row["n"], row["seeds"]) == (label, 2, [0, 1])
-        assert row["students"][0]["top1"] == [s["students"][0]["top1_last"] for s in summaries]
-        assert row["students"][0]["parameters"] == summaries[0]["students"][0]["parameters"]
-        assert row["ensemble"]["top1"] == [s["ensemble"]["top1_last"] for s in summaries]
-        assert row["seconds"] == [round(sum(s["seconds"].values()), 1) for s in summaries]
-    base, kd = (found["labels"][label]["students"][0] for label in ("baseline", "kd"))
-    assert kd["difference"] == pytest.approx(statistics.mean(kd["top1"]) - statistics.mean(base["top1"]))
+        assert (row.method, row.n, row.seeds) == (label, 2, (0, 1))
+        assert row.students[0].top1 == tuple(s["students"][0]["top1_last"] for s in summaries)
+        assert row.students[0].parameters == summaries[0]["students"][0]["parameters"]
+        assert row.ensemble.top1 == tuple(s["ensemble"]["top1_last"] for s in summaries)
+        assert row.seconds == tuple(round(sum(s["seconds"].values()), 1) for s in summaries)
+    base, kd = (found.labels[label].students[0] for label in ("baseline", "kd"))
+    assert kd.difference == pytest.approx(statistics.mean(kd.top1) - statistics.mean(base.top1))
 
 
-def pretend(run, parameters, top1, ensemble, others=None):
-    """The summary of a run that was never trained."""
+def result(top1):
+    return {"top1_last": top1, "top1_best": top1, "best_step": 1}
+
+
+def pretend(path, config, parameters=(1000,), top1=(90,), ensemble=90, others=None, seconds=60.0):
+    """Write the summary of a run that was never trained."""
+    sizes = {"channels": [16], "macs": 1, "activations": 1, "ratio": 1.0}
     students = [
-        {"student": i, "network": "resnet8", "width": "1", "parameters": size, "top1_last": value}
+        {"student": i, "network": "resnet8", "width": "1", "parameters": size, **sizes, **result(value)}
         for i, (size, value) in enumerate(zip(parameters, top1, strict=True), 1)
     ]
     summary = {
-        "method": run.config.method.name,
-        "seconds": {"train": 50.0, "compile": 10.0},
+        **identity(config),
+        **{"steps": 6, "epochs": 2.0, "best_on": "test", "method_parameters": 0},
+        "seconds": {"train": seconds - 10.0, "compile": 10.0},
         "students": students,
-        "ensemble": {"top1_last": ensemble},
-        "others": {name: {"top1_last": value} for name, value in (others or {}).items()},
+        "ensemble": result(ensemble),
+        "others": {name: result(value) for name, value in (others or {}).items()},
     }
-    run.path.mkdir(parents=True)
-    (run.path / "summary.json").write_text(json.dumps(summary))
+    path.mkdir(parents=True)
+    (path / "summary.json").write_text(json.dumps(summary))
 
 
 def test_means_deviations_and_differences(tmp_path):
     methods = {label: {"method.name": "baseline"} for label in ("baseline", "more", "other")}
-    runs = comparison.plan(asked(methods), tmp_path)
+    runs = comparison.entries(asked(methods), tmp_path)
     for run, up in zip(runs, (0, 0, 0, 2, 1, 4), strict=True):
         match run.label:
             case "baseline":
-                pretend(run, [1000, 500], [90 + up, 80], 91)
+                pretend(run.path, run.config, [1000, 500], [90 + up, 80], 91)
             case "more":
-                pretend(run, [1000, 400, 400], [92 + up, 70 + up, 60], 94, {"shallow_1": 50 + up})
+                pretend(run.path, run.config, [1000, 400, 400], [92 + up, 70 + up, 60], 94, {"shallow_1": 50 + up})
             case "other":
-                pretend(run, [1000], [80 + up], 80)
-    found = compare.results(runs)
-    base, more, other = found["labels"].values()
-    assert [s["mean"] for s in base["students"]] == [91, 80]
-    assert [s["difference"] for s in (*base["students"], base["ensemble"])] == [None] * 3
-    assert base["students"][0]["std"] == pytest.approx(2**0.5)
-    assert [s["mean"] for s in more["students"]] == [92.5, 70.5, 60]
-    assert [s["difference"] for s in more["students"]] == [1.5, None, None], "the others are of other sizes"
-    assert more["ensemble"]["difference"] == 3
-    assert more["others"]["shallow_1"]["mean"] == 50.5
-    assert other["students"][0]["difference"] == -9
+                pretend(run.path, run.config, [1000], [80 + up], 80)
+    found = comparison_table.compare(runs)
+    base, more, other = found.labels.values()
+    assert [s.mean for s in base.students] == [91, 80]
+    assert [s.difference for s in (*base.students, base.ensemble)] == [None] * 3
+    assert base.students[0].std == pytest.approx(2**0.5)
+    assert [s.mean for s in more.students] == [92.5, 70.5, 60]
+    assert [s.difference for s in more.students] == [1.5, None, None], "the others are of other sizes"
+    assert more.ensemble.difference == 3
+    assert more.others["shallow_1"].mean == 50.5
+    assert other.students[0].difference == -9
 
-    lines = compare.as_text(found).splitlines()
+    lines = comparison_table.as_text(found).splitlines()
     cells = [[cell for cell in line.split("  ") if cell] for line in lines]
     assert [c.strip() for c in cells[0]] == [
         "n = 2", "student 1", "student 2", "student 3", "ensemble", "parameters",
@@ -188,33 +193,31 @@ def test_means_deviations_and_differences(tmp_path):
         "more", "92.50 +- 0.71 (+1.50)", "70.50 +- 0.71", "60.00 +- 0.00", "94.00 +- 0.00 (+3.00)",
         "1.0k 400 400",
     ]  # fmt: skip
-    markdown = compare.as_markdown(found, "the command").splitlines()
+    markdown = comparison_table.as_markdown(found, "the command").splitlines()
     assert markdown[-1] == ("| other | 82.00 ± 2.83 (-9.00) |  |  | 80.00 ± 0.00 (-11.00) | 1.0k |")
     assert {line.count("|") for line in markdown if line.startswith("|")} == {7}
     assert "the command" in markdown
 
     # two of one label, one of another: no deviation of one, and how many there are is said of each
-    found = compare.results([runs[0], runs[1], runs[3]])
-    assert found["labels"]["more"]["students"][0]["std"] is None
-    assert found["labels"]["more"]["students"][0]["difference"] == 1
-    text = compare.as_text(found)
+    found = comparison_table.compare([runs[0], runs[1], runs[3]])
+    assert found.labels["more"].students[0].std is None
+    assert found.labels["more"].students[0].difference == 1
+    text = comparison_table.as_text(found)
     assert "baseline (n = 2)" in text
     assert "more (n = 1)      92.00 (+1.00)" in text
-    text = compare.as_text(compare.results(runs[:1]))
+    text = comparison_table.as_text(comparison_table.compare(runs[:1]))
     assert text.startswith("n = 1")
     assert "+-" not in text
     assert "in brackets" not in text
 
     shutil.rmtree(runs[4].path)
-    assert comparison.time_left(runs) == 60
+    assert comparison.seconds_left(runs) == 60
     shutil.rmtree(runs[1].path)
-    assert comparison.time_left(runs) == 120
-    stage = runs[2].path / "earlier" / "first"
-    stage.mkdir(parents=True)
-    (stage / "summary.json").write_text('{"seconds": {"train": 120.0}}')
+    assert comparison.seconds_left(runs) == 120
+    pretend(runs[2].path / "earlier" / "first", runs[2].config, seconds=120.0)
     assert runs[2].seconds() == 180
-    assert comparison.time_left(runs) == pytest.approx(2 * (60 + 120) / 2), "of other labels, their mean"
-    assert comparison.time_left(comparison.plan(asked(), tmp_path / "new")) == 0
+    assert comparison.seconds_left(runs) == pytest.approx(2 * (60 + 120) / 2), "of other labels, their mean"
+    assert comparison.seconds_left(comparison.entries(asked(), tmp_path / "new")) == 0
 
 
 def test_the_students_of_a_run_learn_from_the_same_seed(done):
@@ -226,35 +229,36 @@ def test_the_students_of_a_run_learn_from_the_same_seed(done):
 
 def test_nothing_complete_is_no_table(tmp_path):
     with pytest.raises(UserError, match=f"no run in {tmp_path} is complete"):
-        compare.results(comparison.plan(asked(), tmp_path))
+        comparison_table.compare(comparison.entries(asked(), tmp_path))
 
 
 # --- going on --------------------------------------------------------------------------------------
 
 
-def test_only_what_is_missing_is_trained(done, monkeypatch, capsys):
+def test_only_what_is_missing_is_trained(done, monkeypatch, capsys, caplog):
     path, runs = done
-    before = compare.results(runs)
+    before = comparison_table.compare(runs)
     shutil.rmtree(runs[0].path)
     times = {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()}
     monkeypatch.setattr(parallel, "make_mesh", lambda *_, **__: ONE_DEVICE)
     comparison.check_existing(runs)
     comparison.check(runs)
-    comparison.train_all(runs)
-    out, errors = capsys.readouterr()
+    with caplog.at_level("INFO", "ekd_jax"):
+        comparison.train_all(runs)
+    out, errors = capsys.readouterr()[0], caplog.text
     assert out == ""
     assert errors.count("run 1 of 4: baseline, seed 0, about 0:00:") == 1
     assert "run 2 of 4" not in errors
     for file, time in times.items():
         assert file.stat().st_mtime_ns == time, file
-    after = compare.results(runs)
-    for label, row in after["labels"].items():
-        assert row["students"] == before["labels"][label]["students"]
+    after = comparison_table.compare(runs)
+    for label, row in after.labels.items():
+        assert row.students == before.labels[label].students
 
 
 def test_a_folder_with_runs_of_another_configuration(done):
     changed = {**LABELS, "baseline": {"method.name": "baseline", "optimizer.learning_rate": 0.2}}
-    runs = comparison.plan(asked(changed), done[0])
+    runs = comparison.entries(asked(changed), done[0])
     with pytest.raises(UserError, match=r"label baseline: .*optimizer.learning_rate: 0.1 there, 0.2 now"):
         comparison.check_existing(runs)
 
@@ -290,14 +294,14 @@ def test_a_folder_with_runs_of_another_configuration(done):
         ({"a": {}}, {"allow": ("model.nme",)}, "allow: 'model.nme' .*did you mean 'model.name'"),
         ({"a": {}}, {"allow": ("seed",)}, "allow: 'seed' is not"),
         ({}, {}, "methods of the comparison is empty"),
-        ({"a/b": {}}, {}, "label 'a/b' names a folder"),
+        ({"a/b": {}}, {}, "label 'a/b' names a directory"),
         ({"a": {}}, {"seeds": 0}, "seeds=0 .*at least 1"),
         ({"a": {}}, {"seed": 3}, "unknown part 'seed' of a comparison; did you mean 'seeds'"),
     ],
 )
 def test_mistakes_are_found_when_the_runs_are_planned(methods, parts, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
-        comparison.plan(asked(methods, **parts), tmp_path)
+        comparison.entries(asked(methods, **parts), tmp_path)
     assert "\n" not in str(error.value)
     assert not any(tmp_path.iterdir())
 
@@ -306,7 +310,7 @@ def test_mistakes_are_found_when_the_runs_are_planned(methods, parts, message, t
     ("methods", "message"),
     [
         ({"a": {"method.name": "kd"}}, "label a: method.teachers is empty"),
-        ({"a": {"method.name": "kd", "method.teachers": ("nowhere",)}}, "label a: .*no folder nowhere"),
+        ({"a": {"method.name": "kd", "method.teachers": ("nowhere",)}}, "label a: .*no directory nowhere"),
         (
             {"base": {}, "a": {"method.name": "kd", "method.teachers": ("{base}:2",)}},
             "label a: .*label base has students 1 to 1",
@@ -316,14 +320,14 @@ def test_mistakes_are_found_when_the_runs_are_planned(methods, parts, message, t
     ],
 )
 def test_mistakes_are_found_before_anything_is_trained(methods, message, tmp_path):
-    runs = comparison.plan(asked({"first": {}, **methods}), tmp_path)
+    runs = comparison.entries(asked({"first": {}, **methods}), tmp_path)
     with pytest.raises(UserError, match=message):
         comparison.check(runs)
     assert not any(tmp_path.iterdir())
 
 
 def test_what_is_allowed_may_differ(tmp_path):
-    runs = comparison.plan(
+    runs = comparison.entries(
         asked({"a": {}, "b": {"model.name": "resnet20"}}, allow=("model.name",)), tmp_path, seeds=1
     )
     assert [run.config.model.name for run in runs] == ["resnet8", "resnet20"]
@@ -331,14 +335,14 @@ def test_what_is_allowed_may_differ(tmp_path):
 
 def test_unknown_labels_on_the_command_line(tmp_path):
     with pytest.raises(UserError, match="--methods: there is no label 'kdd'; did you mean 'kd'"):
-        comparison.selected(comparison.plan(asked(), tmp_path), ["kd", "kdd"])
+        comparison.selected(comparison.entries(asked(), tmp_path), ["kd", "kdd"])
 
 
 # --- the command -------------------------------------------------------------------------------------
 
 FILE = """
 from ml_collections import ConfigDict
-from ekd_jax.config import default
+from ekd_jax.config.knobs import default_config
 
 def get_config(argument=None):
     config = default_config("baseline")
@@ -375,7 +379,7 @@ def test_the_command(tmp_path):
     ("flags", "message"),
     [
         (["--config=configs/compare_digit.py"], "compare_digit.py"),
-        (["--config=configs/digits.py"], "is not that of a comparison"),
+        (["--config=configs/digits.py"], "is not the config of a comparison"),
     ],
 )
 def test_mistakes_get_one_line(flags, message):

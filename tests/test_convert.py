@@ -18,7 +18,7 @@ from ekd_jax.models.members import parse_students
 from ekd_jax.runs.checkpoint import Checkpoints
 from ekd_jax.students.convert import _names, _stacked, convert
 from ekd_jax.students.torch_names import SOURCES, torch_name
-from ekd_jax.training import loop as train
+from ekd_jax.training import loop
 
 # A network of each source, the ways its library has it.
 CONVERTED = [
@@ -185,7 +185,7 @@ def test_training_begins_with_a_students_values(converted, tmp_path):
     frozen = {"optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0}
     # Digits are gray: the first convolution differs, too.
     with pytest.raises(UserError, match=r"stem/conv/kernel has shape \(3, 3, 3, 32\), this network"):
-        train.run(tiny_config(**changes), tmp_path / "gray", one_device())
+        loop.run(tiny_config(**changes), tmp_path / "gray", one_device())
     rng = np.random.default_rng(0)
     for number in range(80):
         path = tmp_path / "images" / f"class{number % 2}" / f"{number}.png"
@@ -193,7 +193,7 @@ def test_training_begins_with_a_students_values(converted, tmp_path):
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
     own = {"data__name": "folder", "data__data_dir": str(tmp_path / "images"), "data__image_size": 8}
     config = tiny_config(**changes, **frozen, **own, data__train_examples=0, train__epochs=0.5)
-    train.run(config, tmp_path / "run", one_device())
+    loop.run(config, tmp_path / "run", one_device())
     found = json.loads((tmp_path / "run/config.json").read_text())["model"]["initial_weights"]
     assert found == str(folder / "student")
     checkpoints = Checkpoints(tmp_path / "run", read_only=True)
@@ -208,7 +208,7 @@ def test_training_begins_with_a_students_values(converted, tmp_path):
     # A run that goes on needs the folder no more.
     shutil.move(folder / "student", tmp_path / "moved")
     (tmp_path / "run/summary.json").unlink()
-    assert train.run(config, tmp_path / "run", one_device())["students"]
+    assert loop.run(config, tmp_path / "run", one_device())["students"]
     shutil.move(tmp_path / "moved", folder / "student")
     with pytest.raises(UserError, match="is of another network"):
-        train.run(tiny_config(**{**changes, "model__name": "resnet14"}), tmp_path / "other", one_device())
+        loop.run(tiny_config(**{**changes, "model__name": "resnet14"}), tmp_path / "other", one_device())

@@ -1,4 +1,4 @@
-"""Taking a student out, and what can be wrong with a checkpoint or an extracted folder."""
+"""Extraction of students, and what can be wrong with a checkpoint or with a student's directory."""
 
 import json
 import shutil
@@ -11,27 +11,31 @@ from conftest import tiny_config
 
 import ekd_jax
 from ekd_jax.common.errors import UserError
-from ekd_jax.config.build import make_ensemble, make_method
+from ekd_jax.config.build import build_networks
 from ekd_jax.data.augment import normalize
 from ekd_jax.data.opening import open_data
 from ekd_jax.runs import checkpoint
-from ekd_jax.runs.checkpoint import opened
-from ekd_jax.runs.evaluation import evaluate_run, evaluate_student
-from ekd_jax.runs.extract import extract, fitting_student
+from ekd_jax.runs.checkpoint import open_checkpoints
+from ekd_jax.runs.evaluation import evaluate_student
 from ekd_jax.runs.metrics import read_metrics
-from ekd_jax.runs.state import init_variables, of_networks
+from ekd_jax.runs.run import load_run
+from ekd_jax.runs.state import init_variables, network_variables
 from ekd_jax.training.loop import run
+
+
+def extract(run, student, output, **checkpoint):
+    return load_run(run, **checkpoint).extract(student, output).description
 
 
 @pytest.fixture(scope="module")
 def ensemble(finished):
     """The finished run's network and variables."""
     config = tiny_config()
-    network, method = make_ensemble(config, 10), make_method(config)
-    with opened(finished[0]) as checkpoints:
-        like = init_variables(network, method, 0, (8, 8, 1))
+    networks = build_networks(config, 10, (8, 8, 1))
+    with open_checkpoints(finished[0]) as checkpoints:
+        like = init_variables(networks, 0)
         variables, _ = checkpoints.restore_variables(like, checkpoints.choose())
-    return network, of_networks(variables)
+    return networks.ensemble, network_variables(variables)
 
 
 @pytest.mark.parametrize("student", [1, 2])
@@ -65,11 +69,11 @@ def test_the_folder_stands_alone(finished, tmp_path):
     assert loaded.description == description
     assert loaded.class_names[7] == "seven"
     assert loaded.input_shape == (8, 8, 1)
-    assert description["provenance"]["seed"] == 0
-    assert description["architecture"]["channels"] == [8, 16, 32]
+    assert description.provenance.seed == 0
+    assert description.network.channels == (8, 16, 32)
     found = evaluate_student(loaded)
     assert {k.removeprefix("student_2/"): v for k, v in found.items()} == pytest.approx(
-        description["metrics"], rel=1e-5
+        description.metrics, rel=1e-5
     )
     names = safetensors.numpy.load_file(tmp_path / "student" / "weights.safetensors")
     assert "params/head/linear/kernel" in names
@@ -95,12 +99,13 @@ def test_only_the_student_is_read_from_the_checkpoint(finished, monkeypatch, tmp
 
 def test_the_student_that_fits(finished):
     path, summary = finished
-    sizes = [s["parameters"] for s in summary["students"]]
-    assert fitting_student(path, sizes[1]) == 2
+    sizes = [s.parameters for s in summary.students]
+    run = load_run(path)
+    assert run.best_student_within(sizes[1]) == 2
     last = [r for r in read_metrics(path) if r["split"] == "test"][-1]
-    assert fitting_student(path, sizes[0]) == max((1, 2), key=lambda i: last[f"student_{i}/top1"])
+    assert run.best_student_within(sizes[0]) == max((1, 2), key=lambda i: last[f"student_{i}/top1"])
     with pytest.raises(UserError, match=f"the smallest student has {sizes[1]}"):
-        fitting_student(path, sizes[1] - 1)
+        run.best_student_within(sizes[1] - 1)
 
 
 @pytest.mark.parametrize("student", [0, 3, -1])
@@ -112,13 +117,13 @@ def test_student_out_of_range(finished, tmp_path, student):
 
 def test_what_is_in_the_way(finished, tmp_path):
     (tmp_path / "mine").write_text("keep")
-    with pytest.raises(UserError, match="not an empty folder"):
+    with pytest.raises(UserError, match="not an empty directory"):
         extract(finished[0], 1, tmp_path)
-    with pytest.raises(UserError, match="not an empty folder"):
+    with pytest.raises(UserError, match="not an empty directory"):
         extract(finished[0], 1, tmp_path / "mine")
-    with pytest.raises(UserError, match="is not the folder of a run"):
+    with pytest.raises(UserError, match="is not the directory of a run"):
         extract(tmp_path / "nothing", 1, tmp_path / "student")
-    with pytest.raises(UserError, match="--step=5: kept are .*19"):
+    with pytest.raises(UserError, match="--step=5: the steps kept are .*19"):
         extract(finished[0], 1, tmp_path / "student", step=5)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
@@ -144,7 +149,7 @@ def test_damaged_folders(finished, tmp_path, damage):
         description.write_text(description.read_text()[:100])
     else:
         weights.unlink()
-    with pytest.raises(UserError, match="damaged|not a folder that"):
+    with pytest.raises(UserError, match="is damaged|weights.safetensors cannot be read"):
         ekd_jax.load_student(folder)
 
 
@@ -173,8 +178,8 @@ def copy(finished, tmp_path):
 def test_a_flipped_bit_is_found(copy):
     for file in array_files(copy):
         flip_a_bit(file)
-    for use in (lambda: evaluate_run(copy), lambda: run(tiny_config(), copy)):
-        with pytest.raises(UserError, match="checkpoint .*19 is damaged: delete that folder") as error:
+    for use in (lambda: load_run(copy).evaluate(), lambda: run(tiny_config(), copy)):
+        with pytest.raises(UserError, match="checkpoint .*19 is damaged: delete that directory") as error:
             use()
         assert "\n" not in str(error.value)
 
@@ -183,7 +188,7 @@ def test_a_truncated_checkpoint_is_found(copy):
     for file in array_files(copy):
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match="is damaged"):
-        evaluate_run(copy)
+        load_run(copy).evaluate()
 
 
 def test_latest_and_best_are_kept_over_a_resume(tmp_path):
@@ -192,11 +197,11 @@ def test_latest_and_best_are_kept_over_a_resume(tmp_path):
     run(tiny_config(), path)
     tests = [r for r in read_metrics(path) if r["split"] == "test"]
     best = max(tests, key=lambda r: r["ensemble/top1"])["step"]
-    with opened(path) as checkpoints:
+    with open_checkpoints(path) as checkpoints:
         assert checkpoints.steps() == sorted({best, 19})
         assert checkpoints.choose(best_by="ensemble/top1") in (best, 19)
     (path / "summary.json").unlink()
     run(tiny_config(), path)
     assert json.loads((path / "summary.json").read_text())["steps"] == 19
-    with opened(path) as checkpoints:
+    with open_checkpoints(path) as checkpoints:
         assert best in checkpoints.steps()

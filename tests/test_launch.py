@@ -600,6 +600,6 @@ def test_local_for_real(tmp_path):
     with start() as running:
         said = running.stdout.read()
     assert running.returncode == 0, said
-    assert "going on from step" in said
+    assert "resuming from step" in said
     assert "4 x cpu" in said
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["students"]

@@ -17,10 +17,10 @@ from conftest import ROOT, latest_state, one_device, plain_environment, tiny_fla
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
-from ekd_jax.runs import workdir
-from ekd_jax.runs.checkpoint import opened
+from ekd_jax.runs.run import load_run
+from ekd_jax.runs.checkpoint import open_checkpoints
 from ekd_jax.runs.metrics import read_metrics
-from ekd_jax.training import loop as train
+from ekd_jax.training import loop
 
 STEADY = {"optimizer__learning_rate": 1e-4}  # so that rounding stays rounding: docs/decisions.md
 
@@ -118,7 +118,7 @@ def test_as_one_process_with_as_many_devices(name, number, tmp_path, request):
     for text in printed[1:]:
         assert not [line for line in text.splitlines() if not line.startswith("[Gloo]")]
     mesh = parallel.make_mesh(jax.devices()[: 2 * number])
-    train.run(workdir.read(tmp_path / "several").config, tmp_path / "one", mesh)
+    loop.run(load_run(tmp_path / "several").config, tmp_path / "one", mesh)
     assert_same_run(tmp_path / "several", tmp_path / "one", rtol=1e-5)
 
 
@@ -132,11 +132,11 @@ def test_preempted_and_restored_by_another_number_of_processes(tmp_path):
         codes, printed = ended(started)
     assert codes == [128 + signal.SIGTERM] * 2, printed
     step = int(re.search(r"interrupted at step (\d+), saved in", printed[0])[1])
-    with opened(path) as checkpoints:
+    with open_checkpoints(path) as checkpoints:
         assert checkpoints.choose() == step < 19
-    config = workdir.read(path).config
-    train.run(config, path, one_device())
-    train.run(config, tmp_path / "one", one_device())
+    config = load_run(path).config
+    loop.run(config, path, one_device())
+    loop.run(config, tmp_path / "one", one_device())
     assert_same_run(path, tmp_path / "one", rtol=1e-5)
 
 
@@ -156,13 +156,13 @@ def test_one_is_killed(who, tmp_path):
         return
     assert codes[other] == 1
     assert f"error: process {other}: " in printed[other]
-    assert "run the same command in all of them to go on" in printed[other]
+    assert "run the same command in all of them to resume" in printed[other]
     if who == 0:
         return
     with processes(2, path, **frequent) as started:
         codes, printed = ended(started)
     assert codes == [0, 0], printed
-    assert "going on from step" in printed[0]
+    assert "resuming from step" in printed[0]
 
 
 def test_processes_that_disagree(tmp_path):

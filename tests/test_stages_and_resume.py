@@ -16,8 +16,8 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from ekd_jax.config.resolve import to_dict
 from ekd_jax.methods import METHODS
 from ekd_jax.runs.metrics import METRICS, read_metrics
-from ekd_jax.training import loop as train
-from ekd_jax.training import plans as stages
+from ekd_jax.training import loop
+from ekd_jax.training import plans
 
 SMALL = {
     "train__epochs": 2.0,
@@ -59,7 +59,7 @@ def config_of(name, teacher):
 def teacher(tmp_path_factory):
     """The folder of a finished run of one network."""
     path = tmp_path_factory.mktemp("teacher") / "run"
-    train.run(tiny_config("baseline", **SMALL | {"model__students": (1,)}), path, one_device())
+    loop.run(tiny_config("baseline", **SMALL | {"model__students": (1,)}), path, one_device())
     return path
 
 
@@ -81,10 +81,11 @@ def compiled(tmp_path_factory):
 PROGRAM = """
 import json, pathlib, sys
 import jax
-from ekd_jax import parallel, stages
-from ekd_jax.config import resolve
+from ekd_jax.common import parallel
+from ekd_jax.config.resolve import resolve
+from ekd_jax.training import plans
 config = resolve(json.loads(sys.argv[1]))
-stages.run(config, pathlib.Path(sys.argv[2]), parallel.make_mesh(jax.devices()[:1]))
+plans.run(config, pathlib.Path(sys.argv[2]), parallel.make_mesh(jax.devices()[:1]))
 """
 
 
@@ -132,14 +133,14 @@ NAMES = sorted(METHODS.keys() - PARTS)
 def test_killed_in_every_stage(name, teacher, tmp_path):
     config = config_of(name, teacher)
     folders = [
-        folder.relative_to(tmp_path / "killed") for folder in stages.runs(config, tmp_path / "killed")
+        folder.relative_to(tmp_path / "killed") for folder in plans.runs(config, tmp_path / "killed")
     ]
     for folder in folders:
         kill_in(tmp_path / "killed" / folder, start(config, tmp_path / "killed"))
         assert list((tmp_path / "killed" / folder / "checkpoints").glob("[0-9]*"))
         assert not (tmp_path / "killed" / folder / "summary.json").exists(), "it was over before the kill"
-    stages.run(config, tmp_path / "killed", one_device())
-    stages.run(config, tmp_path / "whole", one_device())
+    plans.run(config, tmp_path / "killed", one_device())
+    plans.run(config, tmp_path / "whole", one_device())
     for folder in folders:
         found, records = state_of(tmp_path / "killed" / folder)
         expected, whole = state_of(tmp_path / "whole" / folder)

@@ -27,8 +27,8 @@ from ekd_jax.runs.restore import restore
 from ekd_jax.runs.state import batch_shapes, init_state
 from ekd_jax.runs.teachers import load_teacher, network_of
 from ekd_jax.students.student import load_student, write_student
-from ekd_jax.training import loop as train
-from ekd_jax.training import plans as stages
+from ekd_jax.training import loop
+from ekd_jax.training import plans
 from ekd_jax.training.dry_run import dry_run
 from ekd_jax.training.optimizer import make_optimizer
 from ekd_jax.training.setup import prepare
@@ -742,11 +742,11 @@ def test_unfit_teachers(name, problem, tmp_path, monkeypatch):
     make, message = PROBLEMS[problem]
     teachers = make(tmp_path)
     config = tiny_config(name, model__students=(0.5,), method__teachers=teachers)
-    monkeypatch.setattr(train, "_run", refuse)
+    monkeypatch.setattr(loop, "_run", refuse)
     monkeypatch.setattr(resident, "read_all", refuse)
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
     with pytest.raises(UserError, match=message):
-        stages.run(config, tmp_path / "run2", one_device())
+        plans.run(config, tmp_path / "run2", one_device())
     assert not (tmp_path / "run2").exists()
 
 
@@ -810,13 +810,13 @@ def test_a_teacher_that_changed_stops_a_resumed_run(tmp_path, monkeypatch):
     run_folder(path, config, complete=False)
     old = (tmp_path / "teacher").rename(tmp_path / "old")
     teacher_folder(tmp_path / "teacher", seed=8)
-    monkeypatch.setattr(train, "_run", refuse)
+    monkeypatch.setattr(loop, "_run", refuse)
     with pytest.raises(UserError, match="are not those that the run in .* began with"):
-        train.run(config, path, one_device())
+        loop.run(config, path, one_device())
     (tmp_path / "teacher").rename(tmp_path / "new")
     old.rename(tmp_path / "teacher")
     with pytest.raises(AssertionError, match="must not be reached"):
-        train.run(config, path, one_device())
+        loop.run(config, path, one_device())
 
 
 def srm_config(teacher, **changes):
@@ -843,9 +843,9 @@ def test_srm_goes_through_its_stages(teacher, tmp_path):
     assert "stage 1 of 3, dictionaries" in said
     assert "stage 3 of 3" in said
     assert not path.exists()
-    summary = stages.run(config, path, one_device())
+    summary = plans.run(config, path, one_device())
     files = {p: p.stat().st_mtime_ns for p in path.rglob("*.json")}
-    assert stages.run(config, path, one_device()) == summary
+    assert plans.run(config, path, one_device()) == summary
     assert {p: p.stat().st_mtime_ns for p in path.rglob("*.json")} == files
 
     first, second = restore(path / "earlier/dictionaries"), restore(path / "earlier/initialize")
@@ -888,10 +888,10 @@ def test_what_srm_wants(teacher, tmp_path, ensemble_run):
     ]
     for changes, source, message in cases:
         with pytest.raises(UserError, match=message):
-            stages.runs(srm_config(source, **changes), tmp_path / "run")
+            plans.runs(srm_config(source, **changes), tmp_path / "run")
     two = srm_config(teacher, method__teachers=(teacher, teacher))
     with pytest.raises(UserError, match="not 1 from 2"):
-        stages.runs(two, tmp_path / "run")
+        plans.runs(two, tmp_path / "run")
 
 
 def test_the_one_network_of_a_teacher(teacher, ensemble_run):
@@ -901,7 +901,7 @@ def test_the_one_network_of_a_teacher(teacher, ensemble_run):
     assert found["architecture"]["widths"] == ["1/2"] * 3
     assert found["architecture"]["name"] == "resnet8"
     assert found["preprocessing"] == {"mean": (0.0,), "std": (1.0,)}
-    first = next(iter(stages.runs(srm_config(f"{ensemble_run}:2"), pathlib.Path("run")).values()))
+    first = next(iter(plans.runs(srm_config(f"{ensemble_run}:2"), pathlib.Path("run")).values()))
     assert first.model.students == (("1/2", "1/2", "1/2"),)
     assert first.model.initial_weights == f"{ensemble_run}:2"
     with pytest.raises(UserError, match="has students 1 to 2"):

@@ -9,13 +9,11 @@ from conftest import one_device, tiny_config
 from ekd_jax.common.errors import UserError
 from ekd_jax.data.augment import normalize
 from ekd_jax.data.opening import open_data
-from ekd_jax.runs import teachers
-from ekd_jax.runs.evaluation import evaluate_run
-from ekd_jax.runs.extract import extract
 from ekd_jax.runs.metrics import read_metrics
-from ekd_jax.runs.restore import restore
+from ekd_jax.runs.run import load_run
 from ekd_jax.runs.teachers import load_teacher
-from ekd_jax.training import loop as train
+from ekd_jax.training import loop
+from ekd_jax.training import teaching
 from ekd_jax.training.teaching import make_teach
 
 FIXED = {"data__crop_padding": 0, "train__epochs": 1, "model__students": (0.5,)}
@@ -33,14 +31,14 @@ def test_a_finished_run_is_a_teacher(finished, suffix, name):
     path, _ = finished
     teacher = load_teacher(f"{path}{suffix}", path)
     images, labels = images_of(tiny_config(), 898)
-    said = teacher(teacher.frozen, normalize(images, teacher.mean, teacher.std))
+    said = teacher(teacher.frozen, normalize(images, teacher.preprocessing.mean, teacher.preprocessing.std))
     accuracy = 100 * (np.argmax(said.logits, 1) == labels).mean()
-    assert accuracy == pytest.approx(evaluate_run(path)[1][f"{name}/top1"], abs=1e-4)
+    assert accuracy == pytest.approx(load_run(path).evaluate()[f"{name}/top1"], abs=1e-4)
     assert [m.shape[-1] for m in said.maps] == {"": [], ":1": [16, 32, 64], ":2": [8, 16, 32]}[suffix]
 
 
 def test_a_student_that_was_taken_out_is_the_same_teacher(finished, tmp_path):
-    extract(finished[0], 2, tmp_path / "student")
+    load_run(finished[0]).extract(2, tmp_path / "student")
     a, b = (load_teacher(s, tmp_path) for s in (f"{finished[0]}:2", str(tmp_path / "student")))
     x = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
     jax.tree.map(np.testing.assert_array_equal, a(a.frozen, x), b(b.frozen, x).replace(method=a.method))
@@ -51,11 +49,11 @@ def test_kept_logits_give_the_same_run(finished, tmp_path, monkeypatch):
     """With fixed images the teacher's logits are a table; without it every loss is the same."""
     config = tiny_config("kd", **FIXED, method__teachers=(str(finished[0]),))
     seen = []
-    inputs = train.frozen_inputs
-    monkeypatch.setattr(train, "frozen_inputs", lambda *a: seen.append(inputs(*a)) or seen[-1])
-    train.run(config, tmp_path / "kept", one_device())
-    monkeypatch.setattr(teachers, "fixed_images", lambda data: False)
-    train.run(config, tmp_path / "computed", one_device())
+    inputs = loop.frozen_inputs
+    monkeypatch.setattr(loop, "frozen_inputs", lambda *a: seen.append(inputs(*a)) or seen[-1])
+    loop.run(config, tmp_path / "kept", one_device())
+    monkeypatch.setattr(teaching, "images_are_fixed", lambda data: False)
+    loop.run(config, tmp_path / "computed", one_device())
     assert [set(s) for s in seen] == [{"stored"}, {"teachers"}]
     assert seen[0]["stored"].shape == (200, 1, 10)
     kept, computed = (
@@ -68,9 +66,9 @@ def test_kept_logits_give_the_same_run(finished, tmp_path, monkeypatch):
 @pytest.mark.parametrize("change", ["flip", "crop_padding", "cutout", "mixup", "policy", "rotation"])
 def test_what_is_drawn_anew_is_not_kept(change):
     fixed = tiny_config(**FIXED).data
-    assert teachers.fixed_images(fixed)
+    assert teaching.images_are_fixed(fixed)
     value = {"policy": "trivialaugment", "flip": True, "mixup": 0.2, "rotation": 5.0}.get(change, 2)
-    assert not teachers.fixed_images(tiny_config(**FIXED | {f"data__{change}": value}).data)
+    assert not teaching.images_are_fixed(tiny_config(**FIXED | {f"data__{change}": value}).data)
 
 
 def test_a_teacher_sees_images_normalized_its_way(finished):
@@ -79,7 +77,7 @@ def test_a_teacher_sees_images_normalized_its_way(finished):
     images, _ = images_of(config, 8)
     teach = make_teach([teacher], config.data)
     (said,) = teach({"teachers": [teacher.frozen]}, normalize(images, (0.25,), (0.125,)), jnp.arange(8))
-    expected = teacher(teacher.frozen, normalize(images, teacher.mean, teacher.std)).logits
+    expected = teacher(teacher.frozen, normalize(images, teacher.preprocessing.mean, teacher.preprocessing.std)).logits
     np.testing.assert_allclose(said.logits, expected, atol=1e-4)
 
 
@@ -89,6 +87,6 @@ def test_a_run_has_no_such_student(finished):
 
 
 def test_what_is_restored_is_what_was_trained(finished):
-    restored = restore(finished[0])
-    assert restored.names == ["student_1", "student_2", "ensemble"]
-    assert restored.step == finished[1]["steps"]
+    run = load_run(finished[0])
+    assert run.names == ["student_1", "student_2", "ensemble"]
+    assert run.checkpoint.step == finished[1].steps

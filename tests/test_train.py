@@ -15,15 +15,17 @@ import pytest
 from conftest import ROOT, one_device, plain_environment, tiny_config, tiny_flags
 
 from ekd_jax.common import parallel
-from ekd_jax.common.errors import UserError
-from ekd_jax.config.build import make_ensemble, make_method
+from ekd_jax.common.errors import Interrupted, UserError
+from ekd_jax.common.records import as_json
+from ekd_jax.config.build import build_networks
 from ekd_jax.data.augment import normalize
 from ekd_jax.data.resident import ResidentEvaluation
-from ekd_jax.runs.checkpoint import opened
-from ekd_jax.runs.evaluation import evaluate_run, make_evaluator, measure, results
+from ekd_jax.runs.checkpoint import open_checkpoints
+from ekd_jax.runs.evaluation import make_evaluator, measure, results
 from ekd_jax.runs.metrics import METRICS, MetricWriter, read_metrics
+from ekd_jax.runs.run import load_run
 from ekd_jax.runs.state import init_variables
-from ekd_jax.training import loop as train
+from ekd_jax.training import loop
 
 NAMES = ["student_1", "student_2", "ensemble"]
 
@@ -31,8 +33,8 @@ NAMES = ["student_1", "student_2", "ensemble"]
 def parameters(path):
     """All variables in the latest checkpoint of a run, by name, and its step."""
     config = tiny_config()
-    like = init_variables(make_ensemble(config, 10), make_method(config), 0, (8, 8, 1))
-    with opened(path) as checkpoints:
+    like = init_variables(build_networks(config, 10, (8, 8, 1)), 0)
+    with open_checkpoints(path) as checkpoints:
         step = checkpoints.choose()
         variables, _ = checkpoints.restore_variables(like, step)
     return step, {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(variables)}
@@ -62,14 +64,14 @@ def test_what_a_run_writes(finished):
             wanted = {f"{n}/top1" for n in NAMES} | {"loss", "images/s", "input_wait"}
             wanted |= {f"student_{i}/loss_{t}" for i in (1, 2) for t in ("ce", "intermediate", "kd")}
         assert wanted <= record.keys()
-    assert summary == json.loads((path / "summary.json").read_text())
-    assert summary["seed"] == 0
-    assert summary["seconds"].keys() == {"read", "compile", "train", "evaluate"}
+    assert as_json(summary) == json.loads((path / "summary.json").read_text())
+    assert summary.seed == 0
+    assert summary.seconds.keys() == {"read", "compile", "train", "evaluate"}
     tests = [r for r in records if r["split"] == "test"]
-    for row, name in zip([*summary["students"], summary["ensemble"]], NAMES, strict=True):
-        assert row["top1_last"] == tests[-1][f"{name}/top1"]
-        assert row["top1_best"] == max(r[f"{name}/top1"] for r in tests)
-    assert summary["students"][1]["widths"] == [8, 16, 32]
+    for row, name in zip([*summary.students, summary.ensemble], NAMES, strict=True):
+        assert row.top1_last == tests[-1][f"{name}/top1"]
+        assert row.top1_best == max(r[f"{name}/top1"] for r in tests)
+    assert summary.students[1].channels == (8, 16, 32)
     assert json.loads((path / "config.json").read_text())["train"]["batch_size"] == 32
     assert json.loads((path / "environment.json").read_text())[0]["jax"] == jax.__version__
     assert list((path / "tensorboard").glob("events*"))
@@ -86,11 +88,12 @@ def test_losses_add_up_and_fall(finished):
     assert records[-1]["ensemble/top1"] > 50
 
 
-def test_a_complete_run_is_only_reported(finished, capsys):
+def test_a_complete_run_is_only_reported(finished, caplog):
     path, summary = finished
     before = (path / METRICS).read_bytes()
-    assert train.run(tiny_config(), path, one_device()) == summary
-    assert "complete" in capsys.readouterr().out
+    with caplog.at_level("INFO", "ekd_jax"):
+        assert loop.run(tiny_config(), path, one_device()) == summary
+    assert "complete" in caplog.text
     assert (path / METRICS).read_bytes() == before
 
 
@@ -105,7 +108,7 @@ def test_one_and_eight_devices_give_equal_losses(method, tmp_path, request):
         changes["method__teachers"] = (f"{request.getfixturevalue('finished')[0]}:1",)
     config = tiny_config(method, **changes, optimizer__learning_rate=3e-5)
     for name, devices in (("one", 1), ("eight", 8)):
-        train.run(config, tmp_path / name, parallel.make_mesh(jax.devices()[:devices]))
+        loop.run(config, tmp_path / name, parallel.make_mesh(jax.devices()[:devices]))
     one, eight = (
         [r for r in read_metrics(tmp_path / name) if r["split"] == "train"] for name in ("one", "eight")
     )
@@ -123,10 +126,10 @@ def test_a_signal_while_a_run_ends_is_not_lost(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(MetricWriter, "write", signaled)
-    with pytest.raises(SystemExit) as ended:
-        train.run(tiny_config(), tmp_path / "run", one_device())
-    assert ended.value.code == 128 + signal.SIGTERM
-    assert train.run(tiny_config(), tmp_path / "run", one_device())["steps"] == 19
+    with pytest.raises(Interrupted) as ended:
+        loop.run(tiny_config(), tmp_path / "run", one_device())
+    assert ended.value.signal == signal.SIGTERM
+    assert loop.run(tiny_config(), tmp_path / "run", one_device()).steps == 19
 
 
 def start(path, before=(), **changes):
@@ -185,7 +188,7 @@ def test_killed_runs_end_with_the_same_bits(uninterrupted, tmp_path):
         wait_for_records(process, path, records)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    assert "going on from step" in finish_and_compare(path, uninterrupted)
+    assert "resuming from step" in finish_and_compare(path, uninterrupted)
     assert len(json.loads((path / "environment.json").read_text())) >= 3
 
 
@@ -197,7 +200,7 @@ def test_interrupted_runs_save_and_say_how_to_go_on(uninterrupted, tmp_path, num
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert "run the same command to go on" in out
+    assert "run the same command to resume" in out
     assert "Traceback" not in out
     finish_and_compare(path, uninterrupted)
 
@@ -215,7 +218,7 @@ def test_streamed_runs_end_with_the_same_bits(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 128 + signal.SIGINT
-    assert "run the same command to go on" in out
+    assert "run the same command to resume" in out
     assert "Traceback" not in out
     assert "leaked" not in out
 
@@ -226,7 +229,7 @@ def test_streamed_runs_end_with_the_same_bits(tmp_path):
     process = start(path, **streamed)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
-    assert "going on from step" in out
+    assert "resuming from step" in out
     assert_equal_runs(path, tmp_path / "whole")
 
 
@@ -256,21 +259,21 @@ def test_another_configuration_in_the_same_folder(finished, changes, message):
     path, _ = finished
     before = sorted((p, p.stat().st_mtime_ns) for p in path.rglob("*"))
     with pytest.raises(UserError, match=message):
-        train.run(tiny_config(**changes), path, one_device())
+        loop.run(tiny_config(**changes), path, one_device())
     assert sorted((p, p.stat().st_mtime_ns) for p in path.rglob("*")) == before
 
 
 def test_what_does_not_change_the_result_may_change(finished):
     config = tiny_config(train__log_every_steps=2, evaluate__batch_size=64)
-    assert train.run(config, finished[0], one_device()) == finished[1]
+    assert loop.run(config, finished[0], one_device()) == finished[1]
 
 
 def test_folders_that_are_not_for_runs(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files"):
-        train.run(tiny_config(), tmp_path, one_device())
-    with pytest.raises(UserError, match="not a folder"):
-        train.run(tiny_config(), tmp_path / "precious.txt", one_device())
+        loop.run(tiny_config(), tmp_path, one_device())
+    with pytest.raises(UserError, match="not a directory"):
+        loop.run(tiny_config(), tmp_path / "precious.txt", one_device())
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
 
 
@@ -279,7 +282,7 @@ def test_unwritable_folder(tmp_path):
     # Root may write everywhere, but not into /proc.
     path = pathlib.Path("/proc") if os.geteuid() == 0 else tmp_path
     with pytest.raises(UserError, match="not writable|cannot write"):
-        train.run(tiny_config(), path / "run", one_device())
+        loop.run(tiny_config(), path / "run", one_device())
 
 
 @pytest.fixture
@@ -322,22 +325,22 @@ def test_missing_data_leaves_nothing_behind(tmp_path):
     changes = {"data__name": "cifar10", "data__mean": (0.5,), "data__std": (0.2,)}
     config = tiny_config(**changes, data__data_dir=str(tmp_path / "tfds"), data__manual_dir=str(manual))
     with pytest.raises(UserError, match="holds no cifar-10-binary"):
-        train.run(config, tmp_path / "run", one_device())
+        loop.run(config, tmp_path / "run", one_device())
     assert not (tmp_path / "run").exists()
 
 
 def test_batches_that_devices_cannot_share(tmp_path):
     with pytest.raises(UserError, match=r"train.batch_size=36 .* 8 devices; nearest: 32 or 40"):
-        train.run(tiny_config(train__batch_size=36), tmp_path / "run", parallel.make_mesh())
+        loop.run(tiny_config(train__batch_size=36), tmp_path / "run", parallel.make_mesh())
     with pytest.raises(UserError, match="above the 200 training examples"):
-        train.run(tiny_config(train__batch_size=256), tmp_path / "run", one_device())
+        loop.run(tiny_config(train__batch_size=256), tmp_path / "run", one_device())
     assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = tiny_config(optimizer__learning_rate=1e9)
     with pytest.raises(UserError, match="not finite between steps .* lower optimizer.learning_rate"):
-        train.run(config, tmp_path / "run", one_device())
+        loop.run(config, tmp_path / "run", one_device())
     assert all(math.isfinite(r["loss"]) for r in read_metrics(tmp_path / "run") if "loss" in r)
     assert not (tmp_path / "run" / "summary.json").exists()
 
@@ -391,7 +394,8 @@ def test_evaluation_counts_every_example_once(devices, batch_size):
 
 def test_a_checkpoint_evaluates_to_what_the_run_recorded(finished):
     path, summary = finished
-    step, found = evaluate_run(path)
+    run = load_run(path)
+    found = run.evaluate()
     last = [r for r in read_metrics(path) if r["split"] == "test"][-1]
-    assert step == summary["steps"]
+    assert run.checkpoint.step == summary.steps
     assert found == pytest.approx({k: last[k] for k in found}, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Errors that a user can mend."""
+"""Errors that a user can mend, and how they are put into one line."""
 
 import difflib
 import re
@@ -6,21 +6,33 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """What is wrong, where, and what to do, in one line."""
+    """An error that the user can mend: one line with what is wrong, where, and what to do."""
+
+
+class Interrupted(Exception):
+    """A run was interrupted by a signal; everything is saved.
+
+    Attributes:
+        signal: the number of the signal.
+    """
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, in one line; of a long one the end, where the cause stands."""
+    """Return an exception's message in one line; of a long one the end, where the cause stands."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r" \[\w+='.*?'\]", "", text)  # what TensorStore appends
     return text if len(text) <= 160 else f"... {text[-160:]}"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the choice nearest to `word`, else the list of all choices."""
+    """Return `; did you mean 'x'?` with the choice nearest to `word`, or a list of all choices if none is near."""
     names = [str(choice) for choice in choices]
 
-    def likeness(name: str) -> tuple[float, int]:  # of two alike names, the one with the nearer number
+    def likeness(name: str) -> tuple[float, int]:  # of two equally near names the one with the nearer number
         ratio = difflib.SequenceMatcher(None, word, name).ratio()
         return ratio, -abs(_number(word) - _number(name))
 

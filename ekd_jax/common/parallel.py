@@ -1,10 +1,10 @@
 """Devices and processes.
 
-One mesh with the axes `data` and `fsdp`. A batch is split over all devices. What is trained is copied to
-every device; with `train.fsdp=N` each N devices in a row share one copy, its large arrays cut over them.
+One mesh with the axes `data` and `fsdp`. A batch is split over all devices. The train state is replicated on
+every device; with `train.fsdp=N`, each N devices in a row share one copy, with its large arrays sharded.
 
-Every process runs the same program on its own devices. Where they could part, in what a signal, a clock
-or a folder tells one of them, they agree here first.
+Every process runs the same program on its own devices. Where processes could diverge (a signal, a clock, a
+directory listing), they agree here first.
 """
 
 import contextlib
@@ -25,21 +25,21 @@ from ekd_jax.common.errors import UserError, reason
 
 Array = jax.Array
 AXES = ("data", "fsdp")
-LEAST_CUT = 2**14  # elements: to gather fewer takes longer than to keep them everywhere
+SMALLEST_SHARDED = 2**14  # elements: gathering fewer takes longer than keeping them everywhere
 
 
 # --- processes -----------------------------------------------------------------------------------
 
 
 def start(coordinator: str | None, processes: int | None, number: int | None, timeout: int) -> None:
-    """Joins the other processes of the run, if there are any; before anything else of JAX.
+    """Join the other processes of the run, if there are any. Must come before anything else of JAX.
 
-    Cloud TPU, GKE, Slurm and Open MPI are recognized by JAX where the arguments are left out.
+    Without arguments, JAX recognizes Cloud TPU, GKE, Slurm and Open MPI.
 
     Args:
-        coordinator: HOST:PORT that process 0 listens at.
-        processes: how many.
-        number: of this one, from 0.
+        coordinator: HOST:PORT that process 0 listens on.
+        processes: how many there are.
+        number: of this process, from 0.
         timeout: seconds to wait for the others.
 
     Raises:
@@ -53,10 +53,10 @@ def start(coordinator: str | None, processes: int | None, number: int | None, ti
     else:
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdigit():
-            raise UserError(f"--coordinator={coordinator} must be HOST:PORT, as 10.0.0.2:1234")
+            raise UserError(f"--coordinator={coordinator} must be HOST:PORT, such as 10.0.0.2:1234")
         if not 0 <= number < processes:
             raise UserError(f"--process_id={number} must be from 0 to {processes - 1}")
-    jax.config.update("jax_enable_preemption_service", False)  # signals are the training loop's
+    jax.config.update("jax_enable_preemption_service", False)  # the training loop handles signals itself
     with _patience(coordinator, processes, number, timeout):
         try:
             jax.distributed.initialize(coordinator, processes, number, initialization_timeout=timeout + 60)
@@ -72,10 +72,10 @@ def start(coordinator: str | None, processes: int | None, number: int | None, ti
 def _patience(
     coordinator: str | None, processes: int | None, number: int | None, seconds: int
 ) -> Iterator[None]:
-    """Ends this process with a line when its time is over; JAX would abort it with a stack trace."""
+    """End this process with one line when its time is over; JAX would abort it with a stack trace."""
     where = f"at {coordinator}" if coordinator else "at the address that the cluster gives"
     if number == 0:
-        what = f"process 0 waited {seconds} s {where} for the other {(processes or 0) - 1} to come"
+        what = f"process 0 waited {seconds} s {where} for the other {(processes or 0) - 1} to join"
     else:
         own = "this process" if number is None else f"process {number}"
         what = f"{own} could not reach the coordinator, process 0 {where}, in {seconds} s"
@@ -99,22 +99,22 @@ def _patience(
 
 
 def is_main() -> bool:
-    """Whether this is process 0, which alone writes files and reports."""
+    """Return whether this is process 0, the only one that writes files and reports."""
     return not several() or jax.process_index() == 0
 
 
 def several() -> bool:
-    """Whether this process is one of several."""
+    """Return whether this process is one of several."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def who() -> str:
-    """ "process 3: " if there are several, for messages."""
+    """Return "process 3: ", for messages, or "" if there is only one process."""
     return f"process {jax.process_index()}: " if several() else ""
 
 
 def gathered(values: Any) -> np.ndarray:
-    """(processes, ...): what every process gives here, arrays of one shape; waits for all of them."""
+    """Return the arrays of all processes, stacked to (processes, ...); wait for all of them."""
     values = np.asarray(values)
     if not several():
         return values[None]
@@ -123,7 +123,7 @@ def gathered(values: Any) -> np.ndarray:
 
 
 def from_main(tree: Any) -> Any:
-    """What process 0 gives here, a tree of numpy arrays; waits for all processes."""
+    """Return the tree of numpy arrays of process 0, in all processes; wait for all of them."""
     if not several():
         return tree
     with jax.transfer_guard("allow"):
@@ -134,10 +134,10 @@ def from_main(tree: Any) -> Any:
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
-    """A mesh over `devices`, all there are if not given.
+    """Make a mesh over `devices`; over all there are if not given.
 
     Raises:
-        UserError: they cannot be put in rows of `fsdp`.
+        UserError: their number is not a multiple of `fsdp`.
     """
     found = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
     if len(found) % fsdp:
@@ -147,24 +147,26 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mes
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Return the sharding that has the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """One axis cut over all devices."""
+    """Return the sharding with one axis divided over all devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXES))
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """How each array of a train state, or its shape, is kept: whole, or its longest axis that can be cut
-    over the axis `fsdp`."""
+    """Return the sharding of each array of a train state, or of its shape.
+
+    It is replicated, or the longest axis that can be divided is sharded over the mesh axis `fsdp`.
+    """
     parts = mesh.shape["fsdp"]
 
     def of(leaf: Any) -> NamedSharding:
         shape = np.shape(leaf)
         axes = [axis for axis, length in enumerate(shape) if length % parts == 0]
-        if parts == 1 or not axes or math.prod(shape) < LEAST_CUT:
+        if parts == 1 or not axes or math.prod(shape) < SMALLEST_SHARDED:
             return replicated(mesh)
         longest = max(axes, key=lambda axis: (shape[axis], axis))
         return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
@@ -173,28 +175,28 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Host arrays, the same in every process, on the devices."""
+    """Put host arrays, the same in every process, on the devices."""
 
     def one(value: Any, sharding: NamedSharding) -> Array:
         value = np.asarray(value)
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
-    with jax.transfer_guard_host_to_device("allow"):  # it is asked for here
+    with jax.transfer_guard_host_to_device("allow"):  # this transfer is intended
         return jax.tree.map(one, tree, shardings)
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-    """Host arrays, the same in every process, whole on every device."""
+    """Put host arrays, the same in every process, on every device."""
     return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
 
 
 def whole(mesh: Mesh, tree: Any) -> Any:
-    """Traced: arrays that are kept cut, put together on every device where they are used."""
+    """Return sharded arrays as whole ones on every device, inside a traced function."""
     return tree if mesh.shape["fsdp"] == 1 else lax.with_sharding_constraint(tree, replicated(mesh))
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays of the devices as numpy arrays, whole, in every process; all processes must call it."""
+    """Return arrays of the devices as whole numpy arrays, in every process; all processes must call it."""
 
     def one(value: Any) -> Any:
         there = not isinstance(value, Array) or value.is_fully_addressable or value.is_fully_replicated
@@ -204,15 +206,14 @@ def fetch(tree: Any) -> Any:
 
 
 def own_rows(sharding: NamedSharding, count: int) -> slice:
-    """Which of `count` rows this process's devices hold; they lie together."""
+    """Return which of `count` rows are on this process's devices; they are consecutive."""
     places = sharding.addressable_devices_indices_map((count,)).values()
     held = [place[0].indices(count) for place in places if place is not None]
     return slice(min(first for first, _, _ in held), max(last for _, last, _ in held))
 
 
 def device_memory(mesh: Mesh) -> int:
-    """Bytes of memory of a device, the smallest of all processes; for CPU devices their share of the
-    machine's."""
+    """Return a device's bytes of memory, the smallest of all processes; for CPUs their share of the machine's."""
     device = mesh.local_devices[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     limit = limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(mesh.local_devices)
@@ -220,7 +221,7 @@ def device_memory(mesh: Mesh) -> int:
 
 
 def check_divisible(name: str, batch_size: int, parts: int, what: str) -> None:
-    """Raises UserError unless a batch can be cut into so many equal parts."""
+    """Raise UserError unless a batch can be divided into equal parts."""
     if batch_size % parts:
         below, above = batch_size // parts * parts, -(-batch_size // parts) * parts
         nearest = f"{below} or {above}" if below else f"{above}"

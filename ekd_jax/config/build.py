@@ -1,28 +1,69 @@
-"""TODO: config.build."""
+"""From a configuration to networks and method: the one place where they are built."""
 
+import dataclasses
+from functools import cached_property
 from typing import Any
 
 from ekd_jax.methods import METHODS
-from ekd_jax.models import build
-from ekd_jax.models.ensemble import Ensemble
+from ekd_jax.methods.base import Method
+from ekd_jax.models import EnsembleSpec, build
+from ekd_jax.models.ensemble import Ensemble, EnsembleTrace
 from ekd_jax.models.members import parse_students
 
-
-def network_options(config: Any) -> dict[str, Any]:
-    """What `models.build` is told about the networks beside their names and what they share."""
-    names = ("dropout", "stochastic_depth", "padding", "batch_norm_epsilon")
-    return {name: config.model[name] for name in names}
+NETWORK_OPTIONS = ("dropout", "stochastic_depth", "padding", "batch_norm_epsilon")
 
 
-def make_ensemble(config: Any, num_classes: int, devices: int = 1) -> Ensemble:
-    """The ensemble that `config` asks for, trained on so many devices; raises UserError for one that the
-    network or the method does not allow."""
-    model, method = config.model, make_method(config)
-    return build(
-        model.name,
-        parse_students(model.students),
-        num_classes,
-        config.train.dtype,
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The networks of a configuration and the method that trains them, for images of one shape.
+
+    Attributes:
+        method: how they learn.
+        ensemble: the students.
+        input_shape: H, W, C.
+    """
+
+    method: Method
+    ensemble: Ensemble
+    input_shape: tuple[int, int, int]
+
+    @cached_property
+    def trace(self) -> EnsembleTrace:
+        """Shapes, initial variables and costs for one image; traced when they are first needed."""
+        return self.ensemble.trace(self.input_shape)
+
+    def with_execution(self, mode: str) -> "Networks":
+        """Return the same networks, whose branches run in another execution mode."""
+        changed = dataclasses.replace(self, ensemble=dataclasses.replace(self.ensemble, execution=mode))
+        changed.__dict__["trace"] = self.trace  # it is the same for every mode
+        return changed
+
+    @property
+    def students(self) -> int:
+        """How many students can be extracted: those of every copy that the method keeps, if it keeps any."""
+        return len(self.ensemble.students) * max(1, self.method.copies)
+
+
+def build_networks(
+    config: Any, num_classes: int, input_shape: tuple[int, int, int], devices: int = 1
+) -> Networks:
+    """Build the networks and the method that `config` asks for. Nothing is traced or computed.
+
+    Args:
+        config: a complete configuration.
+        num_classes: K.
+        input_shape: H, W, C of the images.
+        devices: how many share a batch; matters for `model.batch_norm=local`.
+
+    Raises:
+        UserError: the network or the method does not allow what is asked for.
+    """
+    model, method = config.model, build_method(config)
+    spec = EnsembleSpec(
+        name=model.name,
+        students=parse_students(model.students),
+        num_classes=num_classes,
+        dtype=config.train.dtype,
         sharing=model.sharing or method.sharing,
         compressed_stages=model.compressed_stages,
         shared_stages=model.shared_stages,
@@ -34,9 +75,15 @@ def make_ensemble(config: Any, num_classes: int, devices: int = 1) -> Ensemble:
         execution="separate" if config.train.execution == "auto" else config.train.execution,
         **network_options(config),
     )
+    return Networks(method, build(spec), input_shape)
 
 
-def make_method(config: Any) -> Any:
-    """The method that `config.method` describes; raises UserError for a value out of range."""
+def build_method(config: Any) -> Method:
+    """Build the method that `config.method` describes; raise UserError for a value out of range."""
     fields = config.method.to_dict()
     return METHODS[fields.pop("name")](**fields)
+
+
+def network_options(config: Any) -> dict[str, Any]:
+    """Return the options that belong to a network itself, wherever its students part."""
+    return {name: config.model[name] for name in NETWORK_OPTIONS}

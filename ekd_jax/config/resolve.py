@@ -1,16 +1,16 @@
 """From what a user asks for to the complete, checked configuration that a run stores and obeys."""
 
 import hashlib
-import importlib
 import json
-import sys
+import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ekd_jax.common.errors import UserError, nearest, reason
-from ekd_jax.config.build import make_ensemble, make_method
+from ekd_jax.common.imports import import_modules
+from ekd_jax.config.build import build_networks
 from ekd_jax.config.knobs import KNOBS, all_knobs, nest
 
 
@@ -31,7 +31,8 @@ def resolve(config: Mapping[str, Any], overridden: Iterable[str] = ()) -> Frozen
     """
     asked = flatten(config)
     overridden = set(overridden)
-    import_modules(asked.get("imports", ()))
+    modules = asked.get("imports", ())
+    import_modules((modules,) if isinstance(modules, str) else modules)
     method = asked.get("method.name", KNOBS["method.name"].default)
     KNOBS["method.name"].check("config.method.name", method)
     if "method.name" in overridden:
@@ -45,8 +46,8 @@ def resolve(config: Mapping[str, Any], overridden: Iterable[str] = ()) -> Frozen
         values[path] = _coerce(path, value, known[path].default)
         known[path].check(f"config.{path}", values[path])
     complete = FrozenConfigDict(nest(values))
-    make_ensemble(complete, num_classes=1)
-    if complete.data.mixup and make_method(complete).separate_views:
+    method_of = build_networks(complete, num_classes=1, input_shape=(1, 1, 1)).method
+    if complete.data.mixup and method_of.separate_views:
         raise UserError(
             f"config.data.mixup={complete.data.mixup:g} mixes labels with images, and {method} gives every "
             f"student other images: leave it out"
@@ -54,33 +55,23 @@ def resolve(config: Mapping[str, Any], overridden: Iterable[str] = ()) -> Frozen
     return complete
 
 
-def import_modules(modules: Iterable[str] | str, needed_by: str = "config.imports") -> None:
-    """Import the user's modules, which register networks, methods and data sets.
-
-    A module that is not installed is looked for in the working directory, too, as `python -m` does.
+def read_config(path: pathlib.Path, what: str) -> FrozenConfigDict:
+    """Read the configuration of a run from its `config.json`.
 
     Args:
-        modules: dotted names.
-        needed_by: what names them, for the error.
+        path: of the file.
+        what: the directory of the file ought to be, for the error.
 
     Raises:
-        UserError: a module is missing or fails while it is imported.
+        UserError: there is none, it is damaged, or it needs a module that is missing.
     """
-    for module in (modules,) if isinstance(modules, str) else modules:
-        if "" not in sys.path:
-            sys.path.append("")
-        try:
-            importlib.import_module(module)
-        except UserError:
-            raise
-        except ModuleNotFoundError as error:
-            missing = f"it needs the module {error.name}" if error.name != module else "there is none"
-            raise UserError(
-                f"{needed_by}: cannot import {module!r}: {missing}; install it, or put its directory on "
-                f"PYTHONPATH"
-            ) from error
-        except Exception as error:  # the user's code may raise anything
-            raise UserError(f"{needed_by}: importing {module!r} failed: {reason(error)}") from error
+    try:
+        stored = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path.parent} is not {what}: {reason(error)}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {reason(error)}") from error
+    return resolve(stored)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Checkpoints: the only file that knows Orbax.
+"""Checkpoints: the only file that uses Orbax.
 
-A checkpoint holds the item `state` (the TrainState as nested dicts) and the item `run`, JSON: the
-SHA-256 of every array of the state, and whatever else the run must remember. Orbax restores flipped
-bytes without a word; the digests are checked whenever anything is restored.
+A checkpoint holds the item `state` (the TrainState as nested dicts) and the item `run`, which is JSON: the
+SHA-256 of every array of the state, and whatever else the run must remember. Orbax does not notice flipped
+bytes; the digests are checked whenever anything is restored.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ Tree = dict[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints of one run: the latest and the best are kept.
+    """The checkpoints of one run. The latest and the best are kept.
 
     Args:
-        workdir: of the run; checkpoints live in its folder `checkpoints/<step>`.
-        read_only: leave the folder as it is, also while a run is writing to it.
+        workdir: the run's directory; checkpoints are in `checkpoints/<step>`.
+        read_only: change nothing, also while a run is writing there.
     """
 
     def __init__(self, workdir: pathlib.Path, read_only: bool = False):
@@ -46,29 +46,29 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,  # of a run that was killed while saving
-                best_fn=score,  # without it Orbax forgets the metrics when the run is resumed
+                best_fn=score,  # without it Orbax loses the metrics when the run is resumed
             ),
             item_handlers={"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()},
         )
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, in order."""
+        """Return the steps of the complete checkpoints, in order."""
         return sorted(self._manager.all_steps())
 
     def choose(self, step: int | None = None, best_by: str | None = None) -> int:
-        """The step asked for, or the best of those kept by a metric, or the latest.
+        """Return the step asked for, or the best of the kept ones by a metric, or the latest.
 
         Args:
-            step: must be there.
-            best_by: a test metric, such as "student_3/top1"; higher is better.
+            step: of a kept checkpoint.
+            best_by: a metric, such as "student_3/top1"; higher is better.
 
         Raises:
-            UserError: no such checkpoint, or none that was evaluated.
+            UserError: there is no such checkpoint, or none was evaluated.
         """
         steps = self.steps()
         if step is not None:
             if step not in steps:
-                raise UserError(f"--step={step}: kept are {', '.join(map(str, steps))}")
+                raise UserError(f"--step={step}: the steps kept are {', '.join(map(str, steps))}")
             return step
         if best_by is None:
             return steps[-1]
@@ -79,12 +79,12 @@ class Checkpoints:
         return max(scores, key=lambda s: (scores[s], s))
 
     def save(self, state: TrainState, run: Tree, evaluation: dict[str, float] | None) -> None:
-        """Saves in the background; what was saved before is complete when this returns.
+        """Save in the background. The checkpoint before is complete when this returns.
 
         Args:
             state: arrays; may be donated as soon as this returns.
             run: JSON values to remember.
-            evaluation: test metrics of this very state, if there are any; decide which is best.
+            evaluation: metrics of this state, if it was evaluated; they decide which checkpoint is best.
         """
         tree = parallel.fetch(_as_tree(state))
         run = {**run, "evaluation": evaluation, "sha256": _digests(tree)}
@@ -97,7 +97,7 @@ class Checkpoints:
             )
 
     def restore(self, like: TrainState, step: int) -> tuple[TrainState, Tree]:
-        """The whole state, as numpy arrays, and what the run remembered.
+        """Restore the whole state, as numpy arrays, and the values that the run remembered.
 
         Raises:
             UserError: the checkpoint is damaged.
@@ -109,10 +109,10 @@ class Checkpoints:
         return TrainState(opt_state=opt_state, **fields), run
 
     def restore_variables(self, like: Tree, step: int) -> tuple[Tree, Tree]:
-        """Some sub-trees alone: nothing else is read from disk.
+        """Restore some sub-trees only; nothing else is read from disk.
 
         Args:
-            like: nested dicts of shapes, such as `{"params": {"base": ...}}`, parts of `shapes`.
+            like: nested dicts of shapes, such as `{"params": {"base": ...}}`; a part of `shapes`.
             step: of the checkpoint.
 
         Raises:
@@ -121,13 +121,13 @@ class Checkpoints:
         return self._restore(like, step)
 
     def shapes(self, step: int) -> Tree:
-        """What the state of a checkpoint holds: nested dicts of shapes."""
+        """Return the shapes of the arrays of a checkpoint, as nested dicts."""
         with self._reading(step):
             saved = self._manager.item_metadata(step)["state"].tree
             return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
 
     def wait(self) -> None:
-        """Returns when everything that was saved is on disk.
+        """Wait until everything that was saved is on disk.
 
         Raises:
             UserError: it could not be written.
@@ -136,11 +136,11 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Lets go of the folder; `wait` first."""
+        """End the background threads; call `wait` first."""
         self._manager.close()
 
     def _check_room(self, tree: Tree) -> None:
-        """A write that fails half-way is cleaned up, but with pages of tracebacks from Orbax's threads."""
+        """Raise OSError if the disk is full: Orbax cleans up after a failed write, but prints pages of tracebacks."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
         free = shutil.disk_usage(self.directory).free
         if free < 1.2 * needed + 2**20:
@@ -150,16 +150,16 @@ class Checkpoints:
     def _saving(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # a background write that failed is raised here, as many kinds
+        except Exception as error:  # a failed background write is raised here, as many kinds of exception
             if parallel.several() and isinstance(error, jax.errors.JaxRuntimeError):
-                raise  # another process ended
+                raise  # another process has ended
             raise UserError(
                 f"cannot write a checkpoint to {self.directory}: {reason(error)}; "
-                f"make room and run the same command to go on from step {max(self.steps(), default=0)}"
+                f"make room and run the same command to resume from step {max(self.steps(), default=0)}"
             ) from error
 
     def _run(self, step: int) -> Tree:
-        """What the run remembered at a step."""
+        """Return the values that the run remembered at a step."""
         with self._reading(step):
             return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
 
@@ -182,24 +182,24 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many kinds
             others = ", ".join(str(s) for s in self.steps() if s != step) or "there is none"
             raise UserError(
-                f"checkpoint {self.directory / str(step)} is damaged: delete that folder to go on from "
-                f"another ({others}) ({reason(error)})"
+                f"checkpoint {self.directory / str(step)} is damaged: delete that directory to use "
+                f"another one ({others}) ({reason(error)})"
             ) from error
 
 
 @contextlib.contextmanager
-def opened(workdir: pathlib.Path) -> Iterator[Checkpoints]:
-    """The checkpoints of a finished or running run, to read.
+def open_checkpoints(workdir: pathlib.Path) -> Iterator[Checkpoints]:
+    """Open the checkpoints of a complete or running run, to read them.
 
     Raises:
         UserError: there is no complete checkpoint.
     """
     if not (workdir / FOLDER).is_dir():
-        raise UserError(f"{workdir} holds no checkpoints: --workdir is the folder that a run was given")
+        raise UserError(f"{workdir} holds no checkpoints: pass the --workdir of a run")
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
         if not checkpoints.steps():
-            raise UserError(f"{workdir} holds no complete checkpoint yet: let the run go on a little")
+            raise UserError(f"{workdir} holds no complete checkpoint yet: wait for the run to save one")
         yield checkpoints
     finally:
         checkpoints.close()

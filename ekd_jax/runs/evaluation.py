@@ -1,7 +1,6 @@
-"""TODO: runs.evaluation."""
+"""Evaluation over every test example exactly once, for any batch size and any number of devices."""
 
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,35 +14,32 @@ from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
 from ekd_jax.config.resolve import resolve
 from ekd_jax.data.augment import normalize
+from ekd_jax.data.dataset import Source
 from ekd_jax.data.feed import EvaluationSet, evaluation_set
 from ekd_jax.data.opening import open_data
 from ekd_jax.data.stream import evaluation_batch
 from ekd_jax.models.ensemble import Variables
-from ekd_jax.runs.restore import restore
 from ekd_jax.students.student import LoadedStudent
 
 Array = jax.Array
 Results = dict[str, float]
-Folders = dict[str, str]
+Predict = Callable[[Variables, Array], Array]
 
 
-def make_evaluator(
-    predict: Callable[[Variables, Array], Array], config: Any, examples: int, mesh: Mesh
-) -> Any:
-    """A jitted function of (variables, images uint8, labels, number) that gives sums over examples.
+def make_evaluator(predict: Predict, config: Any, examples: int, mesh: Mesh) -> Any:
+    """Make a jitted function of (variables, images uint8, labels, number) that returns sums over examples.
 
-    Only the first `number` images count; what fills the last batch up does not. So each example
-    counts once for any batch size and any number of devices.
+    Only the first `number` images count; images that fill up the last batch do not.
 
     Args:
-        predict: (variables, images float normalized) -> logits (P, B, K).
-        config: resolved; `data.mean`, `data.std` and `evaluate.batch_size` are read.
+        predict: (variables, normalized float images) -> logits (P, B, K) of P predictors.
+        config: a complete configuration; `data.mean`, `data.std` and `evaluate.batch_size` are read.
         examples: how many there are in all.
         mesh: devices that share a batch.
 
     Returns:
-        The function; its result is (3, P): how many were right, how many among the five likeliest,
-        and the sum of the negative log likelihoods (nats).
+        The function. Its result is (3, P): the number of correct predictions, of labels among the five
+        likeliest classes, and the sum of negative log likelihoods in nats.
     """
     batch_size = evaluation_batch(config, examples, mesh)
 
@@ -73,7 +69,7 @@ def make_evaluator(
 
 
 def measure(evaluate: Any, variables: Variables, examples: EvaluationSet, mesh: Mesh) -> np.ndarray:
-    """Sums over all examples, (3, P) float64, by a function that `make_evaluator` gave."""
+    """Return the sums over all examples, (3, P) float64, of a function that `make_evaluator` made."""
     sums = [
         evaluate(variables, images, labels, parallel.replicate(mesh, np.int32(number)))
         for images, labels, number in examples.chunks()
@@ -82,7 +78,7 @@ def measure(evaluate: Any, variables: Variables, examples: EvaluationSet, mesh: 
 
 
 def results(sums: np.ndarray, examples: int, names: Sequence[str]) -> Results:
-    """`{"student_1/top1": per cent, "student_1/top5": per cent, "student_1/nll": nats, ...}`."""
+    """Return `{"student_1/top1": per cent, "student_1/top5": per cent, "student_1/nll": nats, ...}`."""
     means = sums / examples
     scale = {"top1": 100.0, "top5": 100.0, "nll": 1.0}
     return {
@@ -92,62 +88,65 @@ def results(sums: np.ndarray, examples: int, names: Sequence[str]) -> Results:
     }
 
 
-def evaluate_run(
-    path: pathlib.Path,
-    step: int | None = None,
-    best: bool = False,
-    folders: Folders | None = None,
-    split: str = "test",
-) -> tuple[int, Results]:
-    """Evaluates a checkpoint of a run.
-
-    Args:
-        path: of the run.
-        step: of the checkpoint; the latest if not given.
-        best: the kept checkpoint in which the ensemble did best, instead.
-        folders: `data_dir` and `manual_dir`, where they are no longer what the run used.
-        split: "test", or "validation": the images that the run held out.
-
-    Returns:
-        The step, and `{"student_1/top1": per cent, ...}`.
-    """
-    restored = restore(path, step, "ensemble/top1" if best else None)
-    config = at(restored.run.config, folders or {})
-    found = _evaluate(restored.predict, restored.variables, config, restored.names, split)
-    return restored.step, found
-
-
-def evaluate_student(student: LoadedStudent, folders: Folders | None = None) -> Results:
-    """Evaluates a student that was taken out on the test set it was made for, found in `folders`."""
-    own = student.description
-    data = {k: own["preprocessing"][k] for k in ("mean", "std", "fit", "image_size")}
-    data |= {"name": own["provenance"]["data"], "test_split": own["provenance"]["test_split"]}
-    config = at(resolve({"data": data}), folders or {})
-
-    def predict(variables: Variables, images: Array) -> Array:
-        return student.model.logits(variables, images)[None]
-
-    return _evaluate(predict, student.variables, config, [f"student_{own['student']}"])
-
-
-def at(config: Any, folders: Folders) -> Any:
-    """The configuration with the data looked for elsewhere."""
-    changed = ConfigDict(config)
-    changed.data.update({name: folder for name, folder in folders.items() if folder})
-    return FrozenConfigDict(changed)
-
-
-def _evaluate(
-    predict: Callable[[Variables, Array], Array],
+def evaluate_predictor(
+    predict: Predict,
     variables: Variables,
     config: Any,
-    names: list[str],
+    names: Sequence[str],
     split: str = "test",
+    source: Source | None = None,
 ) -> Results:
-    mesh, data = parallel.make_mesh(), open_data(config)
+    """Evaluate predictors on a data set.
+
+    Args:
+        predict: (variables, normalized float images) -> logits (P, B, K).
+        variables: its first argument, numpy arrays.
+        config: a complete configuration, which names the data.
+        names: of the P predictors.
+        split: "test" or "validation".
+        source: the data set itself, if it is in memory.
+
+    Raises:
+        UserError: the data is missing or has no such split.
+    """
+    mesh, data = parallel.make_mesh(), open_data(config, source)
     if split == "validation" and data.validation is None:
         raise UserError("--split=validation: the run held no images out (data.validation_examples=0)")
     examples = evaluation_set(config, data, mesh, split)
     evaluate = make_evaluator(predict, config, examples.examples, mesh)
     sums = measure(evaluate, parallel.replicate(mesh, variables), examples, mesh)
     return results(sums, examples.examples, names)
+
+
+def evaluate_student(
+    student: LoadedStudent, places: Mapping[str, str] | None = None, source: Source | None = None
+) -> Results:
+    """Evaluate an extracted student on the test set that it was made for.
+
+    Args:
+        student: as `load_student` returns it.
+        places: `data_dir` and `manual_dir`, if the data is not where TFDS keeps it.
+        source: the data set itself, if it is in memory.
+
+    Returns:
+        `{"student_<n>/top1": per cent, "student_<n>/top5": per cent, "student_<n>/nll": nats}`.
+    """
+    own = student.description
+    images = own.preprocessing
+    data = {"mean": images.mean, "std": images.std, "fit": images.fit, "image_size": images.image_size}
+    data |= {"name": own.provenance.data, "test_split": own.provenance.test_split}
+    config = with_places(resolve({"data": data, "imports": own.network.imports}), places or {})
+
+    def predict(variables: Variables, images: Array) -> Array:
+        return student.network.logits(variables, images)[None]
+
+    return evaluate_predictor(
+        predict, student.variables, config, [f"student_{own.student}"], source=source
+    )
+
+
+def with_places(config: Any, places: Mapping[str, str]) -> FrozenConfigDict:
+    """Return the configuration with other data directories, where `places` has them."""
+    changed = ConfigDict(config)
+    changed.data.update({name: place for name, place in places.items() if place})
+    return FrozenConfigDict(changed)

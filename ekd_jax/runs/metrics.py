@@ -1,4 +1,4 @@
-"""TODO: runs.metrics."""
+"""The metrics of a run: one record per line of `metrics.jsonl`, and the same for TensorBoard."""
 
 import json
 import pathlib
@@ -15,8 +15,8 @@ class MetricWriter:
     """Appends records to metrics.jsonl and TensorBoard.
 
     Args:
-        workdir: of the run; None: nothing is written.
-        step: that the run goes on from. Records of later steps, left by a run that was killed after
+        workdir: the run's directory; None: nothing is written.
+        step: the step that the run resumes from. Records of later steps, left by a run that was killed after
             its last checkpoint, are dropped: they will be written again.
     """
 
@@ -26,13 +26,13 @@ class MetricWriter:
         if workdir is None:
             return
         self.path = workdir / METRICS
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+        kept = [line for line in self._complete_lines() if json.loads(line)["step"] <= step]
         write_bytes(self.path, "".join(kept).encode())
         self._file = open(self.path, "a", encoding="utf-8")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, epoch: float, split: str, values: dict[str, float]) -> None:
-        """One record: `{"step", "epoch", "split", ...values}`, one line."""
+        """Write one record, `{"step", "epoch", "split", **values}`."""
         if self._file is None:
             return
         record = {"step": step, "epoch": round(epoch, 4), "split": split, **values}
@@ -42,12 +42,13 @@ class MetricWriter:
             self._board.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
+        """Close both files."""
         if self._file is not None:
             self._file.close()
             self._board.close()
 
-    def _lines(self) -> list[str]:
-        """Complete lines; a last one that a kill cut short is left out."""
+    def _complete_lines(self) -> list[str]:
+        """Return the lines of the file without a last one that a kill cut short."""
         if not self.path.exists():
             return []
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -55,5 +56,5 @@ class MetricWriter:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """All records of a run's metrics.jsonl."""
+    """Return all records of a run's metrics.jsonl."""
     return [json.loads(line) for line in (workdir / METRICS).read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""What is trained, and how it begins."""
+"""The train state: what is trained, how it is initialized, and which parts of it predict."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import optax
 from flax.traverse_util import flatten_dict
 
 from ekd_jax.common.errors import UserError
+from ekd_jax.config.build import Networks
 from ekd_jax.methods.base import Batch, Method, TeacherOutputs
 from ekd_jax.models.ensemble import Ensemble, Outputs, Variables
 from ekd_jax.models.initializers import draw, trace
@@ -19,14 +20,14 @@ from ekd_jax.models.initializers import draw, trace
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a run needs to go on, and everything that is checkpointed.
+    """Everything that a run needs to resume, and everything that a checkpoint holds.
 
     Attributes:
-        step: int32 scalar, steps taken.
-        params: `base`, `students/<i>`, `method`.
+        step: number of steps taken, int32 scalar.
+        params: sub-trees `base`, `students/<i>` and `method`.
         batch_stats: the same sub-trees.
-        opt_state: of the optimizer.
-        copies: of the networks, `{"1": {"params", "batch_stats"}, ...}`, if the method keeps any.
+        opt_state: state of the optimizer.
+        copies: copies of the networks, `{"1": {"params", "batch_stats"}, ...}`, if the method keeps any.
     """
 
     step: Any
@@ -41,25 +42,25 @@ class TrainState:
         return {"params": self.params, "batch_stats": self.batch_stats, "copies": self.copies}
 
 
-def of_method(variables: Variables) -> Variables:
-    """The method's own variables."""
+def method_variables(variables: Variables) -> Variables:
+    """Return the variables of the method's own layers."""
     return {kind: variables[kind]["method"] for kind in ("params", "batch_stats")}
 
 
-def of_networks(variables: Variables) -> Variables:
-    """Everything but the method's own."""
+def network_variables(variables: Variables) -> Variables:
+    """Return the variables of the networks, without those of the method's own layers."""
     kinds = ("params", "batch_stats")
     return {kind: {name: t for name, t in variables[kind].items() if name != "method"} for kind in kinds}
 
 
-def deployed(variables: Variables) -> list[Variables]:
-    """The networks that predict: the copies, if there are any, or else those that learn."""
+def deployed_variables(variables: Variables) -> list[Variables]:
+    """Return the variables of the networks that predict: the copies if there are any, else the trained ones."""
     copies = variables.get("copies", {})
     return [copies[name] for name in sorted(copies, key=int)] or [variables]
 
 
-def joined(outputs: Sequence[Outputs]) -> Outputs:
-    """The students of several ensembles as one."""
+def joined_outputs(outputs: Sequence[Outputs]) -> Outputs:
+    """Return the outputs of several ensembles, arrays or shapes, as those of one with all their students."""
     if len(outputs) == 1:
         return outputs[0]
     logits = [o.logits_SxBxK for o in outputs]
@@ -70,21 +71,20 @@ def joined(outputs: Sequence[Outputs]) -> Outputs:
     return Outputs(together, features, sum((o.pooled for o in outputs), ()), outputs[0].base)
 
 
-def deployed_names(ensemble: Ensemble, method: Method, input_shape: Sequence[int]) -> list[str]:
-    """Names of all that predicts when the networks that are deployed are evaluated."""
-    return method.names(joined([ensemble.shapes(input_shape)] * max(1, method.copies)))
+def predictor_names(networks: Networks) -> list[str]:
+    """Return the names of everything that predicts when a run is evaluated: students, and last the ensemble."""
+    copies = max(1, networks.method.copies)
+    return networks.method.names(joined_outputs([networks.trace.outputs] * copies))
 
 
 def trainable(method: Method, params: Any) -> Any:
-    """The sub-trees of the parameters that learn."""
+    """Return the sub-trees of the parameters that are trained."""
     return params if method.trains_networks else {"method": params["method"]}
 
 
-def batch_shapes(
-    ensemble: Ensemble, method: Method, input_shape: Sequence[int], teachers: Sequence[TeacherOutputs] = ()
-) -> tuple[Outputs, Batch]:
-    """What a method is called with for a batch of one image: shapes and dtypes."""
-    outputs = ensemble.shapes(input_shape)
+def batch_shapes(networks: Networks, teachers: Sequence[TeacherOutputs] = ()) -> tuple[Outputs, Batch]:
+    """Return the shapes and dtypes that the method is called with for a batch of one image."""
+    outputs, method = networks.trace.outputs, networks.method
     labels: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
     epoch: Any = jax.ShapeDtypeStruct((), jnp.float32)
     return outputs, Batch(
@@ -93,48 +93,62 @@ def batch_shapes(
         key=jax.eval_shape(lambda: jax.random.key(0)),
         teachers=tuple(teachers),
         copies=(outputs,) * method.copies if method.compares_copies else (),
-        networks=ensemble.init(None, input_shape)["params"],
+        networks=networks.trace.init(None)["params"],
     )
 
 
 def init_variables(
-    ensemble: Ensemble,
-    method: Method,
-    seed: int | None,
-    input_shape: Sequence[int],
-    teachers: Sequence[TeacherOutputs] = (),
+    networks: Networks, seed: int | None, teachers: Sequence[TeacherOutputs] = ()
 ) -> Variables:
-    """Initial variables of students and method, as numpy arrays; shapes alone with None for a seed.
+    """Initialize the variables of students and method.
 
     Args:
-        ensemble: of the networks.
-        method: whose own variables are made for them.
-        seed: any non-negative integer.
-        input_shape: H, W, C.
-        teachers: the shapes of what frozen teachers give, if the method has any.
+        networks: the students and the method.
+        seed: any non-negative integer; None: shapes and dtypes only.
+        teachers: shapes of the outputs of frozen teachers, if the method has any.
+
+    Returns:
+        `{"params", "batch_stats"}` with numpy arrays.
     """
-    variables = ensemble.init(seed, input_shape)
+    method, members = networks.method, networks.ensemble.students
+    variables = networks.trace.init(seed)
     if method.same_beginning:
-        first = [str(ensemble.students.index(member) + 1) for member in ensemble.students]
+        first = [str(members.index(member) + 1) for member in members]
         for tree in variables.values():
             tree["students"] = {str(i): tree["students"][own] for i, own in enumerate(first, 1)}
-    given = batch_shapes(ensemble, method, input_shape, teachers)
+    given = batch_shapes(networks, teachers)
     own = draw(trace(method, *given).variables, seed, "method")
     return {kind: {**tree, "method": own.get(kind, {})} for kind, tree in variables.items()}
 
 
-def begin_with(state: TrainState, ensemble: Ensemble, variables: Variables, source: str) -> TrainState:
-    """The state with student 1, and what it shares, taken from `variables` of a network; a classifier of
-    another number of classes stays as it is.
+def init_state(
+    networks: Networks,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    teachers: Sequence[TeacherOutputs] = (),
+) -> TrainState:
+    """Return the state before the first step, as numpy arrays; for the arguments see `init_variables`."""
+    variables = init_variables(networks, seed, teachers)
+    shapes = jax.eval_shape(optimizer.init, trainable(networks.method, variables["params"]))
+    # every optimizer starts with zeros everywhere: there is nothing to compute
+    opt_state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    copies: dict[str, Any] = {str(i + 1): {} for i in range(networks.method.copies)}
+    return _copied(TrainState(np.zeros((), np.int32), **variables, opt_state=opt_state, copies=copies))
+
+
+def start_from(state: TrainState, ensemble: Ensemble, variables: Variables, source: str) -> TrainState:
+    """Return the state with student 1, and the parts it shares, replaced by the variables of a network.
+
+    A classifier for another number of classes stays as it is.
 
     Args:
         state: before the first step.
-        ensemble: that it is of.
-        variables: as `Student` takes them.
+        ensemble: the networks of the state.
+        variables: of one network, as `Student` takes them.
         source: where they are from, for the error.
 
     Raises:
-        UserError: they are of another network.
+        UserError: they belong to another network.
     """
 
     def filled(path: Any, leaf: Any, given: Any) -> Any:
@@ -148,36 +162,21 @@ def begin_with(state: TrainState, ensemble: Ensemble, variables: Variables, sour
             f"{leaf.shape}: take a student of the same network and width"
         )
 
-    networks = of_networks(state.variables)
+    networks = network_variables(state.variables)
     own = ensemble.alone(networks, 1)
     if flatten_dict(own).keys() != flatten_dict(variables).keys():
-        raise UserError(f"model.initial_weights={source} is of another network: take one of the same name")
+        raise UserError(
+            f"model.initial_weights={source} is another network: take a student with the same network name"
+        )
     new = jax.tree_util.tree_map_with_path(filled, own, variables)
     placed = ensemble.placed(networks, 1, new)
     placed = {kind: {**tree, "method": state.variables[kind]["method"]} for kind, tree in placed.items()}
-    return _with_copies(dataclasses.replace(state, **placed))
+    return _copied(dataclasses.replace(state, **placed))
 
 
-def _with_copies(state: TrainState) -> TrainState:
-    """Every copy begins as the networks do."""
-    networks = of_networks(state.variables)
+def _copied(state: TrainState) -> TrainState:
+    """Return the state with every copy of the networks equal to the networks."""
+    networks = network_variables(state.variables)
     return dataclasses.replace(
         state, copies={name: jax.tree.map(np.copy, networks) for name in state.copies}
     )
-
-
-def init_state(
-    ensemble: Ensemble,
-    method: Method,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    input_shape: tuple[int, ...],
-    teachers: Sequence[TeacherOutputs] = (),
-) -> TrainState:
-    """The state before the first step, as numpy arrays; arguments as of `init_variables`."""
-    variables = init_variables(ensemble, method, seed, input_shape, teachers)
-    shapes = jax.eval_shape(optimizer.init, trainable(method, variables["params"]))
-    # every optimizer begins at zero everywhere: nothing to compute.
-    opt_state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    copies: dict[str, Any] = {str(i + 1): {} for i in range(method.copies)}
-    return _with_copies(TrainState(np.zeros((), np.int32), **variables, opt_state=opt_state, copies=copies))

@@ -1,15 +1,14 @@
-"""The folder of a run: what is in it, who may write to it, and whether a configuration fits it.
+"""The directory of a run: what is in it, who may write to it, and whether a configuration fits it.
 
 config.json       the complete configuration
 environment.json  versions and devices, one entry each time the run was started
 students.json     the students, class names and input shape
-metrics.jsonl     a record a line      tensorboard/   the same
-checkpoints/      latest and best      summary.json   written when the run is complete
-earlier/           the runs that a method of several stages has before, one folder each
+metrics.jsonl     one record per line      tensorboard/   the same
+checkpoints/      the latest and the best  summary.json   written when the run is complete
+earlier/          the runs that a method's plan trains first, one directory each
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -18,7 +17,7 @@ import pathlib
 import platform
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,8 +27,10 @@ from ml_collections import FrozenConfigDict
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError, reason
 from ekd_jax.common.files import write_json
-from ekd_jax.config.resolve import resolve, result_fields, to_dict
+from ekd_jax.common.records import read_record, write_record
+from ekd_jax.config.resolve import result_fields, to_dict
 from ekd_jax.methods.base import EARLIER
+from ekd_jax.runs.records import RunDescription, TeacherInfo
 
 CONFIG, STUDENTS, ENVIRONMENT, SUMMARY = "config.json", "students.json", "environment.json", "summary.json"
 PACKAGES = (
@@ -38,39 +39,9 @@ PACKAGES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What the folder of an existing run says.
-
-    Attributes:
-        config: complete.
-        students: as `describe.describe` gives it, with `class_names`.
-    """
-
-    path: pathlib.Path
-    config: FrozenConfigDict
-    students: dict[str, Any]
-
-
-def read(path: pathlib.Path) -> Run:
-    """Reads the folder of an existing run.
-
-    Raises:
-        UserError: it is not one.
-    """
-    try:
-        config = json.loads((path / CONFIG).read_text())
-        students = json.loads((path / STUDENTS).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is not the folder of a run ({reason(error)}): pass the --workdir of one"
-        ) from error
-    return Run(path, resolve(config), students)
-
-
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """Keeps a second run out of a run's folder; a killed one lets go by itself."""
+    """Keep a second run out of a run's directory; the lock of a killed run is released by itself."""
     if not parallel.is_main():
         yield
         return
@@ -85,15 +56,15 @@ def locked(path: pathlib.Path) -> Iterator[None]:
 
 
 def check(path: pathlib.Path, config: FrozenConfigDict) -> None:
-    """Makes sure that a run of `config` may begin or go on in `path`; changes nothing.
+    """Check that a run of `config` may start or resume in `path`; nothing is changed.
 
     Raises:
-        UserError: `path` is not a folder, cannot be written to, holds something else, or holds a
-            run whose configuration computes something else.
+        UserError: `path` is not a directory, cannot be written to, holds something else, or holds a run whose
+            configuration computes something else.
     """
     existing = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
     if not existing.is_dir():
-        raise UserError(f"--workdir={path}: {existing} is not a folder: choose another")
+        raise UserError(f"--workdir={path}: {existing} is not a directory: choose another")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
             f"--workdir={path}: {existing} is not writable: choose another, or change its permissions"
@@ -103,7 +74,7 @@ def check(path: pathlib.Path, config: FrozenConfigDict) -> None:
         if any(n not in (".lock", EARLIER) and not n.startswith(f".{CONFIG}.") for n in others):
             raise UserError(
                 f"--workdir={path} holds other files ({', '.join(others[:3])}) and no run: "
-                f"choose an empty or new folder"
+                f"choose an empty or new directory"
             )
         return
     try:
@@ -125,9 +96,11 @@ def check(path: pathlib.Path, config: FrozenConfigDict) -> None:
         )
 
 
-def check_shared(path: pathlib.Path, config: FrozenConfigDict) -> None:
-    """Raises UserError unless all processes of a run ask for the same and see the same folder; waits for
-    all of them, so that none looks into the folder while another one writes there."""
+def check_same_everywhere(path: pathlib.Path, config: FrozenConfigDict) -> None:
+    """Raise UserError unless all processes of a run have the same configuration and see the same directory.
+
+    It waits for all processes, so that none looks into the directory while another one writes there.
+    """
     seen = [str(file.relative_to(path)) for file in path.glob("checkpoints/[0-9]*")]
     own = [zlib.crc32(json.dumps(what).encode()) for what in (to_dict(config), sorted(seen))]
     told = parallel.gathered(np.array(own, np.uint32))
@@ -136,38 +109,38 @@ def check_shared(path: pathlib.Path, config: FrozenConfigDict) -> None:
         if len(other):
             raise UserError(
                 f"{what} of process {other[0]} is not that of process 0: start all processes with the same "
-                f"command, and give them a folder that they share ({path})"
+                f"command, and give them a directory that they share ({path})"
             )
 
 
-def check_teachers(path: pathlib.Path, teachers: list[dict[str, Any]]) -> None:
-    """Raises UserError unless a run that goes on in `path` has the teachers that it began with."""
+def check_teachers(path: pathlib.Path, teachers: Sequence[TeacherInfo]) -> None:
+    """Raise UserError unless a run that resumes in `path` has the teachers that it started with."""
     if not (path / STUDENTS).exists():
         return
-    before = json.loads((path / STUDENTS).read_text()).get("teachers", [])
+    before = read_record(path / STUDENTS, RunDescription, "the directory of a run").teachers
     for old, new in zip(before, teachers, strict=False):
-        if old["sha256"] != new["sha256"]:
+        if old.sha256 != new.sha256:
             raise UserError(
-                f"method.teachers: the weights in {new['source']} are not those that the run in {path} "
-                f"began with: put them back, or choose another --workdir"
+                f"method.teachers: the weights in {new.source} are not those that the run in {path} "
+                f"started with: put them back, or choose another --workdir"
             )
 
 
 def claim(path: pathlib.Path, config: FrozenConfigDict) -> None:
-    """Makes the folder this configuration's, before anything else is written; it has been checked."""
+    """Write the configuration into the directory, before anything else; it has been checked."""
     if parallel.is_main() and not (path / CONFIG).exists():
         write_json(path / CONFIG, to_dict(config))
 
 
-def describe(path: pathlib.Path, students: dict[str, Any]) -> None:
-    """Writes what the run trains, and adds to the list of environments it ran in."""
-    write_json(path / STUDENTS, students)
+def write_description(path: pathlib.Path, description: RunDescription) -> None:
+    """Write what the run trains, and append to the list of environments it ran in."""
+    write_record(path / STUDENTS, description)
     log = json.loads((path / ENVIRONMENT).read_text()) if (path / ENVIRONMENT).exists() else []
     write_json(path / ENVIRONMENT, [*log, environment()])
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and time."""
+    """Return versions, devices and time."""
     devices = jax.devices()
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -1,78 +1,77 @@
-"""TODO: students.student."""
+"""A student: one network of a run as a directory that stands alone, to predict with.
+
+The directory holds `weights.safetensors` and `student.json` (network, class names, preprocessing, metrics,
+provenance). Nothing else of this package's training code is needed to use it.
+"""
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import shutil
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ekd_jax import models
 from ekd_jax.common.errors import UserError, reason
-from ekd_jax.common.files import write_json
+from ekd_jax.common.imports import import_modules
+from ekd_jax.common.records import read_record, write_record
 from ekd_jax.data.augment import normalize
 from ekd_jax.data.dataset import Example
 from ekd_jax.data.decode import CorruptImageError, Reader
+from ekd_jax.models import EnsembleSpec, build
 from ekd_jax.models.ensemble import Student, Variables
-from ekd_jax.models.members import parse_member
+from ekd_jax.models.members import Member
+from ekd_jax.students.description import FORMAT, StudentDescription
 
 WEIGHTS, DESCRIPTION = "weights.safetensors", "student.json"
-FORMAT = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedStudent:
-    """A student that was taken out: ready to predict.
+    """A student that is ready to predict.
 
     Attributes:
-        description: what student.json says.
+        description: the record in `student.json`.
         variables: `{"params": {"stem", ..., "head"}, "batch_stats": same}`, numpy arrays.
     """
 
-    description: dict[str, Any]
+    description: StudentDescription
     variables: Variables
 
     @property
-    def class_names(self) -> list[str]:
-        names: list[str] = self.description["class_names"]
-        return names
+    def class_names(self) -> tuple[str, ...]:
+        """K names; a label is the place in them."""
+        return self.description.class_names
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """H, W, C."""
-        h, w, c = self.description["architecture"]["input_shape"]
-        return h, w, c
-
-    @property
-    def fit(self) -> str:
-        """How images of other sizes are brought to `input_shape`: as `data.fit`."""
-        return str(self.description["preprocessing"]["fit"])
+        """H, W, C of the images that it takes."""
+        return self.description.network.input_shape
 
     @cached_property
-    def model(self) -> Student:
-        """The network."""
-        own = self.description["architecture"]
-        ensemble = models.build(
-            own["name"],
-            (parse_member(own),),
-            own["num_classes"],
-            own["dtype"],
+    def network(self) -> Student:
+        """The network, without its variables."""
+        own = self.description.network
+        import_modules(own.imports, f"student {self.description.student}")
+        spec = EnsembleSpec(
+            name=own.name,
+            students=(Member(own.name, tuple(Fraction(width) for width in own.widths)),),
+            num_classes=own.num_classes,
+            dtype=own.dtype,
             sharing="none",
-            **own["options"],
+            **own.options,
         )
-        return ensemble.student(1)
+        return build(spec).student(1)
 
     def logits(self, images: Any) -> jax.Array:
-        """(B, H, W, C) uint8 -> (B, K) float32. Can be jitted.
+        """Return the logits (B, K) float32 of images (B, H, W, C) uint8. May be jitted.
 
         Raises:
             UserError: images of another shape or type.
@@ -82,90 +81,89 @@ class LoadedStudent:
             wanted = "x".join(map(str, ("B", *self.input_shape)))
             found = "x".join(map(str, images.shape))
             raise UserError(f"the student takes uint8 images {wanted}, not {images.dtype} {found}")
-        own = self.description["preprocessing"]
-        return self.model.logits(self.variables, normalize(images, own["mean"], own["std"]))
+        own = self.description.preprocessing
+        return self.network.logits(self.variables, normalize(images, own.mean, own.std))
 
     def predict(self, images: Any) -> jax.Array:
-        """(B, H, W, C) uint8 -> class probabilities (B, K) float32; compiled once a shape."""
-        return self._jitted(images)
+        """Return class probabilities (B, K) float32 of images (B, H, W, C) uint8.
+
+        It is compiled once per batch size. Errors are those of `logits`.
+        """
+        return self._predict(images)
 
     @cached_property
-    def _jitted(self) -> Any:
+    def _predict(self) -> Any:
         return jax.jit(lambda images: jax.nn.softmax(self.logits(images)))
 
 
-def load_student(folder: str | os.PathLike[str]) -> LoadedStudent:
-    """The student in a folder that `extract` wrote.
+def load_student(directory: str | os.PathLike[str]) -> LoadedStudent:
+    """Load the student in a directory that `extract` or `convert` wrote.
 
     Raises:
-        UserError: a missing or damaged file.
+        UserError: a file is missing or damaged, or a module that registers the network is missing.
     """
-    path = pathlib.Path(folder)
+    path = pathlib.Path(directory)
+    description = read_record(path / DESCRIPTION, StudentDescription, "a student's directory, as extract writes it")
+    if description.format != FORMAT:
+        raise UserError(f"{path / DESCRIPTION} has format {description.format}, this version reads {FORMAT}")
     try:
-        description = json.loads((path / DESCRIPTION).read_text())
         data = (path / WEIGHTS).read_bytes()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a folder that ekd_jax.extract wrote: {reason(error)}") from error
-    if description.get("format") != FORMAT:
-        raise UserError(
-            f"{path / DESCRIPTION} has format {description.get('format')}, this version reads {FORMAT}"
-        )
-    if hashlib.sha256(data).hexdigest() != description["weights_sha256"]:
+    except OSError as error:
+        raise UserError(f"{path / WEIGHTS} cannot be read ({reason(error)}): extract the student again") from error
+    if hashlib.sha256(data).hexdigest() != description.weights_sha256:
         raise UserError(f"{path / WEIGHTS} is damaged (its SHA-256 differs): extract the student again")
     variables = unflatten_dict(safetensors.numpy.load(data), sep="/")
-    return LoadedStudent(description, variables)
+    student = LoadedStudent(description, variables)
+    _ = student.network  # a missing module is said now
+    return student
+
+
+def read_image(path: pathlib.Path, student: LoadedStudent) -> np.ndarray:
+    """Read an image file as (1, H, W, C) uint8, resized as the images were that the student was tested on.
+
+    Raises:
+        UserError: no such file, or not an image.
+    """
+    fit = "crop" if student.description.preprocessing.fit == "crop" else "stretch"
+    read = Reader(student.input_shape, fit)
+    try:
+        return read(Example(path.read_bytes(), 0, str(path)))[None]
+    except (OSError, CorruptImageError) as error:
+        why = reason(error.__cause__ or error)
+        raise UserError(f"cannot read an image from {path}: {why}") from error
 
 
 def check_output(output: pathlib.Path) -> None:
-    """Raises UserError unless `output` is new or empty, and can be written."""
+    """Raise UserError unless `output` is new or empty, and can be written."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output={output} exists and is not an empty folder: choose another")
+        raise UserError(f"--output={output} exists and is not an empty directory: choose another")
     parent = next(p for p in output.absolute().parents if p.exists())
     if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
-        raise UserError(f"--output={output}: {parent} is not a writable folder: choose another")
+        raise UserError(f"--output={output}: {parent} is not a writable directory: choose another")
 
 
-def write_student(
-    output: pathlib.Path, variables: Variables, description: dict[str, Any]
-) -> dict[str, Any]:
-    """Writes a student to the new folder `output`, which appears with both files or not at all.
-
-    Args:
-        output: checked by `check_output`.
-        variables: `{"params": {"stem", ..., "head"}, "batch_stats": same}`.
-        description: what student.json is to say, but for its format and the weights' SHA-256.
+def write_student(output: pathlib.Path, student: LoadedStudent) -> LoadedStudent:
+    """Write a student to the new directory `output`, which appears with both files or not at all.
 
     Returns:
-        What student.json says.
+        The student, whose description has the SHA-256 of its weights.
 
     Raises:
-        UserError: `output` cannot be written.
+        UserError: `output` is not empty or cannot be written.
     """
-    flat = flatten_dict(variables, sep="/")
+    check_output(output)
+    flat = flatten_dict(student.variables, sep="/")
     weights = safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in flat.items()})
-    description = {"format": FORMAT, **description, "weights_sha256": hashlib.sha256(weights).hexdigest()}
+    digest = hashlib.sha256(weights).hexdigest()
+    description = dataclasses.replace(student.description, weights_sha256=digest)
     partial = output.absolute().with_name(f".{output.name}.{os.getpid()}")
     try:
         partial.mkdir(parents=True)
         (partial / WEIGHTS).write_bytes(weights)
-        write_json(partial / DESCRIPTION, description)
+        write_record(partial / DESCRIPTION, description)
         os.replace(partial, output)
     except OSError as error:
         raise UserError(f"cannot write --output={output}: {reason(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return description
-
-
-def read_image(path: pathlib.Path, student: LoadedStudent) -> np.ndarray:
-    """The image as (1, H, W, C) uint8, brought to its size as images to test on were.
-
-    Raises:
-        UserError: no such file, or not an image.
-    """
-    read = Reader(student.input_shape, "crop" if student.fit == "crop" else "stretch")
-    try:
-        return read(Example(path.read_bytes(), 0, str(path)))[None]
-    except (OSError, CorruptImageError) as error:
-        why = reason(error.__cause__ or error)
-        raise UserError(f"cannot read an image from --image={path}: {why}") from error
+    return LoadedStudent(description, student.variables)

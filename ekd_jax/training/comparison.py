@@ -1,16 +1,14 @@
-"""The runs of a comparison: which there are, whether they can be, and training one after the other.
+"""A comparison of methods: its runs, the checks before they are trained, and training one after the other.
 
-What a comparison is says `ekd_jax.compare`, the command.
+`ekd_jax/compare.py`, the command, describes the file of a comparison.
 """
 
 import contextlib
 import dataclasses
 import gc
-import json
 import pathlib
 import re
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,100 +16,105 @@ from ml_collections import ConfigDict
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError, nearest
+from ekd_jax.common.log import logger
+from ekd_jax.common.records import read_record
 from ekd_jax.common.text import clock
-from ekd_jax.config.build import make_ensemble, make_method
+from ekd_jax.config.build import build_networks
 from ekd_jax.config.knobs import KNOBS
 from ekd_jax.config.resolve import resolve, result_fields, to_dict
 from ekd_jax.data.opening import known_facts
 from ekd_jax.methods.base import EARLIER
 from ekd_jax.runs.describe import describe
+from ekd_jax.runs.records import Summary
+from ekd_jax.runs.run import A_RUN
 from ekd_jax.runs.teachers import load_teachers
 from ekd_jax.runs.workdir import SUMMARY
-from ekd_jax.training import plans as stages
+from ekd_jax.training import plans
 from ekd_jax.training.optimizer import make_optimizer
 from ekd_jax.training.setup import check_batches, steps_in
 
 PARTS = ("common", "seeds", "methods", "allow")
-Folders = Mapping[str, pathlib.Path]
+Directories = Mapping[str, pathlib.Path]
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Entry:
     """One run of a comparison.
 
     Attributes:
-        label: the row of the table that it counts for.
-        path: its folder.
-        config: resolved.
-        needs: folders of the runs that it refers to, by label.
+        label: the row of the table that it belongs to.
+        path: its directory.
+        config: its complete configuration.
+        needs: directories of the runs that it refers to, by label.
     """
 
     label: str
     path: pathlib.Path
     config: Any
-    needs: Folders
+    needs: Directories
 
     @property
     def complete(self) -> bool:
+        """Whether it has been trained to its end."""
         return (self.path / SUMMARY).exists()
 
     @property
     def ready(self) -> bool:
-        """Whether all that it needs is complete."""
+        """Whether everything that it needs is complete."""
         return all((path / SUMMARY).exists() for path in self.needs.values())
 
-    def summary(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.path / SUMMARY).read_text())
-        return found
+    def summary(self) -> Summary:
+        """Return the summary of a complete run."""
+        return read_record(self.path / SUMMARY, Summary, A_RUN)
 
     def seconds(self) -> float:
-        """What it took, its stages included; for a complete one."""
+        """Return what a complete run took, earlier runs of its plan included."""
         files = [self.path / SUMMARY, *self.path.glob(f"{EARLIER}/*/{SUMMARY}")]
-        return sum(sum(json.loads(file.read_text())["seconds"].values()) for file in files)
+        return sum(sum(read_record(file, Summary, A_RUN).seconds.values()) for file in files)
 
     def check(self) -> None:
-        """Raises UserError unless it may begin or go on in its folder; what it needs is complete."""
-        stages.check(stages.runs(self.config, self.path))
+        """Raise UserError unless it may start or resume in its directory; what it needs is complete."""
+        plans.check(plans.runs(self.config, self.path))
 
 
 # --- which runs there are ------------------------------------------------------------------------
 
 
-def plan(
+def entries(
     asked: Mapping[str, Any] | ConfigDict, workdir: pathlib.Path, seeds: int | None = None
-) -> list[Run]:
-    """All runs in their order: every label once with the first seed, then with the next.
+) -> list[Entry]:
+    """Return all runs in their order: every label once with the first seed, then with the next.
 
     Args:
-        asked: what the file of the comparison gives.
-        workdir: of the comparison.
-        seeds: how many, instead of the file's.
+        asked: what the file of the comparison returns.
+        workdir: directory of the comparison.
+        seeds: how many, instead of the file's number.
 
     Raises:
-        UserError: a label, knob or value that cannot be, or one that would make the comparison unfair.
+        UserError: a label, knob or value that is not possible, or one that would make the comparison unfair.
     """
     parts = _checked(asked)
     common, methods = parts["common"].to_dict(), parts["methods"]
     first = resolve(common).seed
-    runs = []
+    found = []
     for seed in range(first, first + (seeds or parts["seeds"])):
-        folders = {label: workdir / label / f"seed{seed}" for label in methods}
+        directories = {label: workdir / label / f"seed{seed}" for label in methods}
         for label, knobs in methods.items():
             with _about(f"label {label}"):
-                own, needs = _filled(knobs, label, folders)
+                own, needs = _filled(knobs, label, directories)
                 config = resolve({**common, "seed": seed, **own}, own)
                 _check_fair(resolve({**common, "seed": seed}), config, parts["allow"])
-                runs.append(Run(label, folders[label], config, needs))
-    return runs
+                found.append(Entry(label, directories[label], config, needs))
+    return found
 
 
 def _checked(asked: Any) -> dict[str, Any]:
-    """The parts of a comparison's file."""
+    """Return the parts of a comparison's file, checked."""
     parts = {"seeds": 3, "allow": (), **asked}
     if not all(isinstance(parts.get(name), Mapping | ConfigDict) for name in ("common", "methods")):
         raise UserError(
-            "the config is not that of a comparison: its get_config must give 'common' and 'methods', as "
-            "that of configs/compare_digits.py does; single runs are trained with ekd_jax.main"
+            "this is not the config of a comparison: its get_config must return 'common' and 'methods', as "
+            "configs/compare_digits.py does; a single run is trained with ekd_jax.main"
         )
     for name in parts:
         if name not in PARTS:
@@ -122,7 +125,9 @@ def _checked(asked: Any) -> dict[str, Any]:
         raise UserError("methods of the comparison is empty: give it a label")
     for label in parts["methods"]:
         if not re.fullmatch(r"\w[\w.+-]*", label):
-            raise UserError(f"label {label!r} names a folder: it must be of letters, digits, and _ . + -")
+            raise UserError(
+                f"label {label!r} names a directory: it must consist of letters, digits, and _ . + -"
+            )
     for name in parts["allow"]:
         if name not in KNOBS or name == "seed":
             choices = [knob for knob in KNOBS if _is_guarded(knob) and knob != "seed"]
@@ -130,30 +135,32 @@ def _checked(asked: Any) -> dict[str, Any]:
     return {**parts, "common": ConfigDict(parts["common"])}
 
 
-def _filled(knobs: Mapping[str, Any], label: str, folders: Folders) -> tuple[dict[str, Any], Folders]:
-    """The knobs of a label with the folders of other labels in place of their names, and these folders."""
-    before = list(folders)[: list(folders).index(label)]
+def _filled(
+    knobs: Mapping[str, Any], label: str, directories: Directories
+) -> tuple[dict[str, Any], Directories]:
+    """Return the knobs of a label with directories in place of other labels' names, and these directories."""
+    before = list(directories)[: list(directories).index(label)]
     needs: dict[str, pathlib.Path] = {}
 
-    def folder(match: re.Match[str]) -> str:
+    def directory(match: re.Match[str]) -> str:
         name = match[1]
-        if name not in folders:
-            raise UserError(f"{match[0]}: there is no label {name!r}{nearest(name, folders)}")
+        if name not in directories:
+            raise UserError(f"{match[0]}: there is no label {name!r}{nearest(name, directories)}")
         if name not in before:
             raise UserError(f"{match[0]}: {name} comes later; teachers must come before their students")
-        needs[name] = folders[name]
-        return str(folders[name])
+        needs[name] = directories[name]
+        return str(directories[name])
 
     def fill(value: Any) -> Any:
         if isinstance(value, str):
-            return re.sub(r"\{([^{}]*)\}", folder, value)
+            return re.sub(r"\{([^{}]*)\}", directory, value)
         return tuple(map(fill, value)) if isinstance(value, list | tuple) else value
 
     return {name: fill(value) for name, value in knobs.items()}, needs
 
 
 def _check_fair(common: Any, config: Any, allowed: Sequence[str]) -> None:
-    """Raises UserError if a run has another network, other data, epochs or another seed than the rest."""
+    """Raise UserError if a run has another network, other data, epochs or another seed than the rest."""
     ours, its = (result_fields(to_dict(c)) for c in (common, config))
     for name, value in its.items():
         if _is_guarded(name) and value != ours[name] and name not in allowed:
@@ -169,15 +176,15 @@ def _is_guarded(knob: str) -> bool:
 
 @contextlib.contextmanager
 def _about(what: str) -> Iterator[None]:
-    """An error says what it is about."""
+    """Put what it is about in front of a UserError."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
 
 
-def selected(runs: list[Run], labels: Sequence[str]) -> list[Run]:
-    """The runs of some labels, and those that they refer to.
+def selected(runs: list[Entry], labels: Sequence[str]) -> list[Entry]:
+    """Return the runs of some labels, and those that they refer to.
 
     Raises:
         UserError: there is no such label.
@@ -196,19 +203,19 @@ def selected(runs: list[Run], labels: Sequence[str]) -> list[Run]:
 # --- before and while they are trained -----------------------------------------------------------
 
 
-def check_existing(runs: list[Run]) -> None:
-    """Raises UserError if a folder holds something else than its run."""
+def check_existing(runs: list[Entry]) -> None:
+    """Raise UserError if a directory holds something other than its run."""
     for run in runs:
         if run.ready:
             with _about(f"label {run.label}"):
                 run.check()
 
 
-def check(runs: list[Run]) -> None:
-    """Finds what would end a run that is not complete, as far as it can be known now. Writes nothing.
+def check(runs: list[Entry]) -> None:
+    """Find errors that would end an incomplete run, as far as they can be known now. Nothing is written.
 
     Raises:
-        UserError: as `train.run`.
+        UserError: as `loop.run`.
     """
     seen: set[str] = set()
     for run in runs:
@@ -216,18 +223,18 @@ def check(runs: list[Run]) -> None:
             continue
         seen.add(run.label)
         with _about(f"label {run.label}"):
-            config, method, known = run.config, make_method(run.config), known_facts(run.config)
-            mesh = parallel.make_mesh(fsdp=config.train.fsdp)
-            check_batches(config, mesh, known.train_examples)
+            config, known = run.config, known_facts(run.config)
+            check_batches(config, parallel.make_mesh(fsdp=config.train.fsdp), known.train_examples)
+            networks = build_networks(config, known.num_classes, known.input_shape)
+            method = networks.method
             make_optimizer(config, method, steps_in(config.train.epochs, config, known.train_examples))
-            outside = [source for source in method.teacher_sources if not _inside(source, run, runs)]
-            taught = None if method.teacher_sources else ()
-            describe(config, known.input_shape, known.num_classes, taught)
+            outside = [source for source in method.teacher_sources if not _is_inside(source, run, runs)]
+            describe(networks, config.model.name, None if method.teacher_sources else ())
             load_teachers(outside, run.path, known.num_classes, known.input_shape)
 
 
-def _inside(source: str, run: Run, runs: list[Run]) -> bool:
-    """Whether a teacher is one of the comparison's, or of the run's own stages.
+def _is_inside(source: str, run: Entry, runs: list[Entry]) -> bool:
+    """Return whether a teacher is a run of the comparison, or an earlier run of the run's own plan.
 
     Raises:
         UserError: it is a student that a run of the comparison does not have.
@@ -237,20 +244,19 @@ def _inside(source: str, run: Run, runs: list[Run]) -> bool:
         if str(path) not in (source, name):
             continue
         config = next(other.config for other in runs if other.path == path)
-        each = len(make_ensemble(config, num_classes=1).students)
-        students = each * max(1, make_method(config).copies)
+        students = build_networks(config, num_classes=1, input_shape=(1, 1, 1)).students
         if source != str(path) and number not in map(str, range(1, students + 1)):
             raise UserError(f"method.teachers: {source}: label {label} has students 1 to {students}")
         return True
     return source.startswith(f"{EARLIER}/")
 
 
-def train_all(runs: list[Run]) -> None:
-    """Trains the runs that are not complete, in order; all they print goes to standard error.
+def train_all(runs: list[Entry]) -> None:
+    """Train the runs that are not complete, in order.
 
     Raises:
-        UserError: as `train.run`.
-        SystemExit: SIGINT or SIGTERM came; a checkpoint was saved.
+        UserError: as `loop.run`.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
     for number, run in enumerate(runs, 1):
         name = f"{run.label}, seed {run.config.seed}"
@@ -258,16 +264,15 @@ def train_all(runs: list[Run]) -> None:
             if run.complete:
                 run.check()
                 continue
-            left = time_left(runs)
+            left = seconds_left(runs)
             about = f", about {clock(left)} left" if left else ""
-            print(f"run {number} of {len(runs)}: {name}{about}", file=sys.stderr, flush=True)
-            with contextlib.redirect_stdout(sys.stderr):
-                stages.run(run.config, run.path)
+            logger.info(f"run {number} of {len(runs)}: {name}{about}")
+            plans.run(run.config, run.path)
             gc.collect()  # compiled programs are part of reference cycles
 
 
-def time_left(runs: list[Run]) -> float:
-    """Seconds, by what complete runs took, of the same label if there are any; 0 before the first."""
+def seconds_left(runs: list[Entry]) -> float:
+    """Estimate the seconds left from what complete runs took, of the same label if possible; 0 before the first."""
     took: dict[str, list[float]] = {}
     for run in runs:
         if run.complete:

@@ -1,4 +1,4 @@
-"""TODO: training.dry_run."""
+"""A dry run: what a run would do, as text."""
 
 import json
 import pathlib
@@ -6,43 +6,48 @@ from typing import Any
 
 from ekd_jax.common import parallel
 from ekd_jax.common.text import human
-from ekd_jax.config.build import make_method
+from ekd_jax.config.build import build_networks
 from ekd_jax.config.resolve import fingerprint, to_dict
 from ekd_jax.data.feed import placements, resident_bytes
 from ekd_jax.data.opening import known_facts
 from ekd_jax.runs.describe import as_text, describe, memory
 from ekd_jax.runs.teachers import load_teachers
-from ekd_jax.training import plans as stages
+from ekd_jax.training import plans
 from ekd_jax.training.optimizer import rate_in_words
 from ekd_jax.training.setup import check_batches, steps_in
 
 
 def dry_run(config: Any, path: pathlib.Path) -> str:
-    """What a run would do, as text: configuration, students, steps and memory. Nothing is written.
+    """Return what a run would do: configuration, students, steps and memory. Nothing is written.
+
+    Args:
+        config: a complete configuration.
+        path: directory of the run.
 
     Raises:
-        UserError: what a run would raise before it starts.
+        UserError: as a run, before it starts.
     """
-    planned = stages.runs(config, path)
-    stages.check(planned)
+    planned = plans.runs(config, path)
+    plans.check(planned)
     parts = []
-    for number, (folder, stage) in enumerate(planned.items(), 1):
-        name = "" if folder == path else f", {folder.name}"
-        title = f"stage {number} of {len(planned)}{name}\n" if len(planned) > 1 else ""
-        parts.append(title + _plan(stage, folder, path, later=number > 1))
+    for number, (directory, run) in enumerate(planned.items(), 1):
+        name = "" if directory == path else f", {directory.name}"
+        title = f"run {number} of {len(planned)}{name}\n" if len(planned) > 1 else ""
+        parts.append(title + _describe_run(run, directory, path, later=number > 1))
     return "\n\n".join(parts)
 
 
-def _plan(config: Any, path: pathlib.Path, workdir: pathlib.Path, later: bool) -> str:
-    """One run; with `later` its teachers may come out of runs before it."""
+def _describe_run(config: Any, directory: pathlib.Path, path: pathlib.Path, later: bool) -> str:
+    """Describe one run of a plan; the teachers of a `later` one may come from the runs before it."""
     mesh, known = parallel.make_mesh(fsdp=config.train.fsdp), known_facts(config)
     check_batches(config, mesh, known.train_examples)
-    method, classes = make_method(config), known.num_classes
+    classes, shape = known.num_classes, known.input_shape
+    networks = build_networks(config, classes, shape)
     taught = None
     if not later:
-        teachers = load_teachers(method.teacher_sources, workdir, classes, known.input_shape)
+        teachers = load_teachers(networks.method.teacher_sources, path, classes, shape)
         taught = [teacher.shapes() for teacher in teachers]
-    description = describe(config, known.input_shape, classes, taught)
+    description = describe(networks, config.model.name, taught)
     where = placements(config, known, mesh)
     steps = steps_in(config.train.epochs, config, known.train_examples)
     held_out = f"{known.validation_examples:,} for validation, " if known.validation_examples else ""
@@ -57,7 +62,8 @@ def _plan(config: Any, path: pathlib.Path, workdir: pathlib.Path, later: bool) -
         f"{where['evaluation']}",
     ]
     if taught is not None:
-        needed = memory(config, description, resident_bytes(config, known, mesh), mesh.size)
+        image_bytes = resident_bytes(config, known, mesh)
+        needed = memory(networks, config, description, image_bytes, mesh.size)
         sizes = ", ".join(f"{name} {human(size)}B" for name, size in needed.items())
-        lines.append(f"memory of a device, estimated: {human(sum(needed.values()))}B ({sizes})")
-    return "\n".join([*lines, f"files go to {path}; nothing was trained"])
+        lines.append(f"memory per device, estimated: {human(sum(needed.values()))}B ({sizes})")
+    return "\n".join([*lines, f"the run's directory is {directory}; nothing was trained"])

@@ -1,4 +1,4 @@
-"""The optimizer, from config and number of steps."""
+"""The optimizer and its learning rate schedule, from a configuration and the number of steps."""
 
 from typing import Any
 
@@ -6,25 +6,29 @@ import optax
 
 from ekd_jax.methods.base import Method
 
-RMSPROP_DECAY, RMSPROP_EPSILON = 0.9, 1e-3  # of EfficientNet; the epsilon is added under the root
+RMSPROP_DECAY, RMSPROP_EPSILON = 0.9, 1e-3  # EfficientNet's; the epsilon is added under the root
 
 
 def batch_scale(config: Any) -> float:
-    """Factor on the learning rate: the batch over `reference_batch_size`, the linear scaling rule (Goyal et
-    al. 2017, arXiv 1706.02677); 1 unless asked for."""
+    """Return the factor of the linear scaling rule: the batch size over `reference_batch_size`, or 1 without it.
+
+    Reference: Goyal et al. 2017, arXiv 1706.02677.
+    """
     reference = config.optimizer.reference_batch_size
     return config.train.batch_size / reference if reference else 1.0
 
 
 def warmup_epochs(config: Any) -> float:
-    """Goyal et al.'s 5 epochs for a rate that is scaled up, unless it is said otherwise."""
+    """Return the epochs of warm-up: as asked, or Goyal et al.'s 5 for a learning rate that is scaled up."""
     asked = config.optimizer.warmup_epochs
     return asked if asked >= 0 else 5.0 * (batch_scale(config) > 1)
 
 
 def warmed_up(rate: optax.Schedule, config: Any, steps: int) -> optax.Schedule:
-    """The schedule scaled by the batch, with its first epochs on the way from the unscaled rate, or from 0
-    where none is scaled up, in equal steps."""
+    """Return the schedule scaled by the batch size, with linear warm-up.
+
+    The warm-up starts at the unscaled rate if the rate is scaled up, otherwise at 0.
+    """
     scale, epochs = batch_scale(config), warmup_epochs(config)
     if not epochs:
         return lambda step: scale * rate(step)
@@ -34,7 +38,7 @@ def warmed_up(rate: optax.Schedule, config: Any, steps: int) -> optax.Schedule:
 
 
 def rate_in_words(config: Any) -> str:
-    """How the rate was changed because of the batch, or "" if it was not asked for."""
+    """Return a line that says how the learning rate is scaled and warmed up, or "" if it is not."""
     knobs, scale, epochs = config.optimizer, batch_scale(config), warmup_epochs(config)
     rate = knobs.learning_rate
     parts = []
@@ -50,8 +54,11 @@ def rate_in_words(config: Any) -> str:
 
 
 def learning_rate(config: Any, steps: int) -> optax.Schedule:
-    """Step -> rate: `learning_rate`, times `decay` at each milestone (a fraction of training) and every
-    `decay_every_epochs`; or half a cosine down to 0."""
+    """Return the schedule step -> learning rate, without scaling and warm-up.
+
+    It is `learning_rate`, multiplied by `decay_factor` at each milestone (a fraction of training) and every
+    `decay_every_epochs`; or half a cosine down to 0.
+    """
     knobs = config.optimizer
     if knobs.schedule == "cosine":
         return optax.cosine_decay_schedule(knobs.learning_rate, steps)
@@ -65,10 +72,14 @@ def learning_rate(config: Any, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Any, method: Method, steps: int) -> optax.GradientTransformation:
-    """SGD, Adam or RMSProp, with PyTorch's weight decay: L2, in the gradient, of batch norm and biases too.
+    """Make SGD, Adam or RMSProp with PyTorch's weight decay: L2, added to the gradient, also of batch norm and biases.
 
-    The method's own parameters (`method/<name>`) learn at a rate scaled by its
-    `learning_rate_scales`.
+    The learning rate of the method's own parameters (`method/<name>`) is scaled by its `learning_rate_scales`.
+
+    Args:
+        config: a complete configuration.
+        method: may have a schedule of its own.
+        steps: of the whole run.
     """
     knobs = config.optimizer
     rate = method.learning_rate(config, steps) or learning_rate(config, steps)

@@ -6,21 +6,23 @@ is complete, it is only read, so a plan that was killed resumes in whichever run
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 
 from ekd_jax.common.errors import UserError
-from ekd_jax.config.build import make_ensemble, make_method
+from ekd_jax.common.log import logger
+from ekd_jax.config.build import build_method, build_networks
 from ekd_jax.config.resolve import resolve
+from ekd_jax.data.dataset import Source
 from ekd_jax.data.opening import facts
 from ekd_jax.methods.base import EARLIER
 from ekd_jax.methods.self_distillation import member_names
 from ekd_jax.methods.srm import DICTIONARIES, INITIALIZE, check_sizes
 from ekd_jax.models.members import parse_students
 from ekd_jax.runs import workdir
+from ekd_jax.runs.records import Summary
 from ekd_jax.runs.teachers import check_fit, network_of
 from ekd_jax.runs.workdir import SUMMARY
 from ekd_jax.training import loop
@@ -52,50 +54,52 @@ def runs(config: Any, path: pathlib.Path) -> Runs:
     """
     plan = PLANS.get(config.method.name, Plan())
     earlier = {path / EARLIER / name: resolve(run) for name, run in plan.earlier(config, path).items()}
-    if earlier and all((folder / SUMMARY).exists() for folder in earlier):
+    if earlier and all((directory / SUMMARY).exists() for directory in earlier):
         config = resolve(plan.settle(config, path))
     return {**earlier, path: config}
 
 
 def check(planned: Runs) -> None:
     """Raise UserError if a directory holds something other than its run."""
-    for folder, config in planned.items():
-        workdir.check(folder, config)
+    for directory, config in planned.items():
+        workdir.check(directory, config)
 
 
-def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None) -> dict[str, Any]:
+def run(
+    config: Any, path: pathlib.Path, mesh: Mesh | None = None, source: Source | None = None
+) -> Summary:
     """Train or resume all runs of the plan and return the summary of the last one.
 
-    Arguments and errors are those of `loop.run`.
+    For the arguments and errors see `loop.run`.
     """
     *earlier, _ = planned = runs(config, path)
     if not earlier:
-        return loop.run(config, path, mesh)
+        return loop.run(config, path, mesh, source)
     check(planned)
-    for number, folder in enumerate(earlier, 1):
-        if not (folder / SUMMARY).exists():
-            print(f"run {number} of {len(planned)}: {folder.name}", file=sys.stderr, flush=True)
-            loop.run(planned[folder], folder, mesh)
+    for number, directory in enumerate(earlier, 1):
+        if not (directory / SUMMARY).exists():
+            logger.info(f"run {number} of {len(planned)}: {directory.name}")
+            loop.run(planned[directory], directory, mesh, source)
     if not (path / SUMMARY).exists():
-        print(f"run {len(planned)} of {len(planned)}", file=sys.stderr, flush=True)
-    return loop.run(runs(config, path)[path], path, mesh)
+        logger.info(f"run {len(planned)} of {len(planned)}")
+    return loop.run(runs(config, path)[path], path, mesh, source)
 
 
 # --- SRM: dictionaries of the teacher's feature maps, then a student that predicts them -----------
 
 
 def _srm_earlier(config: Any, path: pathlib.Path) -> dict[str, Any]:
-    own, sources = config.method, make_method(config).teacher_sources
+    own, sources = config.method, build_method(config).teacher_sources
     number = len(parse_students(config.model.students))
     if (number, len(sources)) != (1, 1):
         raise UserError(
             f"srm trains one student from one teacher, not {number} from {len(sources)}: pass one of "
             f"each, as in --config.model.students='(1,)'"
         )
-    teacher = network_of(sources[0], path)
-    network, shape = teacher["architecture"], tuple(teacher["architecture"]["input_shape"])
+    network, preprocessing = network_of(sources[0], path)
+    shape = network.input_shape
     if known := facts(config):
-        check_fit(sources[0], network["num_classes"], shape, known.num_classes, known.input_shape)
+        check_fit(sources[0], network.num_classes, shape, known.num_classes, known.input_shape)
 
     first, second = config.to_dict(), config.to_dict()
     first["method"] = {
@@ -104,17 +108,17 @@ def _srm_earlier(config: Any, path: pathlib.Path) -> dict[str, Any]:
         "sparsity_multiplier": own.sparsity_multiplier,
     }
     first["model"] |= {
-        **network["options"],
-        "name": network["name"],
-        "students": (tuple(network["widths"]),),
+        **network.options,
+        "name": network.name,
+        "students": (tuple(network.widths),),
         **{"sharing": "", "compressed_stages": 0, "shared_stages": -1},
         "initial_weights": sources[0],
     }
-    first["data"] |= {name: tuple(teacher["preprocessing"][name]) for name in ("mean", "std")}
+    first["data"] |= {"mean": preprocessing.mean, "std": preprocessing.std}
     first["train"] |= {
         "epochs": own.dictionary_epochs,
         "batch_size": own.dictionary_batch_size or config.train.batch_size,
-        "dtype": network["dtype"],
+        "dtype": network.dtype,
     }
     first["optimizer"] |= _adam(own.dictionary_learning_rate, 0.0, 10, 60, 30)
 
@@ -131,10 +135,10 @@ def _srm_earlier(config: Any, path: pathlib.Path) -> dict[str, Any]:
     second["optimizer"] |= _adam(own.initialize_learning_rate, own.initialize_weight_decay, 30, 100, 30)
     for earlier in (first, second):
         earlier["model"]["last_map"] = "stage"  # the maps that a frozen teacher gives
-    shapes = [
-        make_ensemble(resolve(earlier), network["num_classes"]).shapes(shape) for earlier in (first, second)
-    ]
-    taught, learning = ([row[0] for row in outputs.features] for outputs in shapes)
+    taught, learning = (
+        [row[0] for row in build_networks(resolve(run), network.num_classes, shape).trace.outputs.features]
+        for run in (first, second)
+    )
     check_sizes(learning, taught)
     return {DICTIONARIES: first, INITIALIZE: second}
 

@@ -1,6 +1,7 @@
-"""What a run keeps and says about itself: its log, its lines on the terminal, its summary."""
+"""What a run remembers and says about itself: its log, its lines on the terminal, its summary."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,22 +10,23 @@ import numpy as np
 from ekd_jax.common.progress import Progress
 from ekd_jax.common.text import clock, human, table
 from ekd_jax.config.resolve import identity
-from ekd_jax.runs.describe import label
-from ekd_jax.training.setup import Job
+from ekd_jax.runs.describe import width_label
+from ekd_jax.runs.records import Result, StudentResult, Summary
+from ekd_jax.training.setup import Setup
 
 
 @dataclasses.dataclass
 class Log:
-    """What a run remembers beside its state; saved with every checkpoint.
+    """What a run remembers besides its state; saved with every checkpoint.
 
     Attributes:
-        sums: the metrics added up since the last training record; on the device while training.
+        sums: metrics, added up since the last training record; on the devices while training.
         recorded: step of that record.
         window: seconds of training since then.
-        waited: of these, for input.
-        last: test metrics of the finished run, or of the last evaluation if that was on the test set.
-        best: name -> its best top-1 of all evaluations and the step of it.
-        seconds: wall-clock so far.
+        waited: seconds of these in which devices waited for images.
+        last: metrics of the latest evaluation on the test set.
+        best: name of a predictor -> its best top-1 of all evaluations, and the step of it.
+        seconds: wall-clock so far, by what was done.
         execution: how branches run.
     """
 
@@ -40,78 +42,87 @@ class Log:
     execution: str = ""
 
     @classmethod
-    def recall(cls, remembered: dict[str, Any]) -> "Log":
-        log = cls(**remembered["log"])
+    def from_json(cls, remembered: dict[str, Any]) -> "Log":
+        """Return the log that `as_json` wrote."""
+        log = cls(**remembered)
         return dataclasses.replace(log, sums={k: np.float32(v) for k, v in log.sums.items()})
 
     def as_json(self) -> dict[str, Any]:
+        """Return the log as numbers, strings and dicts."""
         return {**vars(self), "sums": {k: float(v) for k, v in jax.device_get(self.sums).items()}}
 
-    def note_best(self, evaluation: dict[str, float], step: int, names: list[str]) -> None:
+    def note_best(self, evaluation: dict[str, float], step: int, names: Sequence[str]) -> None:
+        """Keep the best top-1 of every predictor."""
         for name in names:
             top1 = evaluation[f"{name}/top1"]
             if name not in self.best or top1 > self.best[name]["top1"]:
                 self.best[name] = {"top1": top1, "step": step}
 
 
-def train_line(job: Job, step: int, means: dict[str, float], progress: Progress) -> str:
-    """Of the metrics since the last record."""
-    top1 = " ".join(f"{means[f'{name}/top1']:.1f}" for name in job.learning)
+def train_line(setup: Setup, step: int, means: dict[str, float], progress: Progress) -> str:
+    """Return one line with the means of the metrics since the last record."""
+    top1 = " ".join(f"{means[f'{name}/top1']:.1f}" for name in setup.trained_names)
     return (
-        f"step {step:,}/{job.steps:,}  epoch {job.epochs(step):.2f}  loss {means['loss']:.4f}  "
+        f"step {step:,}/{setup.steps:,}  epoch {setup.epochs(step):.2f}  loss {means['loss']:.4f}  "
         f"train top-1 {top1}  {means['images/s']:,.0f} images/s  {progress.remaining(step)} left"
     )
 
 
-def evaluation_line(split: str, epoch: float, evaluation: dict[str, float], names: list[str]) -> str:
-    """Of an evaluation."""
+def evaluation_line(split: str, epoch: float, evaluation: dict[str, float], names: Sequence[str]) -> str:
+    """Return one line with the top-1 accuracies of an evaluation."""
     top1 = "  ".join(f"{name} {evaluation[f'{name}/top1']:.2f}" for name in names)
     return f"{split}, epoch {epoch:.2f}  top-1  {top1}"
 
 
-def summarize(job: Job, log: Log) -> dict[str, Any]:
-    """`summary.json` of a run that is complete."""
+def summarize(setup: Setup, log: Log) -> Summary:
+    """Return the summary of a run that is complete."""
 
-    def top1(name: str) -> dict[str, float]:
+    def result(name: str) -> dict[str, Any]:
         best = log.best[name]
-        return {"top1_last": log.last[f"{name}/top1"], "top1_best": best["top1"], "best_step": best["step"]}
+        return {
+            "top1_last": log.last[f"{name}/top1"],
+            "top1_best": best["top1"],
+            "best_step": int(best["step"]),
+        }
 
-    return {
-        **identity(job.config),
-        "steps": job.steps,
-        "epochs": job.config.train.epochs,
-        "seconds": {name: round(value, 1) for name, value in log.seconds.items()},
-        "method_parameters": job.students["method_parameters"],
-        "best_on": job.watched,
-        "students": [{**s, **top1(f"student_{s['student']}")} for s in job.students["students"]],
-        "ensemble": top1("ensemble"),
-        "others": {n: top1(n) for n in job.names if n != "ensemble" and not n.startswith("student_")},
-    }
+    students = setup.description.students
+    others = [n for n in setup.names if n != "ensemble" and not n.startswith("student_")]
+    return Summary(
+        **identity(setup.config),
+        steps=setup.steps,
+        epochs=setup.config.train.epochs,
+        seconds={name: round(value, 1) for name, value in log.seconds.items()},
+        best_on=setup.watched,
+        method_parameters=setup.description.method_parameters,
+        students=tuple(StudentResult(**vars(s), **result(f"student_{s.student}")) for s in students),
+        ensemble=Result(**result("ensemble")),
+        others={name: Result(**result(name)) for name in others},
+    )
 
 
-def summary_table(summary: dict[str, Any]) -> str:
-    """The students of a finished run, as text."""
+def summary_table(summary: Summary) -> str:
+    """Return the students of a complete run as a table for a terminal."""
 
-    def row(*cells: str, result: dict[str, float]) -> list[str]:
-        return [*cells, f"{result['top1_last']:.2f}", f"{result['top1_best']:.2f}"]
+    def row(*cells: str, result: Result | StudentResult) -> list[str]:
+        return [*cells, f"{result.top1_last:.2f}", f"{result.top1_best:.2f}"]
 
     rows = [
         row(
-            str(s["student"]),
-            label(s, summary["model"]),
-            f"{s['parameters']:,}",
-            f"{100 * s['ratio']:.1f}",
-            human(s["macs"]),
+            str(s.student),
+            width_label(s, summary.model),
+            f"{s.parameters:,}",
+            f"{100 * s.ratio:.1f}",
+            human(s.macs),
             result=s,
         )
-        for s in summary["students"]
+        for s in summary.students
     ]
-    for name, result in [("ensemble teacher", summary["ensemble"]), *summary["others"].items()]:
+    for name, result in [("ensemble teacher", summary.ensemble), *summary.others.items()]:
         rows.append(row(name, "", "", "", "", result=result))
     header = ["student", "width", "parameters", "% of 1", "MACs", "top-1 last", "top-1 best"]
-    spent = ", ".join(f"{name} {clock(seconds)}" for name, seconds in summary["seconds"].items())
+    spent = ", ".join(f"{name} {clock(seconds)}" for name, seconds in summary.seconds.items())
     return (
         f"{table(rows, header)}\n"
-        f"top-1: per cent of the test set, after the last epoch; and of the {summary['best_on']} set "
-        f"at the best evaluation\n{spent}"
+        f"top-1 last: per cent of the test set after the last epoch (the result); top-1 best: of the "
+        f"{summary.best_on} set at the best evaluation\n{spent}"
     )

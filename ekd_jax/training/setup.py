@@ -1,4 +1,4 @@
-"""What is trained, on what, for how long: all that follows from a configuration, nothing compiled."""
+"""The setup of a run: everything that follows from its configuration, built once and handed on."""
 
 import dataclasses
 import pathlib
@@ -10,96 +10,109 @@ from jax.sharding import Mesh
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
-from ekd_jax.config.build import make_ensemble, make_method
+from ekd_jax.config.build import Networks, build_networks
+from ekd_jax.data.dataset import Source
 from ekd_jax.data.opening import Data, open_data
-from ekd_jax.methods.base import Method, TeacherOutputs
-from ekd_jax.models.ensemble import Ensemble
+from ekd_jax.methods.base import TeacherOutputs
 from ekd_jax.runs.describe import describe
-from ekd_jax.runs.state import deployed_names
+from ekd_jax.runs.records import RunDescription
+from ekd_jax.runs.state import predictor_names
 from ekd_jax.runs.teachers import Teacher, load_teachers
 from ekd_jax.training.optimizer import make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """What is trained, on what, for how long: all that follows from a configuration."""
+class Setup:
+    """Everything that follows from a configuration; nothing is compiled.
+
+    Attributes:
+        config: the complete configuration.
+        mesh: devices that share each batch.
+        data: the data set, opened.
+        networks: the students and the method that trains them.
+        optimizer: with its learning rate schedule.
+        teachers: frozen networks that the method learns from.
+        taught: shapes of the outputs of each teacher for one image.
+        description: of the students, for `students.json`.
+        steps: of the whole run.
+    """
 
     config: Any
     mesh: Mesh
     data: Data
-    ensemble: Ensemble
-    method: Method
+    networks: Networks
     optimizer: optax.GradientTransformation
     teachers: list[Teacher]
-    taught: list[TeacherOutputs]  # shapes of what they give for an image
-    students: dict[str, Any]  # as students.json
+    taught: list[TeacherOutputs]
+    description: RunDescription
     steps: int
 
     @property
     def examples(self) -> int:
+        """How many training examples there are."""
         return len(self.data.train)
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        return self.data.facts.input_shape
-
-    @property
     def watched(self) -> str:
-        """What is measured while training, and decides which checkpoint is best."""
+        """The set that is evaluated while training, and decides which checkpoint is best."""
         return "test" if self.data.validation is None else "validation"
 
     @cached_property
     def names(self) -> list[str]:
-        """Of all that is evaluated: every student, and last the ensemble."""
-        return deployed_names(self.ensemble, self.method, self.input_shape)
+        """Names of everything that is evaluated: every student, and last the ensemble."""
+        return predictor_names(self.networks)
 
     @cached_property
-    def learning(self) -> list[str]:
-        """The same of what learns."""
-        return self.method.names(self.ensemble.shapes(self.input_shape))
+    def trained_names(self) -> list[str]:
+        """Names of everything whose training accuracy is recorded."""
+        return self.networks.method.names(self.networks.trace.outputs)
 
     def epochs(self, step: int) -> float:
+        """Return how many epochs have passed after `step` steps."""
         return step * self.config.train.batch_size / self.examples
 
 
-def prepare(config: Any, mesh: Mesh, path: pathlib.Path = pathlib.Path()) -> Job:
-    """Opens the data and builds everything for a run in the folder `path`, compiles nothing."""
-    data = open_data(config)
-    classes = data.facts.num_classes
+def prepare(
+    config: Any, mesh: Mesh, path: pathlib.Path = pathlib.Path(), source: Source | None = None
+) -> Setup:
+    """Open the data and build everything for a run.
+
+    Args:
+        config: a complete configuration.
+        mesh: devices that share each batch.
+        path: directory of the run.
+        source: the data set itself, if it is in memory.
+
+    Raises:
+        UserError: the data or a teacher is missing, or does not fit.
+    """
+    data = open_data(config, source)
+    classes, shape = data.facts.num_classes, data.facts.input_shape
     check_batches(config, mesh, len(data.train))
     steps = steps_in(config.train.epochs, config, len(data.train))
-    method = make_method(config)
-    teachers = load_teachers(method.teacher_sources, path, classes, data.facts.input_shape)
+    networks = build_networks(config, classes, shape, mesh.size)
+    teachers = load_teachers(networks.method.teacher_sources, path, classes, shape)
     taught = [teacher.shapes() for teacher in teachers]
-    students = describe(config, data.facts.input_shape, classes, taught)
-    return Job(
-        config=config,
-        mesh=mesh,
-        data=data,
-        ensemble=make_ensemble(config, classes, mesh.size),
-        method=method,
-        optimizer=make_optimizer(config, method, steps),
-        teachers=teachers,
-        taught=taught,
-        students={
-            **students,
-            "class_names": list(data.facts.class_names),
-            "teachers": [teacher.identity for teacher in teachers],
-        },
-        steps=steps,
+    description = dataclasses.replace(
+        describe(networks, config.model.name, taught),
+        class_names=tuple(data.facts.class_names),
+        teachers=tuple(teacher.info for teacher in teachers),
     )
+    optimizer = make_optimizer(config, networks.method, steps)
+    return Setup(config, mesh, data, networks, optimizer, teachers, taught, description, steps)
 
 
 def steps_in(epochs: float, config: Any, examples: int) -> int:
-    """Steps nearest to so many epochs, at least one."""
+    """Return the number of steps nearest to a number of epochs; at least one."""
     return max(1, round(epochs * examples / config.train.batch_size))
 
 
 def check_batches(config: Any, mesh: Mesh, examples: int | None) -> None:
-    """Raises UserError for a batch that devices cannot share or that is larger than the data set."""
-    parts, what = mesh.size * config.train.accumulation_steps, f"{mesh.size} devices"
-    if config.train.accumulation_steps > 1:
-        what += f" x train.accumulation_steps={config.train.accumulation_steps}"
+    """Raise UserError for a batch that the devices cannot share or that is larger than the data set."""
+    accumulation = config.train.accumulation_steps
+    parts, what = mesh.size * accumulation, f"{mesh.size} devices"
+    if accumulation > 1:
+        what += f" x train.accumulation_steps={accumulation}"
     parallel.check_divisible("train.batch_size", config.train.batch_size, parts, what)
     if examples is not None and config.train.batch_size > examples:
         raise UserError(

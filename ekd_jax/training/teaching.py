@@ -1,6 +1,6 @@
-"""TODO: training.teaching."""
+"""What frozen teachers say during training: computed with each batch, or read from a table made once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,43 +9,51 @@ import numpy as np
 from jax import lax
 
 from ekd_jax.common import parallel
-from ekd_jax.config.build import make_method
 from ekd_jax.data.augment import normalize
 from ekd_jax.data.feed import Feed
-from ekd_jax.data.opening import Data
 from ekd_jax.data.resident import Resident, read_all
 from ekd_jax.methods.base import TeacherOutputs
-from ekd_jax.runs.teachers import Array, Teacher
+from ekd_jax.runs.teachers import Teacher
+from ekd_jax.training.setup import Setup
+
+Array = jax.Array
+Teach = Callable[[Any, Array, Array], tuple[TeacherOutputs, ...]]
 
 
-def fixed_images(data: Any) -> bool:
-    """Whether an image looks the same in every epoch."""
+def frozen_inputs(setup: Setup, feed: Feed) -> Any:
+    """Return what `make_teach` needs on the devices, as numpy arrays.
+
+    That is the variables of the teachers, `{"teachers": [...]}`. Where an image is the same in every epoch, the
+    training set is on the devices and the method compares logits only, it is a table of the teachers' logits
+    instead, computed once: `{"stored": (N, T, K) float32}`.
+    """
+    teachers, method = setup.teachers, setup.networks.method
+    resident = isinstance(feed, Resident)
+    if teachers and images_are_fixed(setup.config.data) and resident and not method.uses_teacher_maps:
+        return {"stored": _all_logits(setup)}
+    return {"teachers": [teacher.frozen for teacher in teachers]}
+
+
+def images_are_fixed(data: Any) -> bool:
+    """Return whether an image is the same in every epoch; `data` is that section of a configuration."""
     drawn = data.crop_padding or data.flip or data.rotation or data.cutout or data.mixup
     return not drawn and data.policy == "none" and data.fit != "crop"
 
 
-def frozen_inputs(teachers: Sequence[Teacher], config: Any, data: Data, feed: Feed) -> Any:
-    """What `make_teach` needs on the devices, as numpy arrays.
-
-    The teachers' variables; or, where an image looks the same in every epoch, the training set is on the
-    devices and the method compares logits alone, a table of their logits `{"stored": (N, T, K) float32}`,
-    computed once.
-    """
-    needs_maps = make_method(config).uses_teacher_maps
-    if teachers and fixed_images(config.data) and isinstance(feed, Resident) and not needs_maps:
-        return {"stored": _logits(teachers, config, data)}
-    return {"teachers": [teacher.frozen for teacher in teachers]}
-
-
-def _logits(teachers: Sequence[Teacher], config: Any, data: Data) -> np.ndarray:
-    size, number = min(config.evaluate.batch_size, len(data.train)), len(data.train)
+def _all_logits(setup: Setup) -> np.ndarray:
+    """Return the logits of all teachers for all training images, (N, T, K) float32."""
+    teachers, number = setup.teachers, setup.examples
+    size = min(setup.config.evaluate.batch_size, number)
 
     @jax.jit
     def say(frozen: Any, images: Array) -> Array:
-        given = [t(own, normalize(images, t.mean, t.std)) for t, own in zip(teachers, frozen, strict=True)]
-        return jnp.stack([outputs.logits for outputs in given], 1)
+        outputs = []
+        for teacher, own in zip(teachers, frozen, strict=True):
+            given = teacher.preprocessing
+            outputs.append(teacher(own, normalize(images, given.mean, given.std)))
+        return jnp.stack([given.logits for given in outputs], 1)
 
-    images, _ = read_all(data.train, data, range(number))
+    images, _ = read_all(setup.data.train, setup.data, range(number))
     parts = []
     with jax.transfer_guard("allow"):
         frozen = jax.device_put([teacher.frozen for teacher in teachers])
@@ -56,9 +64,16 @@ def _logits(teachers: Sequence[Teacher], config: Any, data: Data) -> np.ndarray:
     return logits
 
 
-def make_teach(teachers: Sequence[Teacher], data: Any) -> Any:
-    """A function of (frozen, images normalized as the run's, numbers of the examples) that gives the
-    outputs of the teachers; from the table `frozen["stored"]` where there is one."""
+def make_teach(teachers: Sequence[Teacher], data: Any) -> Teach:
+    """Make a function that returns the outputs of the teachers.
+
+    Args:
+        teachers: frozen networks.
+        data: that section of the run's configuration.
+
+    Returns:
+        A function of (what `frozen_inputs` returned, images normalized as the run's, numbers of the examples).
+    """
 
     def teach(frozen: Any, images: Array, examples: Array) -> tuple[TeacherOutputs, ...]:
         if "stored" in frozen:
@@ -73,8 +88,8 @@ def make_teach(teachers: Sequence[Teacher], data: Any) -> Any:
 
 
 def _renormalized(images: Array, data: Any, teacher: Teacher) -> Array:
-    """Images as the teacher wants them, from images as the run normalizes them."""
-    own, its = (np.asarray((d.mean, d.std), np.float64) for d in (data, teacher))
+    """Return images normalized as the teacher wants them, from images normalized as the run's."""
+    own, its = (np.asarray((d.mean, d.std), np.float64) for d in (data, teacher.preprocessing))
     if np.array_equal(own, its):
         return images
     scale, shift = own[1] / its[1], (own[0] - its[0]) / its[1]

@@ -1,0 +1,33 @@
+"""The logger of the package: library code logs lines, and whoever runs it decides where they go."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+
+logger = logging.getLogger("ekd_jax")
+
+
+class _Stderr(logging.Handler):
+    """Writes to the standard error stream of the moment, so that redirection works."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[None]:
+    """Show the package's lines on standard error, unless the program has given the logger handlers."""
+    if logger.handlers:
+        yield
+        return
+    handler, before = _Stderr(), (logger.level, logger.propagate)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a handler of the root logger would show every line again
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before

@@ -1,0 +1,117 @@
+"""The records in a run's directory: `students.json`, while it trains, and `summary.json`, when it is complete."""
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentInfo:
+    """What a student is, before it is trained.
+
+    Attributes:
+        student: its number, from 1.
+        network: its name.
+        width: its width multiplier, or one per stage, as text.
+        channels: of the feature maps that students are compared by.
+        parameters: how many, the base block included.
+        macs: multiply-accumulates of convolutions and matrix products for one image.
+        activations: outputs of these for one image (Dollar et al. 2021, "Fast and accurate model scaling").
+        ratio: parameters, relative to student 1.
+    """
+
+    student: int
+    network: str
+    width: str
+    channels: tuple[int, ...]
+    parameters: int
+    macs: int
+    activations: int
+    ratio: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherInfo:
+    """A frozen teacher of a run: where it is from, and the SHA-256 of its weights."""
+
+    source: str
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDescription:
+    """What a run trains, and on what; `students.json`.
+
+    Attributes:
+        model: the network that students have unless they name another.
+        num_classes: K.
+        input_shape: H, W, C.
+        base_parameters: parameters that all students share; counted in each of them.
+        method_parameters: parameters that the method trains besides (adaptation layers, ...); None if that
+            depends on teachers that are not there yet.
+        students: one entry each.
+        class_names: K names; a label is the place in them.
+        teachers: the frozen teachers.
+    """
+
+    model: str
+    num_classes: int
+    input_shape: tuple[int, int, int]
+    base_parameters: int
+    method_parameters: int | None
+    students: tuple[StudentInfo, ...]
+    class_names: tuple[str, ...] = ()
+    teachers: tuple[TeacherInfo, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Top-1 accuracies of one predictor, in per cent.
+
+    Attributes:
+        top1_last: on the test set, after the last epoch: the result.
+        top1_best: at the best evaluation, on the set that was watched.
+        best_step: the step of that evaluation.
+    """
+
+    top1_last: float
+    top1_best: float
+    best_step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentResult(StudentInfo):
+    """A student and its `Result`."""
+
+    top1_last: float
+    top1_best: float
+    best_step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The outcome of a complete run; `summary.json`.
+
+    Attributes:
+        model, method, data, seed, fingerprint: what the configuration asked for.
+        steps, epochs: how long it was trained.
+        seconds: wall-clock by what was done ("read", "compile", "train", "evaluate").
+        best_on: "test" or "validation": the set that was watched while training.
+        method_parameters: as in `RunDescription`.
+        students: one entry each.
+        ensemble: of the ensemble teacher.
+        others: of what else predicts, by name.
+    """
+
+    model: str
+    method: str
+    data: str
+    seed: int
+    fingerprint: str
+    steps: int
+    epochs: float
+    seconds: dict[str, float]
+    best_on: str
+    method_parameters: int | None
+    students: tuple[StudentResult, ...]
+    ensemble: Result
+    others: Mapping[str, Result] = dataclasses.field(default_factory=dict)

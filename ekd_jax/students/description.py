@@ -1,0 +1,106 @@
+"""The records in `student.json`: everything about a student but its weights."""
+
+import dataclasses
+from typing import Any
+
+FORMAT = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkDescription:
+    """What is needed to build a student's network again.
+
+    Attributes:
+        name: of the network, as `list_models` has it.
+        widths: width multiplier of every stage, as fractions ("4/5").
+        num_classes: K.
+        input_shape: H, W, C.
+        dtype: data type of convolutions.
+        options: options of the network, as `models.EnsembleSpec` has them (dropout, padding, ...).
+        channels: channels of the feature maps that students are compared by; for people.
+        imports: the user's modules that register the network.
+    """
+
+    name: str
+    widths: tuple[str, ...]
+    num_classes: int
+    input_shape: tuple[int, int, int]
+    dtype: str
+    options: dict[str, Any]
+    channels: tuple[int, ...] = ()
+    imports: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How an image is brought to the network's input: resized as `fit` says, then normalized.
+
+    Attributes:
+        mean: per channel, or one value; subtracted from pixels scaled to [0, 1].
+        std: per channel, or one value; divides the result.
+        fit: "native", "stretch" or "crop", as the knob `data.fit`.
+        image_size: height and width; 0: as stored.
+        formula: the normalization, for people.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fit: str = "native"
+    image_size: int = 0
+    formula: str = "(image / 255 - mean) / std"
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Where a student comes from: a run and a step of it, or a file of PyTorch weights.
+
+    Attributes:
+        data: the data set it was trained for, as the knob `data.name`.
+        test_split: the TFDS split it is tested on; empty: the usual one.
+        model, method, seed, fingerprint: of the run's configuration.
+        step, epoch: of the checkpoint.
+        converted_from: name of the file of PyTorch weights.
+        version: of this package.
+    """
+
+    data: str
+    test_split: str = ""
+    model: str = ""
+    method: str = ""
+    seed: int = 0
+    fingerprint: str = ""
+    step: int = 0
+    epoch: float = 0.0
+    converted_from: str = ""
+    version: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentDescription:
+    """Everything about a student but its weights; `student.json`.
+
+    Attributes:
+        network: how to build it again.
+        student: its number in the run, from 1.
+        parameters: how many it has.
+        macs: multiply-accumulates for one image.
+        class_names: K names; a label is the place in them.
+        preprocessing: what is done to an image first.
+        provenance: where it comes from.
+        evaluated_on: "test" or "validation": what `metrics` were measured on.
+        metrics: `{"top1": per cent, "top5": per cent, "nll": nats}`; empty if it was not evaluated.
+        weights_sha256: of `weights.safetensors`, hexadecimal.
+        format: version of this record.
+    """
+
+    network: NetworkDescription
+    student: int
+    parameters: int
+    macs: int
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    provenance: Provenance
+    evaluated_on: str = "test"
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    weights_sha256: str = ""
+    format: int = FORMAT
