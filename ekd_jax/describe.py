@@ -9,7 +9,7 @@ from absl import flags
 
 from ekd_jax import cli
 from ekd_jax.common.errors import UserError
-from ekd_jax.config.build import make_method
+from ekd_jax.config.build import make_ensemble, make_method
 from ekd_jax.data.opening import known_facts
 from ekd_jax.runs.describe import as_text, describe
 
@@ -23,8 +23,9 @@ def main() -> None:
     if FLAGS.num_classes is not None and FLAGS.num_classes < 1:
         raise UserError(f"--num_classes={FLAGS.num_classes} must be at least 1")
     classes = FLAGS.num_classes or known.num_classes
-    teachers = None if make_method(config).has_teachers else ()  # they are not looked for
-    description = describe(config, known.input_shape, classes, teachers)
+    method, trace = make_method(config), make_ensemble(config, classes).trace(known.input_shape)
+    teachers = None if method.has_teachers else ()  # they are not looked for
+    description = describe(config, trace, method, teachers)
     print(json.dumps(description, indent=2) if FLAGS.json else as_text(description))
 
 

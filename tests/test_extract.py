@@ -29,7 +29,7 @@ def ensemble(finished):
     config = tiny_config()
     network, method = make_ensemble(config, 10), make_method(config)
     with opened(finished[0]) as checkpoints:
-        like = init_variables(network, method, 0, (8, 8, 1))
+        like = init_variables(network.trace((8, 8, 1)), method, 0)
         variables, _ = checkpoints.restore_variables(like, checkpoints.choose())
     return network, of_networks(variables)
 

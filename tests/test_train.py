@@ -31,7 +31,7 @@ NAMES = ["student_1", "student_2", "ensemble"]
 def parameters(path):
     """All variables in the latest checkpoint of a run, by name, and its step."""
     config = tiny_config()
-    like = init_variables(make_ensemble(config, 10), make_method(config), 0, (8, 8, 1))
+    like = init_variables(make_ensemble(config, 10).trace((8, 8, 1)), make_method(config), 0)
     with opened(path) as checkpoints:
         step = checkpoints.choose()
         variables, _ = checkpoints.restore_variables(like, step)

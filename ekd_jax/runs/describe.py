@@ -6,24 +6,24 @@ from typing import Any
 import jax.numpy as jnp
 
 from ekd_jax.common.text import human, table
-from ekd_jax.config.build import make_ensemble, make_method
-from ekd_jax.methods.base import TeacherOutputs
-from ekd_jax.models.cost import Cost, count, count_cost, student_cost
+from ekd_jax.methods.base import Method, TeacherOutputs
+from ekd_jax.models.cost import count_parameters
+from ekd_jax.models.ensemble import EnsembleTrace
 from ekd_jax.runs.state import init_variables
 
 
 def describe(
     config: Any,
-    input_shape: tuple[int, ...],
-    num_classes: int,
+    trace: EnsembleTrace,
+    method: Method,
     teachers: Sequence[TeacherOutputs] | None = (),
 ) -> dict[str, Any]:
     """The students of a configuration.
 
     Args:
         config: resolved.
-        input_shape: H, W, C of the images.
-        num_classes: K.
+        trace: of its networks.
+        method: its method.
         teachers: shapes of what the frozen teachers give; None where they are not there yet.
 
     Returns:
@@ -35,21 +35,20 @@ def describe(
         products for one image, activations the numbers that these give (Dollar et al. 2021, "Fast and
         accurate model scaling"); ratio is of student 1's parameters.
     """
-    ensemble, method = make_ensemble(config, num_classes), make_method(config)
-    params = ensemble.init(None, input_shape)["params"]
-    costs = [student_cost(ensemble, i + 1, input_shape) for i in range(len(ensemble.students))]
-    outputs = ensemble.shapes(input_shape)
-    widths = [[row[i].shape[-1] for row in outputs.features] for i in range(len(ensemble.students))]
-    sizes = [count(ensemble.paths(params, i + 1)) for i in range(len(ensemble.students))]
+    ensemble, students = trace.ensemble, range(len(trace.ensemble.students))
+    params = trace.init(None)["params"]
+    costs = [trace.cost(i + 1) for i in students]
+    widths = [[row[i].shape[-1] for row in trace.outputs.features] for i in students]
+    sizes = [count_parameters(ensemble.student_subtrees(params, i + 1)) for i in students]
     members = list(enumerate(ensemble.students)) * max(1, method.copies)
     extra = None
     if teachers is not None:
-        extra = count(init_variables(ensemble, method, None, input_shape, teachers)["params"]["method"])
+        extra = count_parameters(init_variables(trace, method, None, teachers)["params"]["method"])
     return {
         "model": config.model.name,
-        "num_classes": num_classes,
-        "input_shape": list(input_shape),
-        "base_parameters": count(params["base"]),
+        "num_classes": trace.num_classes,
+        "input_shape": list(trace.input_shape),
+        "base_parameters": count_parameters(params["base"]),
         "method_parameters": extra,
         "students": [
             {
@@ -97,7 +96,14 @@ def label(student: dict[str, Any], model: str) -> str:
     return own if student["network"] == model else f"{student['network']}:{own}"
 
 
-def memory(config: Any, description: dict[str, Any], data: int, devices: int = 1) -> dict[str, int]:
+def memory(
+    config: Any,
+    trace: EnsembleTrace,
+    method: Method,
+    description: dict[str, Any],
+    data: int,
+    devices: int = 1,
+) -> dict[str, int]:
     """Bytes of each device's memory that training needs, estimated before anything is compiled.
 
     `state` is parameters, the optimizer's slots and copies of the networks, cut over `train.fsdp` devices,
@@ -105,14 +111,11 @@ def memory(config: Any, description: dict[str, Any], data: int, devices: int = 1
     the device's part of a batch, taken to be what convolutions and matrix products get and give; `data`
     what the images on a device take. Frozen teachers are not counted.
     """
-    shape, classes = tuple(description["input_shape"]), description["num_classes"]
-    ensemble, method = make_ensemble(config, classes), make_method(config)
     momentum = 1 if config.optimizer.momentum else 0
     slots = {"sgd": momentum, "adam": 2, "rmsprop": 1 + momentum}[config.optimizer.name]
-    networks = count(ensemble.init(None, shape)["params"])
+    networks = count_parameters(trace.init(None)["params"])
     parameters = networks + (description["method_parameters"] or 0)
-    trunk, branches = ensemble.trace(shape)
-    cost = sum((count_cost(part.jaxpr) for part in [*trunk, *branches]), Cost())
+    cost = trace.total_cost()
     images = config.train.batch_size // (config.train.accumulation_steps * devices)
     kept = (1 + slots) * parameters + method.copies * networks
     gathered = parameters if config.train.fsdp > 1 else 0

@@ -6,6 +6,7 @@ from typing import Any
 from ekd_jax.common.errors import UserError
 from ekd_jax.config.build import make_ensemble, make_method
 from ekd_jax.config.resolve import identity
+from ekd_jax.models.ensemble import KINDS
 from ekd_jax.runs import checkpoint
 from ekd_jax.runs.metrics import read_metrics
 from ekd_jax.runs.restore import architecture
@@ -50,7 +51,7 @@ def extract(
         step = checkpoints.choose(step, f"student_{student}/top1" if best else None)
         shapes = checkpoints.shapes(step)
         networks = deployed(shapes)[copy]
-        like = {kind: ensemble.paths(networks[kind], member + 1) for kind in ("params", "batch_stats")}
+        like = {kind: ensemble.student_subtrees(networks[kind], member + 1) for kind in KINDS}
         kept = bool(make_method(config).copies)
         where = {"copies": {str(copy + 1): like}} if kept else like
         restored, remembered = checkpoints.restore_variables(where, step)
@@ -83,7 +84,7 @@ def extract(
             "ekd_jax": __version__,
         },
     }
-    return write_student(output, ensemble.alone(variables, member + 1), description)
+    return write_student(output, ensemble.student_variables(variables, member + 1), description)
 
 
 def fitting_student(workdir: pathlib.Path, max_parameters: int) -> int:

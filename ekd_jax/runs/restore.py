@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from ekd_jax.config.build import make_ensemble, make_method, network_options
 from ekd_jax.methods.base import Method
-from ekd_jax.models.ensemble import Ensemble, Variables
+from ekd_jax.models.ensemble import Ensemble, EnsembleTrace, Variables
 from ekd_jax.runs import checkpoint
 from ekd_jax.runs.state import deployed, deployed_names, joined, of_method
 from ekd_jax.runs.workdir import Run, read
@@ -38,10 +39,15 @@ class Restored:
     variables: Variables
     digests: dict[str, str]
 
+    @cached_property
+    def trace(self) -> EnsembleTrace:
+        """The networks traced on an image of the run."""
+        return self.ensemble.trace(self.run.students["input_shape"])
+
     @property
     def names(self) -> list[str]:
         """Of all that predicts."""
-        return deployed_names(self.ensemble, self.method, self.run.students["input_shape"])
+        return deployed_names(self.trace, self.method)
 
     @property
     def predict(self) -> Callable[[Variables, Array], Array]:

@@ -13,8 +13,8 @@ from flax.traverse_util import flatten_dict
 
 from ekd_jax.common.errors import UserError
 from ekd_jax.methods.base import Batch, Method, TeacherOutputs
-from ekd_jax.models.ensemble import Ensemble, Outputs, Variables
-from ekd_jax.models.initializers import draw, trace
+from ekd_jax.models.ensemble import Ensemble, EnsembleTrace, Outputs, Variables
+from ekd_jax.models.initializers import trace as trace_module
 
 
 @flax.struct.dataclass
@@ -70,9 +70,9 @@ def joined(outputs: Sequence[Outputs]) -> Outputs:
     return Outputs(together, features, sum((o.pooled for o in outputs), ()), outputs[0].base)
 
 
-def deployed_names(ensemble: Ensemble, method: Method, input_shape: Sequence[int]) -> list[str]:
+def deployed_names(trace: EnsembleTrace, method: Method) -> list[str]:
     """Names of all that predicts when the networks that are deployed are evaluated."""
-    return method.names(joined([ensemble.shapes(input_shape)] * max(1, method.copies)))
+    return method.names(joined([trace.outputs] * max(1, method.copies)))
 
 
 def trainable(method: Method, params: Any) -> Any:
@@ -81,45 +81,43 @@ def trainable(method: Method, params: Any) -> Any:
 
 
 def batch_shapes(
-    ensemble: Ensemble, method: Method, input_shape: Sequence[int], teachers: Sequence[TeacherOutputs] = ()
+    trace: EnsembleTrace, method: Method, teachers: Sequence[TeacherOutputs] = ()
 ) -> tuple[Outputs, Batch]:
     """What a method is called with for a batch of one image: shapes and dtypes."""
-    outputs = ensemble.shapes(input_shape)
     labels: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
     epoch: Any = jax.ShapeDtypeStruct((), jnp.float32)
-    return outputs, Batch(
+    return trace.outputs, Batch(
         labels=labels,
         epoch=epoch,
         key=jax.eval_shape(lambda: jax.random.key(0)),
         teachers=tuple(teachers),
-        copies=(outputs,) * method.copies if method.compares_copies else (),
-        networks=ensemble.init(None, input_shape)["params"],
+        copies=(trace.outputs,) * method.copies if method.compares_copies else (),
+        networks=trace.init(None)["params"],
     )
 
 
 def init_variables(
-    ensemble: Ensemble,
+    trace: EnsembleTrace,
     method: Method,
     seed: int | None,
-    input_shape: Sequence[int],
     teachers: Sequence[TeacherOutputs] = (),
 ) -> Variables:
     """Initial variables of students and method, as numpy arrays; shapes alone with None for a seed.
 
     Args:
-        ensemble: of the networks.
+        trace: of the networks.
         method: whose own variables are made for them.
         seed: any non-negative integer.
-        input_shape: H, W, C.
         teachers: the shapes of what frozen teachers give, if the method has any.
     """
-    variables = ensemble.init(seed, input_shape)
+    variables = trace.init(seed)
     if method.same_beginning:
-        first = [str(ensemble.students.index(member) + 1) for member in ensemble.students]
+        students = trace.ensemble.students
+        first = [str(students.index(member) + 1) for member in students]
         for tree in variables.values():
             tree["students"] = {str(i): tree["students"][own] for i, own in enumerate(first, 1)}
-    given = batch_shapes(ensemble, method, input_shape, teachers)
-    own = draw(trace(method, *given).variables, seed, "method")
+    given = batch_shapes(trace, method, teachers)
+    own = trace_module(method, *given).init(seed, "method")
     return {kind: {**tree, "method": own.get(kind, {})} for kind, tree in variables.items()}
 
 
@@ -149,11 +147,11 @@ def begin_with(state: TrainState, ensemble: Ensemble, variables: Variables, sour
         )
 
     networks = of_networks(state.variables)
-    own = ensemble.alone(networks, 1)
+    own = ensemble.student_variables(networks, 1)
     if flatten_dict(own).keys() != flatten_dict(variables).keys():
         raise UserError(f"model.initial_weights={source} is of another network: take one of the same name")
     new = jax.tree_util.tree_map_with_path(filled, own, variables)
-    placed = ensemble.placed(networks, 1, new)
+    placed = ensemble.with_student_variables(networks, 1, new)
     placed = {kind: {**tree, "method": state.variables[kind]["method"]} for kind, tree in placed.items()}
     return _with_copies(dataclasses.replace(state, **placed))
 
@@ -167,15 +165,14 @@ def _with_copies(state: TrainState) -> TrainState:
 
 
 def init_state(
-    ensemble: Ensemble,
+    trace: EnsembleTrace,
     method: Method,
     optimizer: optax.GradientTransformation,
     seed: int,
-    input_shape: tuple[int, ...],
     teachers: Sequence[TeacherOutputs] = (),
 ) -> TrainState:
     """The state before the first step, as numpy arrays; arguments as of `init_variables`."""
-    variables = init_variables(ensemble, method, seed, input_shape, teachers)
+    variables = init_variables(trace, method, seed, teachers)
     shapes = jax.eval_shape(optimizer.init, trainable(method, variables["params"]))
     # every optimizer begins at zero everywhere: nothing to compute.
     opt_state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)

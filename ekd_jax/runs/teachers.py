@@ -168,7 +168,7 @@ def _of_run(path: pathlib.Path, source: str, number: str) -> Teacher:
     call: Any
     if number or students == 1:
         copy, member = divmod(int(number or 1) - 1, each)
-        variables = restored.ensemble.alone(networks[copy], member + 1)
+        variables = restored.ensemble.student_variables(networks[copy], member + 1)
         network = restored.ensemble.student(member + 1)
 
         def call(variables: Variables, images: Array) -> tuple[Array, tuple[Array, ...]]:

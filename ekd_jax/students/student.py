@@ -61,7 +61,7 @@ class LoadedStudent:
     def model(self) -> Student:
         """The network."""
         own = self.description["architecture"]
-        ensemble = models.build(
+        spec = models.EnsembleSpec(
             own["name"],
             (parse_member(own),),
             own["num_classes"],
@@ -69,7 +69,7 @@ class LoadedStudent:
             sharing="none",
             **own["options"],
         )
-        return ensemble.student(1)
+        return models.build(spec).student(1)
 
     def logits(self, images: Any) -> jax.Array:
         """(B, H, W, C) uint8 -> (B, K) float32. Can be jitted.

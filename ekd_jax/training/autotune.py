@@ -48,7 +48,7 @@ def choose_execution(
     device = job.mesh.local_devices[0]
     if measured is None:
         measured = device.platform != "cpu"
-    ways = job.ensemble.ways
+    ways = job.ensemble.executions
     if job.config.train.execution != "auto":
         return job.ensemble, ""
     if before or not measured or len(ways) == 1:

@@ -222,7 +222,8 @@ def check(runs: list[Run]) -> None:
             make_optimizer(config, method, steps_in(config.train.epochs, config, known.train_examples))
             outside = [source for source in method.teacher_sources if not _inside(source, run, runs)]
             taught = None if method.teacher_sources else ()
-            describe(config, known.input_shape, known.num_classes, taught)
+            trace = make_ensemble(config, known.num_classes).trace(known.input_shape)
+            describe(config, trace, method, taught)
             load_teachers(outside, run.path, known.num_classes, known.input_shape)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ekd_jax.common import parallel
 from ekd_jax.common.text import human
-from ekd_jax.config.build import make_method
+from ekd_jax.config.build import make_ensemble, make_method
 from ekd_jax.config.resolve import fingerprint, to_dict
 from ekd_jax.data.feed import placements, resident_bytes
 from ekd_jax.data.opening import known_facts
@@ -42,7 +42,8 @@ def _plan(config: Any, path: pathlib.Path, workdir: pathlib.Path, later: bool) -
     if not later:
         teachers = load_teachers(method.teacher_sources, workdir, classes, known.input_shape)
         taught = [teacher.shapes() for teacher in teachers]
-    description = describe(config, known.input_shape, classes, taught)
+    trace = make_ensemble(config, classes).trace(known.input_shape)
+    description = describe(config, trace, method, taught)
     where = placements(config, known, mesh)
     steps = steps_in(config.train.epochs, config, known.train_examples)
     held_out = f"{known.validation_examples:,} for validation, " if known.validation_examples else ""
@@ -57,7 +58,7 @@ def _plan(config: Any, path: pathlib.Path, workdir: pathlib.Path, later: bool) -
         f"{where['evaluation']}",
     ]
     if taught is not None:
-        needed = memory(config, description, resident_bytes(config, known, mesh), mesh.size)
+        needed = memory(config, trace, method, description, resident_bytes(config, known, mesh), mesh.size)
         sizes = ", ".join(f"{name} {human(size)}B" for name, size in needed.items())
         lines.append(f"memory of a device, estimated: {human(sum(needed.values()))}B ({sizes})")
     return "\n".join([*lines, f"files go to {path}; nothing was trained"])

@@ -118,8 +118,8 @@ def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None) -> dict[str, 
 def _run(job: Job, path: pathlib.Path) -> dict[str, Any]:
     """Trains in a folder that is ours: restores or initializes, goes through the loop, sums up."""
     taught = job.taught
-    state = init_state(job.ensemble, job.method, job.optimizer, job.config.seed, job.input_shape, taught)
-    log = Log(zero_metrics(job.ensemble, job.method, state, job.input_shape, taught))
+    state = init_state(job.trace, job.method, job.optimizer, job.config.seed, taught)
+    log = Log(zero_metrics(job.trace, job.method, state, taught))
     checkpoints = Checkpoints(path)
     if checkpoints.steps():
         state, remembered = checkpoints.restore(state, checkpoints.choose())

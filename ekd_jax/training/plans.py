@@ -132,7 +132,8 @@ def _srm_earlier(config: Any, path: pathlib.Path) -> dict[str, Any]:
     for earlier in (first, second):
         earlier["model"]["last_map"] = "stage"  # the maps that a frozen teacher gives
     shapes = [
-        make_ensemble(resolve(earlier), network["num_classes"]).shapes(shape) for earlier in (first, second)
+        make_ensemble(resolve(earlier), network["num_classes"]).trace(shape).outputs
+        for earlier in (first, second)
     ]
     taught, learning = ([row[0] for row in outputs.features] for outputs in shapes)
     check_sizes(learning, taught)

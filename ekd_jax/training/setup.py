@@ -13,7 +13,7 @@ from ekd_jax.common.errors import UserError
 from ekd_jax.config.build import make_ensemble, make_method
 from ekd_jax.data.opening import Data, open_data
 from ekd_jax.methods.base import Method, TeacherOutputs
-from ekd_jax.models.ensemble import Ensemble
+from ekd_jax.models.ensemble import Ensemble, EnsembleTrace
 from ekd_jax.runs.describe import describe
 from ekd_jax.runs.state import deployed_names
 from ekd_jax.runs.teachers import Teacher, load_teachers
@@ -28,6 +28,7 @@ class Job:
     mesh: Mesh
     data: Data
     ensemble: Ensemble
+    trace: EnsembleTrace  # of the ensemble on an image of the data
     method: Method
     optimizer: optax.GradientTransformation
     teachers: list[Teacher]
@@ -51,12 +52,12 @@ class Job:
     @cached_property
     def names(self) -> list[str]:
         """Of all that is evaluated: every student, and last the ensemble."""
-        return deployed_names(self.ensemble, self.method, self.input_shape)
+        return deployed_names(self.trace, self.method)
 
     @cached_property
     def learning(self) -> list[str]:
         """The same of what learns."""
-        return self.method.names(self.ensemble.shapes(self.input_shape))
+        return self.method.names(self.trace.outputs)
 
     def epochs(self, step: int) -> float:
         return step * self.config.train.batch_size / self.examples
@@ -71,12 +72,15 @@ def prepare(config: Any, mesh: Mesh, path: pathlib.Path = pathlib.Path()) -> Job
     method = make_method(config)
     teachers = load_teachers(method.teacher_sources, path, classes, data.facts.input_shape)
     taught = [teacher.shapes() for teacher in teachers]
-    students = describe(config, data.facts.input_shape, classes, taught)
+    ensemble = make_ensemble(config, classes, mesh.size)
+    trace = ensemble.trace(data.facts.input_shape)
+    students = describe(config, trace, method, taught)
     return Job(
         config=config,
         mesh=mesh,
         data=data,
-        ensemble=make_ensemble(config, classes, mesh.size),
+        ensemble=ensemble,
+        trace=trace,
         method=method,
         optimizer=make_optimizer(config, method, steps),
         teachers=teachers,

@@ -16,7 +16,7 @@ from ekd_jax.common import parallel
 from ekd_jax.data.augment import Purpose, training_batch
 from ekd_jax.data.feed import Feed
 from ekd_jax.methods.base import Batch, Method, TeacherOutputs
-from ekd_jax.models.ensemble import Ensemble, Outputs, Variables
+from ekd_jax.models.ensemble import Ensemble, EnsembleTrace, Outputs, Variables
 from ekd_jax.runs.state import TrainState, batch_shapes, of_method, of_networks, trainable
 
 Array = jax.Array
@@ -239,13 +239,12 @@ def make_train_steps(
 
 
 def zero_metrics(
-    ensemble: Ensemble,
+    trace: EnsembleTrace,
     method: Method,
     state: TrainState,
-    input_shape: Sequence[int],
     teachers: Sequence[TeacherOutputs] = (),
 ) -> Any:
     """The metrics of a step, all zero, as numpy scalars; computes nothing."""
-    given = batch_shapes(ensemble, method, input_shape, teachers)
+    given = batch_shapes(trace, method, teachers)
     shapes = jax.eval_shape(partial(objective, method), of_method(state.variables), *given)[1][0]
     return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)

@@ -9,7 +9,7 @@ from ekd_jax.common.errors import UserError
 from ekd_jax.config.build import make_ensemble
 from ekd_jax.config.resolve import resolve, to_dict
 from ekd_jax.methods.blockwise import scales_of
-from ekd_jax.models.cost import count, student_cost
+from ekd_jax.models.cost import count_parameters
 from ekd_jax.runs.restore import restore
 
 
@@ -29,7 +29,7 @@ def widths_within(folder: pathlib.Path, budget: float, cost: str) -> tuple[float
         UserError: not even one channel a stage is within the budget.
     """
     restored = restore(folder)
-    network = restored.ensemble.alone(restored.variables, 1)["params"]
+    network = restored.ensemble.student_variables(restored.variables, 1)["params"]
     stages = sorted(name for name in network if name.startswith("stage"))
     scales = [np.concatenate([np.abs(s).ravel() for s in scales_of(network[name])]) for name in stages]
     order = np.sort(np.concatenate(scales))
@@ -44,9 +44,8 @@ def widths_within(folder: pathlib.Path, budget: float, cost: str) -> tuple[float
         config = to_dict(restored.run.config)
         config["model"]["students"] = (widths(removed),)
         ensemble = make_ensemble(resolve(config), restored.run.students["num_classes"])
-        if cost == "macs":
-            return student_cost(ensemble, 1, shape).macs
-        return count(ensemble.init(None, shape)["params"])
+        trace = ensemble.trace(shape)
+        return trace.cost(1).macs if cost == "macs" else count_parameters(trace.init(None)["params"])
 
     whole = size(0)
     fits, too_large = len(order) - 1, 0  # bisection between these numbers of scales taken away
