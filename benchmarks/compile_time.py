@@ -52,8 +52,8 @@ def measure(name: str, students: int, batch_size: int, rematerialize: bool, size
     size, classes = size or (224 if large else 32), 1000 if large else 100
     config = configuration(name, students, batch_size, train__rematerialize=rematerialize)
     started = time.perf_counter()
-    describe(config, (size, size, 3), classes)
     program = Program(config, size, classes)
+    describe(config, program.trace, program.method)
     built = time.perf_counter() - started
     started = time.perf_counter()
     lowered = program.lower()

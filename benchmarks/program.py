@@ -40,7 +40,7 @@ class Program:
     """The training step of a configuration, its state on the devices and noise to train on.
 
     Attributes:
-        config, ensemble, method: as of a run.
+        config, ensemble, trace, method: as of a run.
         state: before the first step, numpy arrays.
         feed: a training set on the devices.
         carry: what a dispatch changes: state and sums, on the devices; donated to it.
@@ -61,8 +61,9 @@ class Program:
         self.config, self.mesh, self.shape, self.classes = config, mesh, shape, classes
         self.method, self.ensemble = make_method(config), make_ensemble(config, classes, mesh.size)
         self.optimizer = make_optimizer(config, self.method, steps=1_000_000)
-        self.state = init_state(self.ensemble, self.method, self.optimizer, 0, shape)
-        sums = zero_metrics(self.ensemble, self.method, self.state, shape)
+        self.trace = self.ensemble.trace(shape)
+        self.state = init_state(self.trace, self.method, self.optimizer, 0)
+        sums = zero_metrics(self.trace, self.method, self.state)
         generator = np.random.default_rng(0)
         images = generator.integers(0, 256, (examples, *shape), dtype=np.uint8)
         noise = Pixels(images, generator.integers(0, classes, examples).astype(np.int32), "noise")

@@ -37,7 +37,7 @@ from ekd_jax import models
 from ekd_jax.common.errors import UserError, nearest
 from ekd_jax.common.files import write_json
 from ekd_jax.common.text import table
-from ekd_jax.models.cost import count, count_cost
+from ekd_jax.models.cost import count_parameters
 from ekd_jax.runs.state import TrainState
 from ekd_jax.runs.workdir import environment
 
@@ -262,7 +262,7 @@ def theory(state: TrainState, batch_norm: str) -> dict[str, Tally]:
         for path, shape in leaves(state.params)
         if "rest" in path
     }
-    blocks, parameters = sum(scanned.values()), 4 * count(state.params)
+    blocks, parameters = sum(scanned.values()), 4 * count_parameters(state.params)
     if batch_norm == "local":
         return {
             "gradients": Tally(bytes=parameters, collectives=1 + blocks),
@@ -299,15 +299,14 @@ def measure(
     program = Program(config, size, 1000 if large else 100, devices=devices, placement=placement)
     compiled = program.lower().compile()
     found = collectives_in(compiled.as_text())
-    trunk, branches = program.ensemble.trace(program.shape)
     row = {
         "model": name,
         "batch_norm": batch_norm,
         "devices": devices,
         "students": students,
         "image_size": size,
-        "parameters": count(program.state.params),
-        "macs": sum(count_cost(part.jaxpr).macs for part in [*trunk, *branches]),
+        "parameters": count_parameters(program.state.params),
+        "macs": program.trace.total_cost().macs,
         "found": tally(found, batch_norm),
         "theory": theory(program.state, batch_norm),
         "collectives": sum(times for _, _, times in found),

@@ -2,7 +2,6 @@
 
 import ast
 import importlib.util
-import inspect
 import pathlib
 import re
 
@@ -10,12 +9,11 @@ import jax
 import pytest
 from conftest import ROOT, TINY, tiny_config
 
-from ekd_jax import models
 from ekd_jax.common.errors import UserError
+from ekd_jax.config.build import NETWORK_OPTIONS
 from ekd_jax.config.knobs import KNOBS, default_config, method_knobs
 from ekd_jax.config.resolve import fingerprint, resolve, to_dict
 from ekd_jax.methods import METHODS
-from ekd_jax.models.assemble import Options
 from ekd_jax.training.dry_run import dry_run
 
 CONFIGS = sorted(set(ROOT.glob("configs/*.py")) - set(ROOT.glob("configs/compare_*.py")))  # of one run each
@@ -43,10 +41,6 @@ def attribute_chains():
     return chains
 
 
-# What `models.build` is given as it is.
-NETWORK_OPTIONS = {*inspect.signature(models.build).parameters, *inspect.signature(Options).parameters}
-
-
 def test_every_knob_is_read():
     """A knob nothing reads is a lie: `config.section.knob`, or `knobs.knob` where a section is named."""
     chains = attribute_chains()
@@ -55,7 +49,7 @@ def test_every_knob_is_read():
     for path in KNOBS:
         section, _, name = path.rpartition(".")
         if path == "imports" or (section == "model" and name in NETWORK_OPTIONS):
-            continue  # read before there is a configuration; handed on together
+            continue  # read before there is a configuration; read by name
         read = {(section or "config", name), (aliases.get(section, section), name)}
         assert read & pairs, f"nothing reads config.{path}"
 

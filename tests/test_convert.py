@@ -14,7 +14,6 @@ from PIL import Image
 
 from ekd_jax import load_student, models
 from ekd_jax.common.errors import UserError
-from ekd_jax.models.members import parse_students
 from ekd_jax.runs.checkpoint import Checkpoints
 from ekd_jax.students.convert import _names, _stacked, convert
 from ekd_jax.students.torch_names import SOURCES, torch_name
@@ -42,8 +41,8 @@ CONVERTED = [
 
 def torch_state(name, library, classes=5, width=1):
     """A state dict as the library would have it, and our variables that it was made of."""
-    ensemble = models.build(name, parse_students((width,)), classes)
-    variables = ensemble.alone(ensemble.init(0, (32, 32, 3)), 1)
+    ensemble = models.build_ensemble(name, (width,), classes)
+    variables = ensemble.student_variables(ensemble.trace((32, 32, 3)).init(0), 1)
     rules = next(s.rules for s in SOURCES if s.library == library and torch_matches(s, name))
     state = {"num_batches_tracked": np.zeros((), np.int64)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):

@@ -541,7 +541,7 @@ def test_what_a_term_trains(batch, name):
     config = tiny_config(name, model__students=(0.25, 0.25), **teachers)
     ensemble, method = make_ensemble(config, 10), make_method(config)
     teacher = TeacherOutputs(jax.random.normal(jax.random.key(0), (16, 10)))
-    variables = init_variables(ensemble, method, 0, SHAPE, [teacher])
+    variables = init_variables(ensemble.trace(SHAPE), method, 0, [teacher])
     assert not jax.tree.leaves([variables["params"]["base"], variables["params"]["method"]])
 
     def term(params):
@@ -567,7 +567,7 @@ def test_alternating_updates_one_network_a_step(batch):
     ensemble, method = make_ensemble(config, 10), make_method(config)
     optimizer = make_optimizer(config, method, 100)
     step = jax.jit(make_step(ensemble, method, optimizer))
-    after = init_state(ensemble, method, optimizer, 0, SHAPE)
+    after = init_state(ensemble.trace(SHAPE), method, optimizer, 0)
     for number in range(3):
         before, after = after, step(after, *batch)[0]
         learner, changed = str(number % 2 + 1), set()

@@ -17,8 +17,7 @@ from ekd_jax.common.errors import UserError
 from ekd_jax.common.files import user_cache
 from ekd_jax.config.resolve import fingerprint, resolve
 from ekd_jax.models import resnet
-from ekd_jax.models.assemble import Family
-from ekd_jax.models.members import parse_students
+from ekd_jax.models.family import Family
 from ekd_jax.runs import workdir
 from ekd_jax.runs.metrics import MetricWriter, read_metrics
 from ekd_jax.runs.state import init_state
@@ -45,14 +44,14 @@ SLOW = ("bottlenecks", "wrn_16_1", "resnet14", "resnet8x4", "resnet18", "resnet1
 
 
 def build(name, students, way, dtype="float64", **options):
-    return models.build(name, parse_students(students), 4, dtype, execution=way, **options)
+    return models.build_ensemble(name, students, 4, dtype=dtype, execution=way, **options)
 
 
 def variables_of(ensemble, size=8, dtype=np.float64):
     """Away from where training begins: no two channels are alike."""
     generator = np.random.default_rng(0)
     moved = lambda x: x * generator.uniform(0.7, 1.3, x.shape) + generator.uniform(0, 0.1, x.shape)
-    return jax.tree.map(lambda x: moved(x).astype(dtype), ensemble.init(0, (size, size, 3)))
+    return jax.tree.map(lambda x: moved(x).astype(dtype), ensemble.trace((size, size, 3)).init(0))
 
 
 def everything(ensemble, variables, images):
@@ -98,7 +97,7 @@ def compare(name, students, *ways, images=None, **options):
         variables = variables_of(reference)
         expected = everything(reference, variables, images)
         for way in ways:
-            assert way in reference.ways
+            assert way in reference.executions
             assert_equal(everything(build(name, students, way, **options), variables, images), expected)
 
 
@@ -155,7 +154,7 @@ def test_fewer_convolutions():
 
     def convolutions(students, way):
         ensemble = build("resnet14", students, way, "float32")
-        variables = ensemble.init(0, (8, 8, 3))
+        variables = ensemble.trace((8, 8, 3)).init(0)
         run = lambda v, x: ensemble.apply(v, x, train=True)[0].logits_SxBxK
         return count(jax.make_jaxpr(run)(variables, images_of(dtype=np.float32)).jaxpr)
 
@@ -193,7 +192,7 @@ def test_networks_that_cannot_be_packed(name, students, changes, message):
 def test_one_student_runs_as_it_is():
     """Methods of several stages train single networks before."""
     for way in ("stacked", "packed"):
-        assert build("densenet_bc_12_100", (1,), way).ways == ["separate"]
+        assert build("densenet_bc_12_100", (1,), way).executions == ["separate"]
 
 
 # --- training ---------------------------------------------------------------------------------------
@@ -231,7 +230,7 @@ def test_a_run_may_go_on_in_another_way(tmp_path, monkeypatch, capsys):
 
 def job_of(method="oem", **changes):
     job = prepare(tiny_config(method, **RUN | {"train__batch_size": 4} | changes), one_device())
-    return job, init_state(job.ensemble, job.method, job.optimizer, 0, job.input_shape, job.taught)
+    return job, init_state(job.trace, job.method, job.optimizer, 0, job.taught)
 
 
 @pytest.fixture

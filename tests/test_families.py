@@ -15,10 +15,9 @@ from ekd_jax import models
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
 from ekd_jax.config.build import make_ensemble
-from ekd_jax.models.assemble import Options, assemble
-from ekd_jax.models.cost import count, student_cost
-from ekd_jax.models.layers import BatchNorm, Drop, Mode
-from ekd_jax.models.members import parse_students
+from ekd_jax.models import registry
+from ekd_jax.models.cost import count_parameters
+from ekd_jax.models.layers import BatchNorm, Dropout, Mode
 
 OFFICIAL = json.loads((REFERENCE / "param_counts.json").read_text())["models"]
 OUR_NAMES = {"DenseNetBC_12_100": "densenet_bc_12_100", "DenseNet121": "densenet121"}
@@ -31,24 +30,24 @@ def size_of(name):
 
 
 def alone(name, classes, **options):
-    return models.build(name, parse_students(1), classes, **options)
+    return models.build_ensemble(name, 1, classes, **options)
 
 
 @pytest.mark.parametrize("key", OFFICIAL)
 def test_parameters_of_every_student_are_the_official_codes(key):
     name, students, compressed_stages, classes = key.split("|")[:4]
     number = lambda text: int(text.split("=")[1])
-    ensemble = models.build(
+    ensemble = models.build_ensemble(
         OUR_NAMES.get(name, name.lower()),
-        parse_students(number(students)),
+        number(students),
         number(classes),
         compressed_stages=number(compressed_stages),
     )
-    params = ensemble.init(None, (64, 64, 3))["params"]
-    assert count(params["base"]) == OFFICIAL[key]["base"]
-    branches = [count(tree) for tree in params["students"].values()]
+    params = ensemble.trace((64, 64, 3)).init(None)["params"]
+    assert count_parameters(params["base"]) == OFFICIAL[key]["base"]
+    branches = [count_parameters(tree) for tree in params["students"].values()]
     assert branches == OFFICIAL[key].get("branches", branches)
-    totals = [count(ensemble.paths(params, i + 1)) for i in range(number(students))]
+    totals = [count_parameters(ensemble.student_subtrees(params, i + 1)) for i in range(number(students))]
     assert totals == OFFICIAL[key]["student_total"]
 
 
@@ -57,8 +56,8 @@ def test_parameters_at_width_1_are_the_published_ones(name):
     ten = name == "wrn_28_10" or name.endswith("_a") or "_bc_" in name
     classes = 1000 if name in published.GMACS else 10 if ten else 100
     ensemble = alone(name, classes)
-    params = ensemble.init(None, (64, 64, 3))["params"]
-    assert count(params) == published.PARAMETERS[name]
+    params = ensemble.trace((64, 64, 3)).init(None)["params"]
+    assert count_parameters(params) == published.PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", published.GMACS)
@@ -66,8 +65,7 @@ def test_multiply_accumulates_are_the_published_ones(name):
     size, billions = published.GMACS[name]
     # torchvision computes EfficientNets with even padding.
     ensemble = alone(name, 1000, **({"padding": "even"} if "efficientnet" in name else {}))
-    shape = (size, size, 3)
-    cost = student_cost(ensemble, 1, shape)
+    cost = ensemble.trace((size, size, 3)).cost(1)
     rounding = 0.0005 / billions
     assert cost.macs / 1e9 == pytest.approx(billions, rel=0.01 + rounding)
 
@@ -75,7 +73,7 @@ def test_multiply_accumulates_are_the_published_ones(name):
 def test_activations_are_those_of_the_convolutions():
     """ResNet-50 gives 11.1 million numbers at 224 (timm's benchmark tables, "MActs")."""
     ensemble = alone("resnet50", 1000)
-    cost = student_cost(ensemble, 1, (224, 224, 3))
+    cost = ensemble.trace((224, 224, 3)).cost(1)
     assert cost.activations / 1e6 == pytest.approx(11.1, abs=0.05)
 
 
@@ -83,9 +81,9 @@ def test_activations_are_those_of_the_convolutions():
 def test_students_of_any_width_see_the_same_places(name):
     """Three students, one very narrow: maps of equal height and width, fewer channels, full logits."""
     size = size_of(name)
-    ensemble = models.build(name, parse_students((1, 0.55, 0.25)), 7)
-    variables = ensemble.init(None, (size, size, 3))
-    outputs = ensemble.shapes((size, size, 3))
+    ensemble = models.build_ensemble(name, (1, 0.55, 0.25), 7)
+    trace = ensemble.trace((size, size, 3))
+    variables, outputs = trace.init(None), trace.outputs
     assert outputs.logits_SxBxK.shape == (3, 1, 7)
     assert outputs.logits_SxBxK.dtype == jnp.float32
     assert len(outputs.features) == len(ensemble.matched[0])
@@ -93,34 +91,35 @@ def test_students_of_any_width_see_the_same_places(name):
         assert len({x.shape[:3] for x in row}) == 1
     channels = [sum(row[i].shape[-1] for row in outputs.features) for i in range(3)]
     assert channels[0] > channels[1] > channels[2]
-    sizes = [count(ensemble.paths(variables["params"], i)) for i in (1, 2, 3)]
+    sizes = [count_parameters(ensemble.student_subtrees(variables["params"], i)) for i in (1, 2, 3)]
     assert sizes[0] > sizes[1] > sizes[2]
 
 
 @pytest.mark.parametrize("name", ["densenet_bc_12_100", "efficientnet_b0", "resnet18", "wrn_16_2", "vgg8"])
 def test_the_last_stages_alone_can_be_compressed(name):
-    ensemble = models.build(name, parse_students((1, 0.5)), 7, compressed_stages=1)
-    outputs = ensemble.shapes((64, 64, 3))
-    assert len(outputs.features) == 1
-    whole = models.build(name, parse_students((1, 0.5)), 7)
-    variables = whole.init(None, (64, 64, 3))["params"]["students"]["2"]
-    last_alone = ensemble.init(None, (64, 64, 3))["params"]["students"]["2"]
+    ensemble = models.build_ensemble(name, (1, 0.5), 7, compressed_stages=1)
+    trace = ensemble.trace((64, 64, 3))
+    assert len(trace.outputs.features) == 1
+    whole = models.build_ensemble(name, (1, 0.5), 7)
+    variables = whole.trace((64, 64, 3)).init(None)["params"]["students"]["2"]
+    full, last_alone = (trace.init(None)["params"]["students"][i] for i in "12")
     first = min(name for name in variables if name.startswith("stage"))
-    assert count(last_alone) > count(variables)
-    full = ensemble.init(None, (64, 64, 3))["params"]["students"]["1"]
-    assert count(last_alone[first]) == count(full[first]), "the first stage keeps its width"
+    assert count_parameters(last_alone) > count_parameters(variables)
+    assert count_parameters(last_alone[first]) == count_parameters(full[first]), (
+        "the first stage keeps its width"
+    )
 
 
 @pytest.mark.parametrize("shared", [0, 1, 2])
 def test_the_cut_can_be_moved(shared):
     """ONE shares two stages; parameters of a whole student stay the same."""
-    ensemble = models.build("resnet32", parse_students((1, 1, 1)), 100, shared_stages=shared)
-    params = ensemble.init(None, (32, 32, 3))["params"]
+    ensemble = models.build_ensemble("resnet32", (1, 1, 1), 100, shared_stages=shared)
+    params = ensemble.trace((32, 32, 3)).init(None)["params"]
     stages = [name for name in params["base"] if name.startswith("stage")]
     assert stages == [f"stage{i}" for i in range(1, shared + 1)]
-    assert count(ensemble.paths(params, 3)) == 472_756
+    assert count_parameters(ensemble.student_subtrees(params, 3)) == 472_756
     if shared == 2:  # METHODS.md 2: ONE's ResNet-32 has 1,193,189 with its gate of 32 x 3 + 3 + 2 x 3
-        assert count(params) + 32 * 3 + 3 + 2 * 3 == 1_193_189
+        assert count_parameters(params) + 32 * 3 + 3 + 2 * 3 == 1_193_189
 
 
 def test_impossible_cuts():
@@ -129,14 +128,14 @@ def test_impossible_cuts():
     with pytest.raises(UserError, match="compressed_stages=2 must be between 1 and 1"):
         alone("resnet20", 10, shared_stages=2, compressed_stages=2)
     with pytest.raises(UserError, match="smallest usable width is 0.15"):
-        models.build("shufflenet_v1_cifar", parse_students((0.1,)), 10)
+        models.build_ensemble("shufflenet_v1_cifar", (0.1,), 10)
 
 
 @pytest.mark.parametrize(("last_map", "channels"), [("", 1280), ("pooled", 1280), ("stage", 320)])
 def test_which_map_of_an_efficientnet_is_matched(last_map, channels):
     """The official code matches the 1280-channel map, the paper's figure shows 320 channels."""
-    ensemble = models.build("efficientnet_b0", parse_students(5), 10, last_map=last_map)
-    outputs = ensemble.shapes((64, 64, 3))
+    ensemble = models.build_ensemble("efficientnet_b0", 5, 10, last_map=last_map)
+    outputs = ensemble.trace((64, 64, 3)).outputs
     assert [row[0].shape[-1] for row in outputs.features] == [40, 112, channels]
     smallest = [row[4].shape[-1] for row in outputs.features]
     assert smallest == [8, 24, 256 if channels == 1280 else 64]
@@ -149,8 +148,8 @@ def test_channels_of_efficientnet_students():
         "efficientnet_b4": [(56, 160, 1792), (48, 128, 1432), (32, 96, 1072), (24, 64, 720), (16, 32, 360)],
     }
     for name, widths in expected.items():
-        ensemble = models.build(name, parse_students(5), 10)
-        outputs = ensemble.shapes((64, 64, 3))
+        ensemble = models.build_ensemble(name, 5, 10)
+        outputs = ensemble.trace((64, 64, 3)).outputs
         found = [tuple(row[i].shape[-1] for row in outputs.features) for i in range(5)]
         assert found == widths, name
 
@@ -158,8 +157,8 @@ def test_channels_of_efficientnet_students():
 @pytest.mark.parametrize("name", ["efficientnet_b7", "resnext101_32x8d", "densenet_bc_40_190"])
 def test_initial_values_follow_their_rules(name):
     """Every kernel at width .2 has the deviation of its rule: kaiming over fan-out, or the classifier's."""
-    ensemble = models.build(name, parse_students((0.2,)), 10)
-    params = ensemble.init(0, (64, 64, 3))["params"]
+    ensemble = models.build_ensemble(name, (0.2,), 10)
+    params = ensemble.trace((64, 64, 3)).init(0)["params"]
     branch = params["students"]["1"]
     leaves = jax.tree_util.tree_leaves_with_path({k: v for k, v in branch.items() if k != "head"})
     kernels = [leaf for path, leaf in leaves if path[-1].key == "kernel" and leaf.size > 5000]
@@ -170,10 +169,8 @@ def test_initial_values_follow_their_rules(name):
 
 
 def test_what_is_dropped_depends_on_key_and_student_alone():
-    ensemble = models.build(
-        "efficientnet_b0", parse_students((0.2, 0.2)), 5, stochastic_depth=0.5, dropout=0.5
-    )
-    variables = ensemble.init(0, (32, 32, 3))
+    ensemble = models.build_ensemble("efficientnet_b0", (0.2, 0.2), 5, stochastic_depth=0.5, dropout=0.5)
+    variables = ensemble.trace((32, 32, 3)).init(0)
     images = jax.random.normal(jax.random.key(1), (8, 32, 32, 3))
     apply = lambda images, key: ensemble.apply(variables, images, train=True, key=key)[0].logits_SxBxK
     run = jax.jit(apply)
@@ -185,7 +182,9 @@ def test_what_is_dropped_depends_on_key_and_student_alone():
 
 def test_what_is_dropped_does_not_depend_on_the_devices():
     x = np.ones((16, 3, 3, 2), np.float32)
-    run = jax.jit(lambda x: Drop(0.5).apply({}, x, Mode(train=True), rngs={"drop": jax.random.key(0)}))
+    run = jax.jit(
+        lambda x: Dropout(0.5).apply({}, x, Mode(train=True), rngs={"dropout": jax.random.key(0)})
+    )
     over_eight = jax.device_put(x, parallel.split(parallel.make_mesh()))
     np.testing.assert_array_equal(run(over_eight), run(x))
 
@@ -194,12 +193,12 @@ def test_drop_scales_what_it_keeps():
     x = jnp.ones((1000, 4, 4, 2))
     mode = Mode(train=True)
     for whole in (False, True):
-        y = Drop(0.25, whole).apply({}, x, mode, rngs={"drop": jax.random.key(0)})
+        y = Dropout(0.25, whole).apply({}, x, mode, rngs={"dropout": jax.random.key(0)})
         assert set(np.unique(y).round(5)) == {0, np.float32(4 / 3).round(5)}
         assert y.mean() == pytest.approx(1, abs=0.05)
         each = np.asarray(y).reshape(1000, -1)
         assert (each.min(1) == each.max(1)).all() == whole, "examples as a whole, or places on their own"
-    assert (Drop(0.25).apply({}, x, dataclasses.replace(mode, train=False)) == x).all()
+    assert (Dropout(0.25).apply({}, x, dataclasses.replace(mode, train=False)) == x).all()
 
 
 def test_local_batch_norm_is_that_of_every_part():
@@ -220,19 +219,19 @@ def test_local_batch_norm_is_that_of_every_part():
     assert not np.allclose(together, run(x, 1)[0], atol=1e-2)
 
 
-def test_the_worked_example_of_the_docs():
+def test_the_worked_example_of_the_docs(monkeypatch):
     """docs/models.md: under 60 lines, and MobileNet V1's 4,231,976 parameters (its paper: 4.2 million)."""
     text = (ROOT / "docs/models.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
     assert code.count("\n") < 60
     module = {"__name__": "mobilenet_v1"}
+    monkeypatch.setattr(registry, "MODELS", dict(registry.MODELS))  # forgotten afterwards
     exec(code, module)
-    options = Options(num_classes=1000)
-    students = parse_students((1, 0.5))
-    ensemble = assemble([module["MODELS"]["mobilenet_v1"]] * 2, students, options, Mode())
-    params = ensemble.init(None, (224, 224, 3))["params"]
-    assert count(ensemble.paths(params, 1)) == 4_231_976
-    maps = ensemble.shapes((224, 224, 3)).features
+    ensemble = models.build_ensemble("mobilenet_v1", (1, 0.5), 1000)
+    trace = ensemble.trace((224, 224, 3))
+    params = trace.init(None)["params"]
+    assert count_parameters(ensemble.student_subtrees(params, 1)) == 4_231_976
+    maps = trace.outputs.features
     assert [row[1].shape for row in maps] == [(1, 28, 28, 128), (1, 14, 14, 256), (1, 7, 7, 512)]
 
 
@@ -242,7 +241,7 @@ def test_only_global_batch_norm_waits_for_other_devices(batch_norm):
     config = tiny_config(model__batch_norm=batch_norm)
     mesh = parallel.make_mesh()
     ensemble = make_ensemble(config, 10, mesh.size)
-    variables = parallel.replicate(mesh, ensemble.init(0, (8, 8, 1)))
+    variables = parallel.replicate(mesh, ensemble.trace((8, 8, 1)).init(0))
     images = jax.device_put(np.zeros((16, 8, 8, 1), np.float32), parallel.split(mesh))
     forward = lambda variables, images: ensemble.apply(variables, images, train=True)[0].logits_SxBxK
     program = jax.jit(forward).lower(variables, images).compile().as_text()

@@ -29,7 +29,7 @@ def gradients(batch, **knobs):
     """Gradient of the loss in every parameter."""
     config = tiny_config(model__students=STUDENTS, **{f"method__{k}": v for k, v in knobs.items()})
     ensemble, method = make_ensemble(config, 10), make_method(config)
-    variables = init_variables(ensemble, method, 0, SHAPE)
+    variables = init_variables(ensemble.trace(SHAPE), method, 0)
 
     def loss(params):
         full = variables | {"params": params}
@@ -89,7 +89,7 @@ def test_one_student_is_the_baseline(batch):
     for name, scale in (("oem", 0.7), ("baseline", 1.0)):
         config = tiny_config(method=name, model__students=(0.5,))
         ensemble, method = make_ensemble(config, 10), make_method(config)
-        variables = init_variables(ensemble, method, 0, SHAPE)
+        variables = init_variables(ensemble.trace(SHAPE), method, 0)
         outputs, _ = ensemble.apply(of_networks(variables), batch[0], train=True)
         loss, (metrics, _) = objective(
             method, of_method(variables), outputs, Batch(batch[1], jnp.zeros(()))
@@ -101,8 +101,8 @@ def test_ensemble_weights_begin_uniform_and_sum_to_one(batch):
     logits = jax.random.normal(jax.random.key(0), (3, 16, 10))
     config = tiny_config(model__students=STUDENTS, method__ensemble_weights="learned")
     ensemble, method = make_ensemble(config, 10), make_method(config)
-    own = init_variables(ensemble, method, 0, SHAPE)["params"]["method"]
-    variables = init_variables(ensemble, method, 0, SHAPE)
+    own = init_variables(ensemble.trace(SHAPE), method, 0)["params"]["method"]
+    variables = init_variables(ensemble.trace(SHAPE), method, 0)
     outputs, _ = ensemble.apply(of_networks(variables), batch[0], train=False)
     outputs = outputs.replace(logits_SxBxK=logits)
     combined = method.apply({"params": own}, outputs, method="ensemble_logits")
@@ -118,7 +118,7 @@ def test_every_kind_of_ensemble_trains(batch, weights):
     config = tiny_config(method__ensemble_weights=weights, optimizer__learning_rate=0.05)
     ensemble, method = make_ensemble(config, 10), make_method(config)
     optimizer = make_optimizer(config, method, 100)
-    state = init_state(ensemble, method, optimizer, 0, SHAPE)
+    state = init_state(ensemble.trace(SHAPE), method, optimizer, 0)
     step = jax.jit(make_step(ensemble, method, optimizer))
     losses = []
     for _ in range(12):
@@ -133,7 +133,7 @@ def test_the_optimizer_begins_as_optax_says(name):
     config = tiny_config(optimizer__name=name)
     ensemble, method = make_ensemble(config, 10), make_method(config)
     optimizer = make_optimizer(config, method, 100)
-    state = init_state(ensemble, method, optimizer, 0, SHAPE)
+    state = init_state(ensemble.trace(SHAPE), method, optimizer, 0)
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, optimizer.init(state.params))
 
 
@@ -145,7 +145,7 @@ def test_adaptation_layers_learn_at_their_own_rate(batch):
         config = tiny_config(**changes, method__adaptation_learning_rate_scale=scale)
         ensemble, method = make_ensemble(config, 10), make_method(config)
         optimizer = make_optimizer(config, method, 100)
-        before = init_state(ensemble, method, optimizer, 0, SHAPE)
+        before = init_state(ensemble.trace(SHAPE), method, optimizer, 0)
         after, _ = jax.jit(make_step(ensemble, method, optimizer))(before, *batch)
         deltas[scale] = jax.tree.map(lambda a, b: np.asarray(a - b), after.params, before.params)
     layer = lambda d: d["method"]["adaptation_layers"]["block1_student2"]["kernel"]
@@ -188,7 +188,7 @@ def test_the_worked_example_of_the_docs(batch):
     module = {"__name__": "codistillation"}
     exec(code, module)
     ensemble = make_ensemble(tiny_config("dml", model__students=STUDENTS), 10)
-    variables = init_variables(ensemble, METHODS["dml"](), 0, SHAPE)
+    variables = init_variables(ensemble.trace(SHAPE), METHODS["dml"](), 0)
     outputs, _ = ensemble.apply(of_networks(variables), batch[0], train=True)
     for epoch, share in ((4.0, 0.0), (5.0, 1.0)):
         given = Batch(batch[1], jnp.asarray(epoch))
@@ -203,7 +203,7 @@ def test_students_of_the_same_width_may_begin_alike():
     """PCL's do, and no others'."""
     for name, alike in (("pcl", True), ("oem", False)):
         config = tiny_config(name, model__students=(0.5, 0.5, 0.25))
-        variables = init_variables(make_ensemble(config, 10), make_method(config), 0, SHAPE)
+        variables = init_variables(make_ensemble(config, 10).trace(SHAPE), make_method(config), 0)
         students = variables["params"]["students"]
         one, two, three = (students[i]["head"]["linear"]["kernel"] for i in "123")
         assert np.array_equal(one, two) == alike

@@ -20,12 +20,12 @@ CONVOLUTION = sys.modules[convolution.__module__]
 
 def widths_of(ensemble, shape=(16, 16, 3)):
     """Channels of every student's compressed maps."""
-    outputs = ensemble.shapes(shape)
+    outputs = ensemble.trace(shape).outputs
     return [tuple(row[i].shape[-1] for row in outputs.features) for i in range(len(ensemble.students))]
 
 
 def variables_of(ensemble, shape=(16, 16, 3), seed=0):
-    return ensemble.init(seed, shape)
+    return ensemble.trace(shape).init(seed)
 
 
 @pytest.mark.parametrize("size", [7, 8])
@@ -159,7 +159,7 @@ def test_batch_norm_follows_pytorch():
     ],
 )
 def test_widths_are_floored(students, expected):
-    ensemble = models.build("resnet8", parse_students(students), 10)
+    ensemble = models.build_ensemble("resnet8", students, 10)
     assert widths_of(ensemble) == expected
 
 
@@ -168,7 +168,7 @@ def test_widths_are_floored(students, expected):
     [(3, (8, 16, 32), 3), (2, (16, 16, 32), 2), (1, (16, 32, 32), 1)],
 )
 def test_compressed_blocks_are_the_matched_ones(compressed_stages, widths, maps):
-    ensemble = models.build("resnet8", parse_students((1, 0.5)), 10, compressed_stages=compressed_stages)
+    ensemble = models.build_ensemble("resnet8", (1, 0.5), 10, compressed_stages=compressed_stages)
     assert widths_of(ensemble)[1] == widths[-maps:]
     outputs, _ = ensemble.apply(variables_of(ensemble), jnp.zeros((2, 16, 16, 3)), train=False)
     sizes = [(16, 16, 16), (8, 8, 32), (4, 4, 64)][-maps:]
@@ -177,7 +177,7 @@ def test_compressed_blocks_are_the_matched_ones(compressed_stages, widths, maps)
 
 
 def test_names_of_variables():
-    ensemble = models.build("resnet14", parse_students(2), 10)
+    ensemble = models.build_ensemble("resnet14", 2, 10)
     variables = variables_of(ensemble)
     assert set(variables["params"]) == set(variables["batch_stats"]) == {"base", "students"}
     assert set(variables["params"]["students"]) == {"1", "2"}
@@ -188,7 +188,7 @@ def test_names_of_variables():
 
 def test_initial_values_follow_the_official_rules():
     """Xavier-normal convolutions and classifier, classifier's bias U(+-1/sqrt(fan in)), BN 1 and 0."""
-    ensemble = models.build("resnet110", parse_students(1), 100)
+    ensemble = models.build_ensemble("resnet110", 1, 100)
     branch = variables_of(ensemble)["params"]["students"]["1"]
     conv = branch["stage3"]["rest"]["conv2"]["kernel"]  # (17, 3, 3, 64, 64)
     std = math.sqrt(2 / (9 * (64 + 64)))
@@ -205,9 +205,9 @@ def test_initial_values_follow_the_official_rules():
 
 def test_initial_values_depend_on_seed_and_place_alone():
     leaves = jax.tree.leaves
-    two, three = (models.build("resnet8", parse_students(n), 10) for n in ((1, 0.5), (1, 0.5, 0.5)))
+    two, three = (models.build_ensemble("resnet8", n, 10) for n in ((1, 0.5), (1, 0.5, 0.5)))
     a, b, c = variables_of(two), variables_of(three), variables_of(two, seed=1)
-    own = lambda v, i: two.paths(v["params"], i)
+    own = lambda v, i: two.student_subtrees(v["params"], i)
     for i in (1, 2):  # a third student changes nothing for the first two
         assert all(np.array_equal(x, y) for x, y in zip(leaves(own(a, i)), leaves(own(b, i)), strict=True))
     kernel = lambda v, i: v["params"]["students"][str(i)]["stage1"]["first"]["conv1"]["kernel"]
@@ -216,17 +216,17 @@ def test_initial_values_depend_on_seed_and_place_alone():
 
 
 def test_a_student_on_its_own_gives_its_logits_in_the_ensemble():
-    ensemble = models.build("resnet14", parse_students(3), 10)
+    ensemble = models.build_ensemble("resnet14", 3, 10)
     variables = variables_of(ensemble)
     images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
     outputs, _ = ensemble.apply(variables, images, train=False)
     for i in (1, 2, 3):
-        alone = ensemble.student(i).logits(ensemble.alone(variables, i), images)
+        alone = ensemble.student(i).logits(ensemble.student_variables(variables, i), images)
         np.testing.assert_allclose(alone, outputs.logits_SxBxK[i - 1], atol=1e-6)
 
 
 def test_bfloat16_keeps_logits_and_statistics_in_float32():
-    wide, narrow = (models.build("resnet8", parse_students(2), 10, d) for d in ("float32", "bfloat16"))
+    wide, narrow = (models.build_ensemble("resnet8", 2, 10, dtype=d) for d in ("float32", "bfloat16"))
     variables = variables_of(wide)
     images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
     full, _ = wide.apply(variables, images, train=True)
@@ -245,11 +245,11 @@ def test_impossible_students(students):
 
 def test_a_width_without_channels_names_the_smallest_that_works():
     with pytest.raises(UserError, match=r"width 0\.05 .* smallest usable width is 0\.0625"):
-        models.build("resnet8", parse_students((1, 0.05)), 10)
-    assert widths_of(models.build("resnet8", parse_students((0.0625,)), 10)) == [(1, 2, 4)]
+        models.build_ensemble("resnet8", (1, 0.05), 10)
+    assert widths_of(models.build_ensemble("resnet8", (0.0625,), 10)) == [(1, 2, 4)]
 
 
 @pytest.mark.parametrize("compressed_stages", [-1, 4])
 def test_impossible_number_of_blocks(compressed_stages):
     with pytest.raises(UserError, match="between 1 and 3"):
-        models.build("resnet8", parse_students(2), 10, compressed_stages=compressed_stages)
+        models.build_ensemble("resnet8", 2, 10, compressed_stages=compressed_stages)

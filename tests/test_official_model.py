@@ -10,7 +10,6 @@ from ekd_jax import models
 from ekd_jax.common.errors import UserError
 from ekd_jax.config.build import make_method
 from ekd_jax.methods.base import Batch
-from ekd_jax.models.members import parse_students
 from ekd_jax.runs.state import init_variables, of_method, of_networks
 from ekd_jax.students.convert import official_variables
 from ekd_jax.training.step import objective
@@ -32,9 +31,9 @@ def part(reference, prefix):
 
 @pytest.fixture(scope="module")
 def network():
-    ensemble = models.build("resnet20", parse_students(5), 100)
+    ensemble = models.build_ensemble("resnet20", 5, 100)
     method = make_method(tiny_config())
-    return ensemble, method, init_variables(ensemble, method, 0, (32, 32, 3))
+    return ensemble, method, init_variables(ensemble.trace((32, 32, 3)), method, 0)
 
 
 def official_at(reference, network, when):

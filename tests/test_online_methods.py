@@ -519,7 +519,7 @@ def test_what_each_term_trains(name):
     students, expected = WHO[name]
     config = tiny_config(name, model__students=(1,) * students)
     ensemble, method = make_ensemble(config, 10), make_method(config)
-    variables = init_variables(ensemble, method, 0, (8, 8, 1))
+    variables = init_variables(ensemble.trace((8, 8, 1)), method, 0)
     generator = np.random.default_rng(0)
     images = generator.normal(size=(students, 8, 8, 8, 1)).astype(np.float32)
     views = tuple(images) if method.separate_views else images[0]

@@ -26,7 +26,7 @@ SHAPE = (8, 8, 1)
 def state_and_step(config, groups=1, accumulate=1, classes=10):
     ensemble, method = make_ensemble(config, classes, groups), make_method(config)
     sgd = optax.sgd(1.0)
-    state = init_state(ensemble, method, sgd, 0, SHAPE)
+    state = init_state(ensemble.trace(SHAPE), method, sgd, 0)
     return state, jax.jit(make_step(ensemble, method, sgd, accumulate=accumulate))
 
 
@@ -89,7 +89,8 @@ def test_what_is_computed_again_is_not_kept():
     for what in (False, True):
         config = tiny_config(model__name="resnet56", model__students=(1,), train__rematerialize=what)
         ensemble, method = make_ensemble(config, 10), make_method(config)
-        state = init_state(ensemble, method, optax.sgd(1.0), 0, SHAPE)
+        trace = ensemble.trace(SHAPE)
+        state = init_state(trace, method, optax.sgd(1.0), 0)
 
         def loss(params, state=state, ensemble=ensemble):
             networks = {"params": params, "batch_stats": state.batch_stats}
@@ -99,8 +100,8 @@ def test_what_is_computed_again_is_not_kept():
         _, backward = jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p), networks)
         both = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (backward, networks)]
         kept[what] = both[0] - both[1]  # beside the parameters
-        description = describe(config, SHAPE, 10, ())
-        estimated[what] = memory(config, description, 0)["activations"]
+        description = describe(config, trace, method, ())
+        estimated[what] = memory(config, trace, method, description, 0)["activations"]
     assert kept[True] < kept[False] / 4
     assert estimated[True] < estimated[False] / 2
 
@@ -108,9 +109,10 @@ def test_what_is_computed_again_is_not_kept():
 def test_memory_is_that_of_a_device():
     """Each has its part of the batch, and with fsdp its part of the state."""
     config = tiny_config(train__fsdp=4)
-    description = describe(config, SHAPE, 10, ())
-    alone, shared = (memory(tiny_config(), description, 7, devices) for devices in (1, 8))
-    cut = memory(config, description, 7, 8)
+    own = make_ensemble(config, 10).trace(SHAPE), make_method(config)
+    description = describe(config, *own)
+    alone, shared = (memory(tiny_config(), *own, description, 7, devices) for devices in (1, 8))
+    cut = memory(config, *own, description, 7, 8)
     assert shared == {**alone, "activations": alone["activations"] // 8}
     parameters = alone["state"] // 3  # beside gradients and momentum
     assert cut == {**shared, "state": 2 * parameters // 4 + 2 * parameters}

@@ -15,9 +15,8 @@ import pytest
 from ekd_jax import models
 from ekd_jax.common.errors import UserError
 from ekd_jax.models import densenet, resnet
-from ekd_jax.models.assemble import Family
 from ekd_jax.models.blocks import Bottleneck
-from ekd_jax.models.members import parse_students
+from ekd_jax.models.family import Family
 from ekd_jax.students.convert import convert, read_state_dict, student_from_torch
 from ekd_jax.students.torch_names import sources
 
@@ -99,14 +98,14 @@ def case(name):
         family, network, rules = SHALLOW[name]
         models.MODELS[name] = family
         try:
-            build = lambda dtype: models.build(name, parse_students(1), CLASSES, dtype, **options)
+            build = lambda dtype: models.build_ensemble(name, 1, CLASSES, dtype=dtype, **options)
             ours = {dtype: build(dtype) for dtype in ("float64", "float32")}
         finally:
             del models.MODELS[name]
         return ours, network(), rules, 32 if "cifar" in name else 64
     source = sources(name)[0] if name != "mobilenet_v2" else sources(name)[1]
     options |= source.options
-    build = lambda dtype: models.build(name, parse_students(1), CLASSES, dtype, **options)
+    build = lambda dtype: models.build_ensemble(name, 1, CLASSES, dtype=dtype, **options)
     ours = {dtype: build(dtype) for dtype in ("float64", "float32")}
     return ours, theirs.NETWORKS[name](num_classes=CLASSES), source.rules, NAMED[name]
 
@@ -135,8 +134,8 @@ def test_forward_statistics_and_gradients(name):
 
     with jax.enable_x64(True):
         ensemble = ours["float64"]
-        like_all = ensemble.init(None, images.shape[1:])
-        like = ensemble.alone(like_all, 1)
+        like_all = ensemble.trace(images.shape[1:]).init(None)
+        like = ensemble.student_variables(like_all, 1)
         before = student_from_torch(like, state_of(network), rules, np.float64)
 
         @quickly_compiled
@@ -144,7 +143,7 @@ def test_forward_statistics_and_gradients(name):
             evaluated = ensemble.student(1).logits(variables, images)
 
             def loss(params):
-                full = ensemble.placed(like_all, 1, variables | {"params": params})
+                full = ensemble.with_student_variables(like_all, 1, variables | {"params": params})
                 outputs, stats = ensemble.apply(full, images, train=True)
                 logits = outputs.logits_SxBxK[0]
                 mean = -jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels].mean()
@@ -169,7 +168,9 @@ def test_forward_statistics_and_gradients(name):
         slopes = {n: p.grad for n, p in network.named_parameters()}
         slopes |= {n: v for n, v in state_of(network).items() if n not in slopes}
         expected = student_from_torch(like, slopes, rules, np.float64)["params"]
-    compare(ensemble.alone({"batch_stats": stats}, 1)["batch_stats"], after["batch_stats"], 1e-9)
+    compare(
+        ensemble.student_variables({"batch_stats": stats}, 1)["batch_stats"], after["batch_stats"], 1e-9
+    )
     compare(gradients, expected, 1e-7)
 
 
@@ -196,7 +197,7 @@ def test_pth_files_become_students(tmp_path, wrap):
     found, description = convert("resnet8x4", read_state_dict(tmp_path / "network.pth"), (32, 32, 3), {})
     assert description["architecture"]["num_classes"] == CLASSES
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
-    ours = models.build("resnet8x4", parse_students(1), CLASSES).student(1).logits(found, images)
+    ours = models.build_ensemble("resnet8x4", 1, CLASSES).student(1).logits(found, images)
     with torch.no_grad():
         expected = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)

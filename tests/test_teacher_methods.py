@@ -594,7 +594,7 @@ def teacher_folder(
     }
     preprocessing = {"mean": mean, "std": std, "fit": "native", "image_size": 0}
     description = {"architecture": architecture, "preprocessing": preprocessing}
-    write_student(path, ensemble.alone(ensemble.init(seed, shape), 1), description)
+    write_student(path, ensemble.student_variables(ensemble.trace(shape).init(seed), 1), description)
     return str(path)
 
 
@@ -629,8 +629,8 @@ def test_a_step_of_every_method(name, teacher):
         dictionaries = codewords(np.random.default_rng(0), (16, 32), (32, 64), (64, 128))
         taught = [dataclasses.replace(taught[0], method={"dictionaries": dictionaries})]
     optimizer = make_optimizer(config, method, 10)
-    state = init_state(ensemble, method, optimizer, 0, SHAPE, taught)
-    _, batch = batch_shapes(ensemble, method, SHAPE, taught)
+    state = init_state(ensemble.trace(SHAPE), method, optimizer, 0, taught)
+    _, batch = batch_shapes(ensemble.trace(SHAPE), method, taught)
     images = jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32)
     step = make_step(ensemble, method, optimizer)
     after, metrics = jax.eval_shape(step, state, images, batch.labels, batch.key, batch.teachers)
@@ -660,7 +660,7 @@ def test_teachers_are_frozen(teacher, tmp_path):
     loaded = load_teacher(teacher, tmp_path)
     before = jax.tree.map(np.copy, loaded.variables)
     optimizer = make_optimizer(config, method, 10)
-    state = init_state(ensemble, method, optimizer, 0, SHAPE, [loaded.shapes()])
+    state = init_state(ensemble.trace(SHAPE), method, optimizer, 0, [loaded.shapes()])
     teach, step = make_teach([loaded], config.data), make_step(ensemble, method, optimizer)
     generator = np.random.default_rng(0)
     images = jnp.asarray(generator.normal(size=(16, *SHAPE)), jnp.float32)
@@ -681,7 +681,9 @@ def test_teachers_are_frozen(teacher, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, before)
     np.testing.assert_array_equal(said[0], said[2])
     assert state.params.keys() == {"base", "students", "method"}
-    assert len(jax.tree.leaves(state.params)) == len(jax.tree.leaves(ensemble.init(None, SHAPE)["params"]))
+    assert len(jax.tree.leaves(state.params)) == len(
+        jax.tree.leaves(ensemble.trace(SHAPE).init(None)["params"])
+    )
     # its own normalization, whatever the run's
     student = load_student(teacher)
     raw = images * config.data.std[0] + config.data.mean[0]
@@ -695,7 +697,7 @@ def run_folder(path, config, complete=True):
     path.mkdir()
     workdir.claim(path, config)
     workdir.describe(path, job.students)
-    state = init_state(job.ensemble, job.method, job.optimizer, 3, job.input_shape, job.taught)
+    state = init_state(job.trace, job.method, job.optimizer, 3, job.taught)
     with contextlib.closing(Checkpoints(path)) as checkpoints:
         checkpoints.save(state, {"epoch": 0.0, "log": {}, "evaluated_on": "test"}, None)
         checkpoints.wait()
@@ -850,7 +852,11 @@ def test_srm_goes_through_its_stages(teacher, tmp_path):
 
     first, second = restore(path / "earlier/dictionaries"), restore(path / "earlier/initialize")
     taught = load_student(teacher)
-    jax.tree.map(np.testing.assert_array_equal, first.ensemble.alone(first.variables, 1), taught.variables)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        first.ensemble.student_variables(first.variables, 1),
+        taught.variables,
+    )
     learned = first.variables["params"]["method"]["dictionaries"]
     assert [learned[f"stage{i}"]["centers"].shape for i in (1, 2, 3)] == [(16, 32), (32, 64), (64, 128)]
     assert first.run.config.data.mean == (0.3,)
@@ -868,7 +874,7 @@ def test_srm_goes_through_its_stages(teacher, tmp_path):
         last.variables["params"]["students"],
         second.variables["params"]["students"],
     )
-    began = second.ensemble.init(0, SHAPE)["params"]["students"]["1"]["stage3"]
+    began = second.ensemble.trace(SHAPE).init(0)["params"]["students"]["1"]["stage3"]
     now = second.variables["params"]["students"]["1"]["stage3"]
     assert all(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (began, now)), strict=True))
 

@@ -16,7 +16,6 @@ from ekd_jax import models
 from ekd_jax.common.errors import UserError
 from ekd_jax.config.build import make_method
 from ekd_jax.methods.base import Batch
-from ekd_jax.models.members import parse_students
 from ekd_jax.runs.state import TrainState, init_variables, of_method, of_networks
 from ekd_jax.students.convert import student_from_torch
 from ekd_jax.students.torch_names import sources
@@ -50,8 +49,10 @@ def as_ours(ensemble, like, values):
     variables = like
     for i in range(STUDENTS):
         own = part("base.") | part(f"students.{i}.")
-        own = student_from_torch(ensemble.alone(like, i + 1), own, sources("resnet8")[0].rules, np.float64)
-        variables = ensemble.placed(variables, i + 1, own)
+        own = student_from_torch(
+            ensemble.student_variables(like, i + 1), own, sources("resnet8")[0].rules, np.float64
+        )
+        variables = ensemble.with_student_variables(variables, i + 1, own)
     layers = {}
     for name in like["params"]["method"]["adaptation_layers"]:
         block, student = (int(word[-1]) for word in name.split("_"))
@@ -73,9 +74,9 @@ def test_losses_gradients_and_two_steps():
     config = tiny_config(model__students=STUDENTS)
     method = make_method(config)
     optimizer = make_optimizer(config, method, steps=1_000_000)
-    ensemble = models.build("resnet8", parse_students(STUDENTS), CLASSES, "float64")
+    ensemble = models.build_ensemble("resnet8", STUDENTS, CLASSES, dtype="float64")
     with jax.enable_x64(True):
-        like = init_variables(ensemble, method, None, SHAPE)
+        like = init_variables(ensemble.trace(SHAPE), method, None)
     ours = lambda values: as_ours(ensemble, like, {n: v.detach().clone() for n, v in values.items()})
     begin = ours(network.state_dict())
 

@@ -1,255 +1,260 @@
-"""A family of networks, and how an ensemble is made of it.
-
-A family knows how to build its network, stem, stages and head, with every stage at a width of its
-own. Cutting it into base block and branches happens here, for all families alike.
-"""
+"""From what is asked for to an ensemble: where networks are cut, and what their students share."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from ekd_jax.common.errors import UserError
-from ekd_jax.models.blocks import Chain, Part
+from ekd_jax.models.blocks import Chain
 from ekd_jax.models.ensemble import Ensemble, Path
-from ekd_jax.models.execution import Network, Wide
+from ekd_jax.models.execution import Network, PackedNetwork
+from ekd_jax.models.family import Architecture, CombinedWidth, Family, NetworkOptions
 from ekd_jax.models.layers import Mode
 from ekd_jax.models.members import Member
 
+Widths = tuple[Fraction, ...]  # the width multiplier of each stage
+
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """What a network can be asked for beside its width.
+class EnsembleSpec:
+    """Everything that defines an ensemble.
 
     Attributes:
-        num_classes: K.
-        dropout: rate before the classifier (`wrn_*`: in the blocks); below 0: the family's own.
-        stochastic_depth: rate at which residual blocks are left out; below 0: the family's own.
-        padding: "even" or "same" (see `convolution`) of networks that exist with both; "": the official
-            code's.
+        name: the network, a key of `models.MODELS`.
+        students: as `parse_students` returns them; the first is the pseudo teacher.
+        num_classes: number of classes K.
+        dtype: what convolutions compute in, "float32" or "bfloat16".
+        sharing: "base": all students share a base block; "tree": they part one by one, as in a binary
+            tree; "none": they share nothing.
+        compressed_stages: how many of the branch's stages, counted from the last, get narrower with the
+            width; 0 means all.
+        shared_stages: number of stages in the base block; -1 means all but `own_stages`.
+        own_stages: number of stages in a branch, used if `shared_stages` is -1; 0 means the family's
+            default (the paper's cut).
+        last_map: which feature map is matched last, "stage" or "pooled" (see `Family`); "" means the
+            family's default.
+        base_gradients: whose gradients train the shared parts, see `Ensemble`.
+        batch_norm_groups: number of parts of a batch that batch norm normalizes separately.
+        batch_norm_epsilon: added to the variance in batch norm.
+        rematerialize: whether the backward pass keeps only each block's input and recomputes the rest.
+        execution: how branches run, a key of `execution.EXECUTIONS`.
+        dropout, stochastic_depth, padding: see `NetworkOptions`.
     """
 
+    name: str
+    students: tuple[Member, ...]
     num_classes: int
+    dtype: str = "float32"
+    sharing: str = "base"
+    compressed_stages: int = 0
+    shared_stages: int = -1
+    own_stages: int = 0
+    last_map: str = ""
+    base_gradients: str = "all"
+    batch_norm_groups: int = 1
+    batch_norm_epsilon: float = 1e-5
+    rematerialize: bool = False
+    execution: str = "separate"
     dropout: float = -1.0
     stochastic_depth: float = -1.0
     padding: str = ""
 
-    def dropout_or(self, own: float) -> float:
-        """The rate, `own` being the family's."""
-        return own if self.dropout < 0 else self.dropout
+    @property
+    def options(self) -> NetworkOptions:
+        """The settings that a family builds its network by."""
+        return NetworkOptions(self.num_classes, self.dropout, self.stochastic_depth, self.padding)
 
-    def stochastic_depth_or(self, own: float) -> float:
-        """The rate, `own` being the family's."""
-        return own if self.stochastic_depth < 0 else self.stochastic_depth
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """A network: `head(stages(stem(images)))`.
-
-    Attributes:
-        stem, stages, head: its parts.
-        unpackable: why branches at several widths are not one branch at the sum of the widths, with
-            block-diagonal kernels (see `execution`); "": they are.
-        first_apart: they are, but for the first blocks of stages.
-    """
-
-    stem: Part
-    stages: Sequence[Part]
-    head: Part
-    unpackable: str = "the network does not say that its students can run as one wide network"
-    first_apart: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What a name stands for.
-
-    Attributes:
-        build: (width multiplier of each stage, options) -> the network.
-        stages: how many there are.
-        shared: how many of them belong to the base block.
-        last_map: the last of the maps that students are compared by: the last "stage"'s, or the one that
-            is "pooled" for the classifier, where something lies between.
-    """
-
-    build: Callable[[Sequence[Fraction], Options], Architecture]
-    stages: int
-    shared: int = 0
-    last_map: str = "stage"
-
-
-class Together(Fraction):
-    """The width of several networks side by side: the sum of theirs, and what they are."""
-
-    parts: tuple[Fraction, ...]
-
-    def __new__(cls, parts: Sequence[Fraction]) -> "Together":
-        self = super().__new__(cls, sum(parts))
-        self.parts = tuple(parts)
-        return self
-
-
-def scaled(channels: int, width: Fraction, multiple: int = 1) -> int:
-    """channels * width, rounded down to a multiple of `multiple`; of networks together the sum of theirs.
-
-    Raises:
-        UserError: nothing is left.
-    """
-    if isinstance(width, Together):
-        return sum(scaled(channels, own, multiple) for own in width.parts)
-    left = math.floor(channels * width / multiple) * multiple
-    if left == 0:
-        least = multiple / channels
-        raise UserError(
-            f"model.students: width {float(width):g} leaves a block of {channels} channels with none; "
-            f"the smallest usable width is {least:g}"
+    @property
+    def mode(self) -> Mode:
+        """How layers compute, in evaluation mode."""
+        return Mode(
+            dtype=jnp.dtype(self.dtype),
+            groups=self.batch_norm_groups,
+            epsilon=self.batch_norm_epsilon,
+            rematerialize=self.rematerialize,
         )
-    return left
 
 
-def rounded(channels: Fraction | float) -> int:
-    """The multiple of 8 nearest to `channels`, but never below 90 % of it: how MobileNets and
-    EfficientNets scale (make_divisible of their official code)."""
-    near = max(8, int(channels + 4) // 8 * 8)
-    return near + 8 if near < 0.9 * channels else near
-
-
-def assemble(
-    families: Sequence[Family],
-    students: Sequence[Member],
-    options: Options,
-    mode: Mode,
-    sharing: str = "base",
-    compressed_stages: int = 0,
-    shared_stages: int = -1,
-    own_stages: int = 0,
-    last_map: str = "",
-    base_gradients: str = "all",
-    execution: str = "separate",
-) -> Ensemble:
-    """One network for each of the students, of which they share what they have in common.
+def assemble(spec: EnsembleSpec, families: Sequence[Family]) -> Ensemble:
+    """Build one network for each student, with the parts that they share.
 
     Args:
-        families: of each student.
-        students: their widths; the first is the pseudo teacher.
-        options: of the networks.
-        mode: dtype and batch norm.
-        sharing: all students have a "base" block in common; or part one by one, like a binary "tree"; or
-            share "none" of their parts.
-        compressed_stages: how many of the branch's stages, from the last, the multipliers change; 0: all.
-        shared_stages: how many stages belong to the base block; below 0: all but `own_stages`.
-        own_stages: 0: as the family has it (the paper's).
-        last_map: "stage" or "pooled"; "": the family's own.
-        base_gradients, execution: see `Ensemble`.
+        spec: the ensemble.
+        families: the family of each student's network.
 
     Raises:
-        UserError: a width that leaves a block without a channel; a cut that the network does not have; a
-            way to run branches that these do not allow.
+        UserError: a width that leaves a block without channels, a cut that the network does not have, or
+            an execution that these networks do not allow.
     """
-    family, number = families[0], len(students)
-    if sharing != "none" and any(f is not family for f in families):
+    cut = _choose_cut(spec, families)
+    widths = [_stage_widths(spec, families, i, cut) for i in range(len(families))]
+    networks = _build_networks(spec, families, widths)
+    shared = _share_parts(spec, families[0], cut)
+    branches = _cut_off(networks, shared.depth)
+    packed, unpackable = _pack_branches(spec, families, widths, shared.depth)
+    if spec.execution == "packed" and unpackable and len(branches) > 1:
+        other = "stacked" if len({id(branch) for branch in branches}) < len(branches) else "separate"
+        raise UserError(f"train.execution=packed: {unpackable}: use {other}")
+    return Ensemble(
+        trunk=shared.parts,
+        routes=shared.routes,
+        branches=branches,
+        networks=networks,
+        students=spec.students,
+        widths=tuple(widths),
+        matched=_matched_maps(spec, families, branches, cut),
+        base_gradients=spec.base_gradients,
+        mode=spec.mode,
+        execution=spec.execution,
+        packed=packed,
+    )
+
+
+class _Cut(NamedTuple):
+    """Where networks are cut.
+
+    Attributes:
+        shared: number of stages in the base block.
+        levels: number of times that a tree's students part; 0 if they do not form a tree.
+        compressed: number of stages, counted from the last, that a single width multiplies.
+    """
+
+    shared: int
+    levels: int
+    compressed: int
+
+
+def _choose_cut(spec: EnsembleSpec, families: Sequence[Family]) -> _Cut:
+    family, number = families[0], len(families)
+    if spec.sharing != "none" and any(other is not family for other in families):
         raise UserError(
             "model.students: different networks have no base block in common: pass "
             "--config.model.sharing=none, with a method that allows it"
         )
-    levels = 0 if sharing != "tree" else (number - 1).bit_length()
-    if sharing == "tree" and number != 2**levels:
+    levels = (number - 1).bit_length() if spec.sharing == "tree" else 0
+    if spec.sharing == "tree" and number != 2**levels:
         raise UserError(f"model.students: a tree has 2, 4, 8, ... students, not {number}")
-    shared = shared_stages
-    if shared < 0:
-        shared = family.stages - own_stages if own_stages else family.shared
-        shared = family.stages - levels if levels else shared
-    if sharing == "none":
+    shared = spec.shared_stages
+    if spec.sharing == "none":
         shared = 0
+    elif shared < 0 and levels:
+        shared = family.stages - levels
+    elif shared < 0:
+        shared = family.stages - spec.own_stages if spec.own_stages else family.shared
     if not 0 <= shared < family.stages or levels > family.stages - shared:
         raise UserError(
             f"model.shared_stages={shared}: at least {max(1, levels)} of the {family.stages} stages must "
             f"be left for the branches"
         )
     in_branch = family.stages - shared
-    compressed = compressed_stages or in_branch
+    compressed = spec.compressed_stages or in_branch
     if not 1 <= compressed <= in_branch:
         raise UserError(
-            f"model.compressed_stages={compressed_stages} must be between 1 and {in_branch}, or 0 for all"
+            f"model.compressed_stages={spec.compressed_stages} must be between 1 and {in_branch}, or 0 for "
+            f"all"
         )
-
-    def all_widths(family: Family, member: Member) -> tuple[Fraction, ...]:
-        if len(member.widths) == 1:
-            narrow = compressed if family is families[0] else family.stages
-            return (Fraction(1),) * (family.stages - narrow) + member.widths * narrow
-        if len(member.widths) != family.stages or any(width != 1 for width in member.widths[:shared]):
-            raise UserError(
-                f"model.students: {member} has {len(member.widths)} widths, the network {family.stages} "
-                f"stages: give one width, or one a stage (1 for each of the {shared} shared)"
-            )
-        return member.widths
-
-    whole = named(family.build((Fraction(1),) * family.stages, options)).stages
-    widths = [all_widths(f, member) for f, member in zip(families, students, strict=True)]
-    asked = list(zip(families, widths, strict=True))
-    distinct = {(id(f), own): named(f.build(own, options)) for f, own in asked}
-    networks = [distinct[id(f), own] for f, own in asked]  # of equal students one object
-    # Parts of a network, its stem among them: those before `shared` + 1 are everyone's, then at each
-    # level of a tree half as many students have one in common.
-    trunk: list[tuple[Path, nn.Module]] = []
-    routes: list[tuple[int, ...]] = [()] * number
-    cut = 0
-    if sharing != "none":
-        trunk.append((("base",), Chain(whole[: shared + 1])))
-        routes = [(0,)] * number
-        cut = shared + 1
-        for level in range(1, levels):
-            first = len(trunk)
-            trunk += [
-                (("splits", str(level), str(node + 1)), Chain((whole[cut],))) for node in range(2**level)
-            ]
-            routes = [(*route, first + i * 2**level // number) for i, route in enumerate(routes)]
-            cut += 1
-    cut_off = {id(n): Network(n.stages[cut:], n.head) for n in networks}
-    branches = tuple(cut_off[id(n)] for n in networks)
-    wide, unpackable = _side_by_side(families, widths, options, cut)
-    if execution == "packed" and unpackable and number > 1:
-        nearest = "stacked" if len(cut_off) < number else "separate"
-        raise UserError(f"train.execution=packed: {unpackable}: use {nearest}")
-    depth = min(compressed, *(len(b.stages) - (sharing == "none") for b in branches))
-    matched = []
-    for f, branch in zip(families, branches, strict=True):
-        names = [name for name, _ in branch.stages][-depth:]
-        pooled = (last_map or f.last_map) == "pooled"
-        matched.append((*names[:-1], "pooled" if pooled else names[-1]))
-    return Ensemble(
-        trunk=tuple(trunk),
-        routes=tuple(routes),
-        branches=branches,
-        networks=tuple(networks),
-        students=tuple(students),
-        widths=tuple(widths),
-        matched=tuple(matched),
-        base_gradients=base_gradients,
-        mode=mode,
-        execution=execution,
-        wide=wide,
-    )
+    return _Cut(shared, levels, compressed)
 
 
-def named(built: Architecture) -> Network:
-    """The network, its parts named as they are everywhere."""
-    stages = [(f"stage{i}", stage) for i, stage in enumerate(built.stages, 1)]
-    return Network((("stem", built.stem), *stages), built.head)
+def _stage_widths(spec: EnsembleSpec, families: Sequence[Family], student: int, cut: _Cut) -> Widths:
+    """Return the width of every stage of a student, counted from 0."""
+    member, family = spec.students[student], families[student]
+    if len(member.widths) == 1:
+        compressed = cut.compressed if family is families[0] else family.stages
+        return (Fraction(1),) * (family.stages - compressed) + member.widths * compressed
+    if len(member.widths) != family.stages or any(width != 1 for width in member.widths[: cut.shared]):
+        raise UserError(
+            f"model.students: {member} has {len(member.widths)} widths, the network {family.stages} "
+            f"stages: give one width, or one per stage (1 for each of the {cut.shared} shared)"
+        )
+    return member.widths
 
 
-def _side_by_side(
-    families: Sequence[Family], widths: Sequence[Sequence[Fraction]], options: Options, cut: int
-) -> tuple[Wide | None, str]:
-    """All students' branches as one network, or why they are not."""
+def _build_networks(
+    spec: EnsembleSpec, families: Sequence[Family], widths: Sequence[Widths]
+) -> tuple[Network, ...]:
+    """Return each student's network; equal ones are one object."""
+    keys = [(id(family), own) for family, own in zip(families, widths, strict=True)]
+    built = {
+        key: name_parts(family.build(key[1], spec.options))
+        for key, family in dict(zip(keys, families, strict=True)).items()
+    }
+    return tuple(built[key] for key in keys)
+
+
+class _Shared(NamedTuple):
+    """What students share: see `Ensemble.trunk` and `Ensemble.routes`.
+
+    Attributes:
+        depth: number of a network's parts, stem included, that come before the branch.
+    """
+
+    parts: tuple[tuple[Path, nn.Module], ...]
+    routes: tuple[tuple[int, ...], ...]
+    depth: int
+
+
+def _share_parts(spec: EnsembleSpec, family: Family, cut: _Cut) -> _Shared:
+    """Return the base block and, for a tree, the stages that some of the students share.
+
+    Stem and `cut.shared` stages belong to all students. At each further level of a tree the next stage
+    exists twice as often, each copy shared by half as many students.
+    """
+    number = len(spec.students)
+    if spec.sharing == "none":
+        return _Shared((), ((),) * number, 0)
+    parts = name_parts(family.build((Fraction(1),) * family.stages, spec.options)).stages
+    depth = cut.shared + 1
+    trunk: list[tuple[Path, nn.Module]] = [(("base",), Chain(parts[:depth]))]
+    routes: list[tuple[int, ...]] = [(0,)] * number
+    for level in range(1, cut.levels):
+        first, nodes = len(trunk), 2**level
+        trunk += [(("splits", str(level), str(n + 1)), Chain((parts[depth],))) for n in range(nodes)]
+        routes = [(*route, first + i * nodes // number) for i, route in enumerate(routes)]
+        depth += 1
+    return _Shared(tuple(trunk), tuple(routes), depth)
+
+
+def _cut_off(networks: Sequence[Network], depth: int) -> tuple[Network, ...]:
+    """Return the branches, what follows the first `depth` parts; equal ones are one object."""
+    branches = {id(network): Network(network.stages[depth:], network.head) for network in networks}
+    return tuple(branches[id(network)] for network in networks)
+
+
+def _pack_branches(
+    spec: EnsembleSpec, families: Sequence[Family], widths: Sequence[Widths], depth: int
+) -> tuple[PackedNetwork | None, str]:
+    """Return all branches as one wide network, or why they cannot be one."""
     if any(family is not families[0] for family in families):
         return None, "students that are different networks are not one wide network"
     build = families[0].build
-    if unpackable := build(widths[0], options).unpackable:
+    if unpackable := build(widths[0], spec.options).unpackable:
         return None, unpackable
-    built = build([Together(of_stage) for of_stage in zip(*widths, strict=True)], options)
-    network = named(built)
-    return Wide(Network(network.stages[cut:], network.head), built.first_apart), ""
+    built = build([CombinedWidth(of_stage) for of_stage in zip(*widths, strict=True)], spec.options)
+    wide = name_parts(built)
+    return PackedNetwork(Network(wide.stages[depth:], wide.head), built.first_blocks_separate), ""
+
+
+def _matched_maps(
+    spec: EnsembleSpec, families: Sequence[Family], branches: Sequence[Network], cut: _Cut
+) -> tuple[Path, ...]:
+    """Return for each student the names of the maps that are compared: those of its compressed stages."""
+    has_stem = spec.sharing == "none"
+    depth = min(cut.compressed, *(len(branch.stages) - has_stem for branch in branches))
+    matched = []
+    for family, branch in zip(families, branches, strict=True):
+        names = [name for name, _ in branch.stages][-depth:]
+        if (spec.last_map or family.last_map) == "pooled":
+            names[-1] = "pooled"
+        matched.append(tuple(names))
+    return tuple(matched)
+
+
+def name_parts(architecture: Architecture) -> Network:
+    """Return the network with its parts named "stem", "stage1", "stage2", ... and "head"."""
+    stages = [(f"stage{i}", stage) for i, stage in enumerate(architecture.stages, 1)]
+    return Network((("stem", architecture.stem), *stages), architecture.head)

@@ -17,7 +17,7 @@ from ekd_jax.models.layers import (
     BatchNorm,
     Conv,
     ConvNorm,
-    Drop,
+    Dropout,
     Linear,
     Mode,
     global_pool,
@@ -76,7 +76,7 @@ class Stage(nn.Module):
             x, _ = nn.scan(
                 lambda block, x, _: (call(block, x, mode, in_loop), None),
                 variable_axes={"params": 0, "batch_stats": 0},
-                split_rngs={"params": True, "drop": True},
+                split_rngs={"params": True, "dropout": True},
                 length=equal,
                 unroll=1 if in_loop else equal,
             )(self.block(stride=1, name="rest"), x, None)
@@ -114,7 +114,7 @@ class Head(nn.Module):
     def __call__(self, x: Array, mode: Mode) -> tuple[Array, Array]:
         if self.before is not None:
             x = self.before(name="before")(x, mode)
-        pooled = Drop(self.dropout, name="drop")(global_pool(x), mode)
+        pooled = Dropout(self.dropout, name="drop")(global_pool(x), mode)
         return Linear(self.num_classes, self.kernel_init, self.bias_init, name="linear")(pooled), x
 
 
@@ -243,4 +243,4 @@ class InvertedResidual(nn.Module):
         )(y, mode)
         if x.shape != y.shape:
             return y
-        return x + Drop(self.stochastic_depth, whole=True, name="drop")(y, mode)
+        return x + Dropout(self.stochastic_depth, whole=True, name="drop")(y, mode)

@@ -1,18 +1,10 @@
-"""TODO: models.cost."""
+"""What a network costs: parameters, multiply-accumulates and activation memory, read from its jaxpr."""
 
 import math
 from typing import Any, NamedTuple
 
-from clu import parameter_overview
+import jax
 from jax.extend.core import jaxprs_in_params
-
-from ekd_jax.models.ensemble import Ensemble
-
-
-def count(tree: Any) -> int:
-    """How many parameters are in a tree of arrays or shapes."""
-    return int(parameter_overview.count_parameters(tree))
-
 
 OWN_CONVOLUTIONS = ("grouped_convolution", "fitted_convolution")  # functions of convolution.py
 
@@ -42,11 +34,9 @@ class Cost(NamedTuple):
         return Cost(number * self.macs, number * self.activations, number * self.kept, self.again)
 
 
-def student_cost(ensemble: Ensemble, student: int, input_shape: tuple[int, ...]) -> Cost:
-    """What one image costs that goes through the network of a student, from 1."""
-    trunk, branches = ensemble.trace(input_shape)
-    parts = [trunk[node] for node in ensemble.routes[student - 1]]
-    return sum((count_cost(part.jaxpr) for part in [*parts, branches[student - 1]]), Cost())
+def count_parameters(tree: Any) -> int:
+    """Return how many numbers a tree of arrays or shapes holds."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def count_cost(jaxpr: Any) -> Cost:

@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ekd_jax.models.assemble import Architecture, Family, Options, scaled
 from ekd_jax.models.blocks import Head, Norm, Stem
+from ekd_jax.models.family import Architecture, Family, NetworkOptions, scale_channels
 from ekd_jax.models.initializers import (
     Initializer,
     constant,
@@ -54,7 +54,7 @@ class DenseStage(nn.Module):
 
 def _densenet(
     widths: Sequence[Fraction],
-    options: Options,
+    options: NetworkOptions,
     growth: int,
     layers: Sequence[int],
     stem: partial,
@@ -63,7 +63,7 @@ def _densenet(
     return Architecture(
         stem=stem,
         stages=[
-            partial(DenseStage, scaled(growth, width), number, i < len(layers), kernel_init)
+            partial(DenseStage, scale_channels(growth, width), number, i < len(layers), kernel_init)
             for i, (width, number) in enumerate(zip(widths, layers, strict=True), 1)
         ],
         head=partial(
@@ -74,7 +74,7 @@ def _densenet(
 
 
 def densenet_cifar(
-    widths: Sequence[Fraction], options: Options, *, growth: int, depth: int
+    widths: Sequence[Fraction], options: NetworkOptions, *, growth: int, depth: int
 ) -> Architecture:
     """Three stages of (depth - 4) / 6 layers."""
     stem = partial(Conv, 2 * growth, kernel_init=torch_default)
@@ -82,7 +82,7 @@ def densenet_cifar(
 
 
 def densenet_imagenet(
-    widths: Sequence[Fraction], options: Options, *, layers: tuple[int, ...]
+    widths: Sequence[Fraction], options: NetworkOptions, *, layers: tuple[int, ...]
 ) -> Architecture:
     """Four stages, growth 32."""
     stem = partial(Stem, 64, size=7, stride=2, pool=True, kernel_init=kaiming_fan_in)

@@ -15,8 +15,8 @@ from functools import partial
 
 import flax.linen as nn
 
-from ekd_jax.models.assemble import Architecture, Family, Options, rounded
 from ekd_jax.models.blocks import Head, InvertedResidual, Stem
+from ekd_jax.models.family import Architecture, Family, NetworkOptions, make_divisible
 from ekd_jax.models.initializers import constant, uniform
 from ekd_jax.models.layers import ConvNorm
 from ekd_jax.models.mobilenet_v2 import UNPACKABLE, Settings, inverted_residual_stages
@@ -30,11 +30,11 @@ SETTINGS: Settings = (
 
 def channels(full: int, width: Fraction) -> int:
     """`full` at width 1, whatever it is; else a multiple of 8."""
-    return full if width == 1 else rounded(full * width)
+    return full if width == 1 else make_divisible(full * width)
 
 
 def efficientnet(
-    widths: Sequence[Fraction], options: Options, *, width: str, depth: str, dropout: float
+    widths: Sequence[Fraction], options: NetworkOptions, *, width: str, depth: str, dropout: float
 ) -> Architecture:
     """Of so many times B0's channels and blocks."""
     own, padding = Fraction(width), options.padding or "same"

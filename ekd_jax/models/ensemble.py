@@ -1,10 +1,10 @@
 """The ensemble: students that share parts of their networks, over one tree of variables.
 
-Variables are plain nested dicts, `{"params": tree, "batch_stats": tree}`, both trees with the
-sub-trees `base`, what all students share, and `students/<i>`, what student i has of its own (i from 1;
-student 1 is the pseudo teacher); where students part one after the other, `splits/<level>/<node>`
-besides. A student is therefore a few path slices of each, and can be restored without the others. Put
-together they are its whole network, whose stages have the same names wherever it is cut.
+Variables are plain nested dicts, `{"params": tree, "batch_stats": tree}`. Both trees have the sub-trees
+`base`, which all students share, and `students/<i>`, the branch of student i (counted from 1; student 1 is
+the pseudo teacher). Where students part one by one there are also `splits/<level>/<node>`. A student is
+therefore a few path slices of each tree and can be restored without the others. Merged, its slices are its
+whole network, whose parts have the same names wherever the network is cut.
 """
 
 import dataclasses
@@ -19,26 +19,37 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ekd_jax.models.execution import EXECUTIONS, Branch, Maps, Network, Wide, alike, applied
-from ekd_jax.models.initializers import Traced, draw, trace
+from ekd_jax.common.errors import UserError
+from ekd_jax.models.cost import Cost, count_cost
+from ekd_jax.models.execution import (
+    EXECUTIONS,
+    Branch,
+    Maps,
+    Network,
+    PackedNetwork,
+    apply_module,
+    group_equal,
+)
+from ekd_jax.models.initializers import Traced, trace
 from ekd_jax.models.layers import Array, Mode
 from ekd_jax.models.members import Member
 
 Variables = dict[str, Any]
 Features = tuple[tuple[Array, ...], ...]
 Path = tuple[str, ...]
+KINDS = ("params", "batch_stats")  # the collections of variables that are kept
 SHARINGS = ("base", "tree", "none")
 
 
 @flax.struct.dataclass
 class Outputs:
-    """What a forward pass gives to a method.
+    """What a forward pass hands to a method.
 
     Attributes:
         logits_SxBxK: every student's logits, float32.
-        features: `features[b][s]`, (B, H_b, W_b, C_bs): the map of compressed block b of student s.
-        pooled: of each student the map (B, H, W, C_s) that is pooled for its classifier.
-        base: (B, H, W, C), what goes into the branch of student 1: the base block's output.
+        features: `features[b][s]`, (B, H_b, W_b, C_bs), is the map of compressed block b of student s.
+        pooled: for each student the map (B, H, W, C_s) that is pooled for its classifier.
+        base: (B, H, W, C), the base block's output, which the branch of student 1 reads.
     """
 
     logits_SxBxK: Array
@@ -49,18 +60,21 @@ class Outputs:
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """One student on its own: variables `{"params": {"stem": ..., "head": ...}, "batch_stats": same}`."""
+    """One student as a network of its own.
+
+    Its variables are `{"params": {"stem": ..., "head": ...}, "batch_stats": ...}`, both trees alike.
+    """
 
     network: nn.Module
     mode: Mode
 
     def __call__(self, variables: Variables, images: Array) -> tuple[Array, Maps, Array]:
-        """(B, H, W, C) float normalized -> as `Network`, in evaluation mode."""
+        """Map images (B, H, W, C), normalized floats, to what `Network` returns, in evaluation mode."""
         outputs: Any = self.network.apply(variables, images, self.mode)
         return outputs
 
     def logits(self, variables: Variables, images: Array) -> Array:
-        """(B, H, W, C) float normalized -> (B, K) float32, in evaluation mode."""
+        """Map images (B, H, W, C), normalized floats, to logits (B, K) float32, in evaluation mode."""
         return self(variables, images)[0]
 
 
@@ -69,19 +83,20 @@ class Ensemble:
     """Students, and which parts of their networks they share.
 
     Attributes:
-        trunk: the shared parts, modules map -> map, with the paths of their variables.
-        routes: of each student the numbers of the shared parts that its images go through, in order.
-        branches: of each student what follows and is its own; equal ones are one object.
-        networks: of each student the same from the images on.
-        students: as they were asked for.
-        widths: of each student the width multiplier of every stage.
-        matched: of each student the stages whose maps are compared, their names; "pooled" is the map that
-            the classifier pools.
-        base_gradients: "all" students train the shared parts; the "pseudo_teacher" alone (METHODS.md 1.3);
-            or the "mean" of what comes from either side of every parting (METHODS.md 12.2).
-        mode: of evaluation.
-        execution: how branches run, one of `execution.EXECUTIONS`; it changes nothing but time and rounding.
-        wide: all branches as one network, if they can be packed.
+        trunk: the shared parts, modules from map to map, with the paths of their variables.
+        routes: for each student the numbers of the shared parts that its images pass, in order.
+        branches: for each student the network that follows and belongs to it; equal ones are one object.
+        networks: for each student its whole network, from the images on.
+        students: the students as they were asked for.
+        widths: for each student the width multiplier of every stage.
+        matched: for each student the names of the stages whose maps are compared; "pooled" is the map
+            that the classifier pools.
+        base_gradients: who trains the shared parts: "all" students, the "pseudo_teacher" alone
+            (METHODS.md 1.3), or the "mean" of the gradients from either side of every parting
+            (METHODS.md 12.2).
+        mode: how layers compute in evaluation.
+        execution: how branches run, a key of `execution.EXECUTIONS`; it changes only time and rounding.
+        packed: all branches as one wide network, if they can be packed.
     """
 
     trunk: tuple[tuple[Path, nn.Module], ...]
@@ -94,83 +109,72 @@ class Ensemble:
     base_gradients: str
     mode: Mode
     execution: str = "separate"
-    wide: Wide | None = None
-    _traces: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    packed: PackedNetwork | None = None
 
     @property
-    def ways(self) -> list[str]:
-        """In which its branches can run and differ."""
-        equal = any(len(group) > 1 for group in alike(self.branches))
-        wide = self.wide is not None and len(self.branches) > 1
-        return ["separate", *(["stacked"] if equal else []), *(["packed"] if wide else [])]
+    def executions(self) -> list[str]:
+        """The ways to run the branches that differ for this ensemble."""
+        equal = any(len(group) > 1 for group in group_equal(self.branches))
+        packable = self.packed is not None and len(self.branches) > 1
+        return ["separate", *(["stacked"] if equal else []), *(["packed"] if packable else [])]
 
     def student(self, number: int) -> Student:
-        """Student `number`, from 1."""
+        """Return student `number`, counted from 1."""
         return Student(self.networks[number - 1], self.mode)
 
-    def trace(self, input_shape: Sequence[int]) -> tuple[list[Traced], list[Traced]]:
-        """Shared parts and branches as they see an image of `input_shape` (H, W, C); looked at once."""
-        shape = tuple(input_shape)
-        if shape not in self._traces:
-            image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-            shared: dict[tuple[int, ...], Traced] = {}
-            branches = []
-            for route, branch in zip(self.routes, self.branches, strict=True):
-                x: Any = image
-                for depth, node in enumerate(route, 1):
-                    way = route[:depth]
-                    shared[way] = shared.get(way) or trace(self.trunk[node][1], x, self.mode)
-                    x = shared[way].outputs
-                branches.append((trace(branch, x, self.mode), x))
-            self._traces[shape] = [shared[w] for w in sorted(shared, key=lambda w: w[-1])], branches
-        trunk, branches = self._traces[shape]
-        return trunk, [traced for traced, _ in branches]
+    def trace(self, input_shape: Sequence[int]) -> "EnsembleTrace":
+        """Trace all networks on one image of `input_shape` (H, W, C). Nothing is computed or compiled.
 
-    def shapes(self, input_shape: Sequence[int]) -> Outputs:
-        """The outputs' shapes for one image."""
-        self.trace(input_shape)
-        _, branches = self._traces[tuple(input_shape)]
-        found = [traced.outputs for traced, _ in branches]
-        logits: Any = jax.ShapeDtypeStruct((len(found), *found[0][0].shape), found[0][0].dtype)
-        return self._outputs(logits, found, branches[0][1])
-
-    def init(self, seed: int | None, input_shape: Sequence[int]) -> Variables:
-        """Initial variables for images of `input_shape` (H, W, C), as numpy arrays.
-
-        With None for a seed their shapes and dtypes alone: nothing is drawn.
+        Raises:
+            UserError: a network keeps variables other than parameters and batch statistics.
         """
-        trunk, branches = self.trace(input_shape)
-        paths = [path for path, _ in self.trunk]
-        paths += [("students", str(i)) for i in range(1, len(branches) + 1)]
-        variables: Variables = {kind: {"base": {}, "students": {}} for kind in ("params", "batch_stats")}
-        for path, traced in zip(paths, [*trunk, *branches], strict=True):
-            for kind, tree in draw(traced.variables, seed, "/".join(path)).items():
-                _put(variables[kind], path, tree)
-        return variables
+        image = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+        shared: dict[tuple[int, ...], Traced] = {}
+        branches: list[Traced] = []
+        seen: dict[tuple[int, tuple[int, ...]], Traced] = {}  # equal branches that read the same map
+        for route, branch in zip(self.routes, self.branches, strict=True):
+            x: Any = image
+            for depth, node in enumerate(route, 1):
+                way = route[:depth]
+                if way not in shared:
+                    shared[way] = trace(self.trunk[node][1], x, self.mode)
+                x = shared[way].outputs
+            key = id(branch), route
+            if key not in seen:
+                seen[key] = trace(branch, x, self.mode)
+            branches.append(seen[key])
+        trunk = [shared[way] for way in sorted(shared, key=lambda way: way[-1])]
+        for traced in (*trunk, *seen.values()):
+            _check_kinds(traced)
+        found = [traced.outputs for traced in branches]
+        logits: Any = jax.ShapeDtypeStruct((len(found), *found[0][0].shape), found[0][0].dtype)
+        base: Any = shared[self.routes[0]].outputs if self.routes[0] else image
+        outputs = self._outputs(logits, found, base)
+        return EnsembleTrace(self, tuple(input_shape), tuple(trunk), tuple(branches), outputs)
 
-    def paths(self, tree: Any, student: int) -> Any:
-        """The sub-trees of one collection that student `student` (from 1) is, under their own paths."""
+    def student_subtrees(self, tree: Any, student: int) -> Any:
+        """Return the parts of one collection that student `student` (from 1) uses, under their paths."""
         picked: dict[str, Any] = {}
         for path in self._paths_of(student):
             _put(picked, path, _at(tree, path))
         return picked
 
-    def alone(self, variables: Variables, student: int) -> Variables:
-        """What `Student` takes, out of an ensemble's variables (or their `paths`)."""
-        parts = self._paths_of(student)
+    def student_variables(self, variables: Variables, student: int) -> Variables:
+        """Return the variables of `Student` number `student` from an ensemble's (or their subtrees)."""
+        paths = self._paths_of(student)
         return {
-            kind: {name: leaf for path in parts for name, leaf in _at(tree, path).items()}
+            kind: {name: leaf for path in paths for name, leaf in _at(tree, path).items()}
             for kind, tree in variables.items()
-            if kind in ("params", "batch_stats")
+            if kind in KINDS
         }
 
-    def placed(self, variables: Variables, student: int, network: Variables) -> Variables:
-        """The ensemble's variables with those of one student's whole network put in their place."""
-        placed = jax.tree.map(lambda leaf: leaf, variables)  # new dicts, the same leaves
-        for kind, tree in network.items():
+    def with_student_variables(self, variables: Variables, student: int, own: Variables) -> Variables:
+        """Return an ensemble's variables with those of one student's whole network replaced by `own`."""
+        replaced = jax.tree.map(lambda leaf: leaf, variables)  # new dicts, the same leaves
+        for kind, tree in own.items():
             for path in self._paths_of(student):
-                _put(placed[kind], path, {name: tree[name] for name in _at(variables[kind], path)})
-        return placed
+                _put(replaced[kind], path, {name: tree[name] for name in _at(variables[kind], path)})
+        return replaced
 
     def apply(
         self,
@@ -212,7 +216,7 @@ class Ensemble:
                 if way not in seen:
                     number = 0 if node == 0 and view == 0 else students + node * len(views) + view + 1
                     path, part = self.trunk[node]
-                    x, new = applied(part, own(path), x, mode, key_of(number))
+                    x, new = apply_module(part, own(path), x, mode, key_of(number))
                     _put(stats, path, new)
                     if self.base_gradients == "mean":
                         x = scale_gradient(x, 1 / self._parts(route[:depth]))
@@ -225,7 +229,7 @@ class Ensemble:
             Branch(branch, own(("students", str(i))), x, key_of(i))
             for i, (branch, x) in enumerate(zip(self.branches, inputs, strict=True), 1)
         ]
-        results = EXECUTIONS[self.execution if students > 1 else "separate"](branches, mode, self.wide)
+        results = EXECUTIONS[self.execution if students > 1 else "separate"](branches, mode, self.packed)
         for i, (_, new) in enumerate(results, 1):
             _put(stats, ("students", str(i)), new)
         found = [given for given, _ in results]
@@ -251,9 +255,62 @@ class Ensemble:
         return len({route[depth] if len(route) > depth else -1 - i for i, route in own})
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class EnsembleTrace:
+    """An ensemble for images of one shape: shapes, initial values and costs, with nothing compiled.
+
+    Attributes:
+        ensemble: the networks.
+        input_shape: height, width and channels of the images.
+        trunk, branches: the ensemble's shared parts and branches, traced on one image.
+        outputs: shapes and dtypes of the outputs for one image.
+    """
+
+    ensemble: Ensemble
+    input_shape: tuple[int, ...]
+    trunk: tuple[Traced, ...]
+    branches: tuple[Traced, ...]
+    outputs: Outputs
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes K."""
+        return int(self.outputs.logits_SxBxK.shape[-1])
+
+    def init(self, seed: int | None) -> Variables:
+        """Return initial variables as numpy arrays; with None for a seed their shapes and dtypes."""
+        paths = [path for path, _ in self.ensemble.trunk]
+        paths += [("students", str(i)) for i in range(1, len(self.branches) + 1)]
+        variables: Variables = {kind: {"base": {}, "students": {}} for kind in KINDS}
+        for path, traced in zip(paths, (*self.trunk, *self.branches), strict=True):
+            own = traced.init(seed, "/".join(path))
+            for kind in KINDS:
+                _put(variables[kind], path, own.get(kind, {}))
+        return variables
+
+    def cost(self, student: int) -> Cost:
+        """Return what one image costs in the network of a student, counted from 1."""
+        shared = [self.trunk[node] for node in self.ensemble.routes[student - 1]]
+        return sum((count_cost(part.jaxpr) for part in [*shared, self.branches[student - 1]]), Cost())
+
+    def total_cost(self) -> Cost:
+        """Return what one image costs in all networks, shared parts counted once."""
+        return sum((count_cost(part.jaxpr) for part in [*self.trunk, *self.branches]), Cost())
+
+
+def _check_kinds(traced: Traced) -> None:
+    other = [kind for kind in traced.variables if kind not in KINDS]
+    if other:
+        raise UserError(
+            f"a network has variables of the kind {other[0]!r}: only {' and '.join(KINDS)} are kept; take "
+            f"layers without others"
+        )
+
+
 def _at(tree: Any, path: Path) -> Any:
+    """Return a sub-tree; an empty one if there is none, as a part may have no batch norm."""
     for name in path:
-        tree = tree[name]
+        tree = tree.get(name, {})
     return tree
 
 

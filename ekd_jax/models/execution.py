@@ -24,7 +24,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ekd_jax.models.blocks import Chain, Part, Stage, call
-from ekd_jax.models.initializers import Traced, draw, trace
+from ekd_jax.models.initializers import Traced, trace
 from ekd_jax.models.layers import Array, Mode
 
 Maps = dict[str, Array]
@@ -49,16 +49,17 @@ class Network(nn.Module):
         return logits, maps, pooled
 
 
-class Wide(NamedTuple):
-    """The network that all branches are when they are packed.
+class PackedNetwork(NamedTuple):
+    """The one wide network that packed branches run as.
 
     Attributes:
-        network: with the channels of all students in every stage.
-        first_apart: it computes something else than they do in the first block of a stage.
+        network: a network whose stages have the channels of all students.
+        first_blocks_separate: whether the first block of a stage cannot be packed, because it computes
+            something else in the wide network.
     """
 
     network: Network
-    first_apart: bool = False
+    first_blocks_separate: bool = False
 
 
 class Branch(NamedTuple):
@@ -80,24 +81,24 @@ class Branch(NamedTuple):
 Result = tuple[Found, Tree]  # what a branch gives, and its new batch statistics
 
 
-def applied(module: nn.Module, variables: Tree, x: Array, mode: Mode, key: Array | None = None) -> Any:
+def apply_module(module: nn.Module, variables: Tree, x: Array, mode: Mode, key: Array | None = None) -> Any:
     """What a module gives, and its new batch statistics: the old ones unless `mode.train`."""
     if not mode.train:
         return module.apply(variables, x, mode), variables.get("batch_stats", {})
-    rngs = None if key is None else {"drop": key}
+    rngs = None if key is None else {"dropout": key}
     given, updated = module.apply(variables, x, mode, mutable=["batch_stats"], rngs=rngs)
     return given, updated.get("batch_stats", {})
 
 
-def separate(branches: Sequence[Branch], mode: Mode, wide: Wide | None) -> list[Result]:
+def separate(branches: Sequence[Branch], mode: Mode, wide: PackedNetwork | None) -> list[Result]:
     """One after the other."""
-    return [applied(b.network, b.variables, b.x, mode, b.key) for b in branches]
+    return [apply_module(b.network, b.variables, b.x, mode, b.key) for b in branches]
 
 
 # --- stacked --------------------------------------------------------------------------------------
 
 
-def alike(networks: Sequence[Network]) -> list[list[int]]:
+def group_equal(networks: Sequence[Network]) -> list[list[int]]:
     """The numbers of the networks, those of equal ones together."""
     groups: dict[int, list[int]] = {}
     for i, network in enumerate(networks):
@@ -105,10 +106,10 @@ def alike(networks: Sequence[Network]) -> list[list[int]]:
     return list(groups.values())
 
 
-def stacked(branches: Sequence[Branch], mode: Mode, wide: Wide | None) -> list[Result]:
+def stacked(branches: Sequence[Branch], mode: Mode, wide: PackedNetwork | None) -> list[Result]:
     """Equal branches at once; one that no other is equal to in its turn."""
     results: dict[int, Result] = {}
-    for numbers in alike([branch.network for branch in branches]):
+    for numbers in group_equal([branch.network for branch in branches]):
         own = [branches[i] for i in numbers]
         results |= zip(
             numbers, _as_one(own, mode) if len(own) > 1 else separate(own, mode, wide), strict=True
@@ -123,7 +124,7 @@ def _as_one(equal: Sequence[Branch], mode: Mode) -> list[Result]:
         x = jnp.stack([branch.x for branch in equal])
 
     def run(variables: Tree, x: Array, key: Array | None) -> Any:
-        return applied(network, variables, x, mode, key)
+        return apply_module(network, variables, x, mode, key)
 
     own = [(branch.variables, branch.key) for branch in equal]
     variables, keys = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
@@ -139,7 +140,7 @@ def _shared(branches: Sequence[Branch]) -> Array | None:
 # --- packed ---------------------------------------------------------------------------------------
 
 
-def packed(branches: Sequence[Branch], mode: Mode, wide: Wide | None) -> list[Result]:
+def packed(branches: Sequence[Branch], mode: Mode, wide: PackedNetwork | None) -> list[Result]:
     """As one wide network, unit by unit. Units that are not the same layers in all students, and heads, run
     apart, on their students' channels.
 
@@ -158,16 +159,16 @@ def packed(branches: Sequence[Branch], mode: Mode, wide: Wide | None) -> list[Re
     for (path, together), *apart in zip(*every, strict=True):
         unit_S = [_below(path, own) for own in own_S]
         x = jnp.concatenate(xs, -1) if x is None else x
-        may = not (wide.first_apart and path[-1] == "first")
+        may = not (wide.first_blocks_separate and path[-1] == "first")
         variables = pack(unit_S, _look(together, x, mode)) if may else None
         if variables is not None:
-            x, stats = applied(together, unflatten_dict(variables), x, mode)
+            x, stats = apply_module(together, unflatten_dict(variables), x, mode)
             looks = [_look(part, own_x, mode) for (_, part), own_x in zip(apart, xs, strict=True)]
             xs = _cut(x, [traced.outputs.shape[-1] for traced in looks])
             new_S = unpack(_flat_stats(stats), unit_S)
         else:
             given = [
-                applied(part, unflatten_dict(own), own_x, mode, branch.key)
+                apply_module(part, unflatten_dict(own), own_x, mode, branch.key)
                 for (_, part), own, own_x, branch in zip(apart, unit_S, xs, branches, strict=True)
             ]
             x, xs = None, [own_x for own_x, _ in given]
@@ -179,7 +180,7 @@ def packed(branches: Sequence[Branch], mode: Mode, wide: Wide | None) -> list[Re
     for branch, own, own_x, stats, maps in zip(branches, own_S, xs, stats_S, maps_S, strict=True):
         head = branch.network.clone(stages=())
         head_own = unflatten_dict(_below(("head",), own))
-        (logits, _, pooled), new = applied(head, head_own, own_x, mode, branch.key)
+        (logits, _, pooled), new = apply_module(head, head_own, own_x, mode, branch.key)
         tree = unflatten_dict(stats | _flat_stats(new)).get("batch_stats", {})
         results.append(((logits, maps, pooled), tree))
     return results
@@ -207,7 +208,7 @@ def pack(own_S: Sequence[Flat], wide: Traced) -> Flat | None:
         own_S: of every student, name -> array.
         wide: the wide unit.
     """
-    shapes = {name: leaf.shape for name, leaf in flatten_dict(draw(wide.variables, None, "")).items()}
+    shapes = {name: leaf.shape for name, leaf in flatten_dict(wide.init(None, "")).items()}
     if any(own.keys() != shapes.keys() for own in own_S):
         return None
     leaves_S = {name: [own[name] for own in own_S] for name in shapes}
@@ -256,7 +257,7 @@ def _cut(x: Array, sizes: Sequence[int]) -> list[Array]:
     return jnp.split(x, np.cumsum(sizes)[:-1], -1)
 
 
-EXECUTIONS: dict[str, Callable[[Sequence[Branch], Mode, Wide | None], list[Result]]] = {
+EXECUTIONS: dict[str, Callable[[Sequence[Branch], Mode, PackedNetwork | None], list[Result]]] = {
     "separate": separate,
     "stacked": stacked,
     "packed": packed,

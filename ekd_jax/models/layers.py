@@ -221,7 +221,7 @@ class Linear(nn.Module):
         return (flat @ kernel.astype(dtype) + bias.astype(dtype)).reshape(*x.shape[:-1], self.features)
 
 
-class Drop(nn.Module):
+class Dropout(nn.Module):
     """Sets values to zero at `rate` in training and scales the rest up by 1 / (1 - rate).
 
     Dropout, or stochastic depth with whole=True: an example as a whole (Huang et al. 2016). Which ones
@@ -236,7 +236,7 @@ class Drop(nn.Module):
         if not mode.train or self.rate == 0 or self.is_initializing():
             return x
         shape = (x.shape[0], *[1] * (x.ndim - 1)) if self.whole else x.shape
-        kept = jax.random.bernoulli(self.make_rng("drop"), 1 - self.rate, shape)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, shape)
         return jnp.where(kept, x / (1 - self.rate), jnp.zeros((), x.dtype))
 
 

@@ -13,8 +13,8 @@ from functools import partial
 
 import flax.linen as nn
 
-from ekd_jax.models.assemble import Architecture, Family, Options, rounded, scaled
 from ekd_jax.models.blocks import Block, Chain, Head, InvertedResidual, Part, Stage, Stem
+from ekd_jax.models.family import Architecture, Family, NetworkOptions, make_divisible, scale_channels
 from ekd_jax.models.initializers import constant, normal
 from ekd_jax.models.layers import ConvNorm, relu
 
@@ -52,13 +52,15 @@ def inverted_residual_stages(
     return stages
 
 
-def mobilenet_v2(widths: Sequence[Fraction], options: Options) -> Architecture:
+def mobilenet_v2(widths: Sequence[Fraction], options: NetworkOptions) -> Architecture:
     """As torchvision's at width 1."""
     block = partial(InvertedResidual, stochastic_depth=options.stochastic_depth_or(0.0))
-    before = partial(ConvNorm, rounded(1280 * widths[-1]), 1, activation=nn.relu6)
+    before = partial(ConvNorm, make_divisible(1280 * widths[-1]), 1, activation=nn.relu6)
     return Architecture(
         stem=partial(Stem, 32, stride=2, activation=nn.relu6),
-        stages=inverted_residual_stages(IMAGENET, widths, lambda c, width: rounded(c * width), block),
+        stages=inverted_residual_stages(
+            IMAGENET, widths, lambda c, width: make_divisible(c * width), block
+        ),
         head=partial(
             Head,
             options.num_classes,
@@ -71,7 +73,7 @@ def mobilenet_v2(widths: Sequence[Fraction], options: Options) -> Architecture:
     )
 
 
-def mobilenet_v2_cifar(widths: Sequence[Fraction], options: Options) -> Architecture:
+def mobilenet_v2_cifar(widths: Sequence[Fraction], options: NetworkOptions) -> Architecture:
     """RepDistiller's `mobile_half` at width 1: half the channels, ReLU, every block expands."""
     block = partial(
         InvertedResidual,
@@ -79,10 +81,12 @@ def mobilenet_v2_cifar(widths: Sequence[Fraction], options: Options) -> Architec
         always_expand=True,
         stochastic_depth=options.stochastic_depth_or(0.0),
     )
-    before = partial(ConvNorm, scaled(1280, widths[-1]), 1)
+    before = partial(ConvNorm, scale_channels(1280, widths[-1]), 1)
     return Architecture(
         stem=partial(Stem, 16, stride=2),
-        stages=inverted_residual_stages(CIFAR, widths, lambda c, width: scaled(c, width / 2), block),
+        stages=inverted_residual_stages(
+            CIFAR, widths, lambda c, width: scale_channels(c, width / 2), block
+        ),
         head=partial(Head, options.num_classes, before, options.dropout_or(0.0)),
         unpackable=UNPACKABLE,
     )

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 
-from ekd_jax.models.assemble import Architecture, Family, Options, scaled
 from ekd_jax.models.blocks import BasicBlock, Block, Bottleneck, Head, Stage, Stem
+from ekd_jax.models.family import Architecture, Family, NetworkOptions, scale_channels
 
 PLANES = (64, 128, 256, 512)
 
 
 def resnet(
     widths: Sequence[Fraction],
-    options: Options,
+    options: NetworkOptions,
     *,
     block: Block,
     blocks: tuple[int, ...],
@@ -27,7 +27,7 @@ def resnet(
     return Architecture(
         stem=partial(Stem, PLANES[0], size=7, stride=2, pool=True),
         stages=[
-            partial(Stage, partial(block, scaled(planes, width)), number, 1 if i == 0 else 2)
+            partial(Stage, partial(block, scale_channels(planes, width)), number, 1 if i == 0 else 2)
             for i, (planes, width, number) in enumerate(zip(PLANES, widths, blocks, strict=True))
         ],
         head=partial(Head, options.num_classes, dropout=options.dropout_or(0.0)),

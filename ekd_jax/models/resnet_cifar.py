@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 
-from ekd_jax.models.assemble import Architecture, Family, Options, scaled
 from ekd_jax.models.blocks import BasicBlock, Block, Bottleneck, Head, Stage, Stem
+from ekd_jax.models.family import Architecture, Family, NetworkOptions, scale_channels
 from ekd_jax.models.initializers import Initializer, kaiming_fan_out, torch_default, xavier_normal
 
 CHANNELS = (16, 16, 32, 64)  # of the stem and the three stages
@@ -21,7 +21,7 @@ CHANNELS = (16, 16, 32, 64)  # of the stem and the three stages
 
 def resnet(
     widths: Sequence[Fraction],
-    options: Options,
+    options: NetworkOptions,
     *,
     depth: int,
     block: Block = BasicBlock,
@@ -37,7 +37,7 @@ def resnet(
         stages=[
             partial(
                 Stage,
-                partial(block, scaled(c, width), shortcut=shortcut, kernel_init=kernel_init),
+                partial(block, scale_channels(c, width), shortcut=shortcut, kernel_init=kernel_init),
                 blocks=(depth - 2) // 6,
                 stride=1 if i == 0 else 2,
             )
@@ -45,7 +45,7 @@ def resnet(
         ],
         head=partial(Head, options.num_classes, dropout=options.dropout_or(0.0), kernel_init=head_init),
         unpackable="",
-        first_apart=shortcut == "pad",  # where channels change it knows which student they are of
+        first_blocks_separate=shortcut == "pad",  # where channels change it knows which student they are of
     )
 
 

@@ -13,8 +13,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ekd_jax.common.errors import UserError
-from ekd_jax.models.assemble import Architecture, Family, Options, scaled
 from ekd_jax.models.blocks import Block, Head, Part, Stage, Stem
+from ekd_jax.models.family import Architecture, Family, NetworkOptions, scale_channels
 from ekd_jax.models.layers import Array, BatchNorm, Conv, ConvNorm, Mode, average_pool, relu
 
 BLOCKS = (4, 8, 4)
@@ -79,27 +79,29 @@ def _stages(blocks: Sequence[Block]) -> list[Part]:
 
 
 def shufflenet_v2(
-    widths: Sequence[Fraction], options: Options, *, channels: Sequence[int], stem: Part
+    widths: Sequence[Fraction], options: NetworkOptions, *, channels: Sequence[int], stem: Part
 ) -> Architecture:
     """Three stages and a 1x1 convolution of these channels times the width, even numbers."""
     *stages, last = channels
     return Architecture(
         stem=stem,
-        stages=_stages([partial(BlockV2, scaled(c, w, 2)) for c, w in zip(stages, widths, strict=True)]),
+        stages=_stages(
+            [partial(BlockV2, scale_channels(c, w, 2)) for c, w in zip(stages, widths, strict=True)]
+        ),
         head=partial(
             Head,
             options.num_classes,
-            partial(ConvNorm, scaled(last, widths[-1]), 1),
+            partial(ConvNorm, scale_channels(last, widths[-1]), 1),
             options.dropout_or(0.0),
         ),
         unpackable=UNPACKABLE,
     )
 
 
-def shufflenet_v1(widths: Sequence[Fraction], options: Options) -> Architecture:
+def shufflenet_v1(widths: Sequence[Fraction], options: NetworkOptions) -> Architecture:
     """3 groups; 240, 480, 960 channels times the width, multiples of 12 so that groups are equal."""
     stem, groups = 24, 3
-    numbers = [scaled(c, w, 4 * groups) for c, w in zip((240, 480, 960), widths, strict=True)]
+    numbers = [scale_channels(c, w, 4 * groups) for c, w in zip((240, 480, 960), widths, strict=True)]
     for before, after in zip((stem, *numbers), numbers, strict=False):
         if after <= before:
             raise UserError(

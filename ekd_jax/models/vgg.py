@@ -10,8 +10,8 @@ from functools import partial
 
 import flax.linen as nn
 
-from ekd_jax.models.assemble import Architecture, Family, Options, scaled
 from ekd_jax.models.blocks import Head
+from ekd_jax.models.family import Architecture, Family, NetworkOptions, scale_channels
 from ekd_jax.models.initializers import constant
 from ekd_jax.models.layers import Array, BatchNorm, Conv, Mode, max_pool, relu
 
@@ -35,10 +35,12 @@ class Group(nn.Module):
         return x
 
 
-def vgg(widths: Sequence[Fraction], options: Options, *, convolutions: tuple[int, ...]) -> Architecture:
+def vgg(
+    widths: Sequence[Fraction], options: NetworkOptions, *, convolutions: tuple[int, ...]
+) -> Architecture:
     """Five groups of so many convolutions, with floor(channels * width) channels."""
     groups = [
-        partial(Group, scaled(channels, width), number)
+        partial(Group, scale_channels(channels, width), number)
         for channels, width, number in zip(CHANNELS, (Fraction(1), *widths), convolutions, strict=True)
     ]
     head = partial(Head, options.num_classes, dropout=options.dropout_or(0.0))

@@ -10,9 +10,9 @@ from functools import partial
 
 import flax.linen as nn
 
-from ekd_jax.models.assemble import Architecture, Family, Options, scaled
 from ekd_jax.models.blocks import Head, Norm, Stage
-from ekd_jax.models.layers import Array, BatchNorm, Conv, Drop, Mode, relu
+from ekd_jax.models.family import Architecture, Family, NetworkOptions, scale_channels
+from ekd_jax.models.layers import Array, BatchNorm, Conv, Dropout, Mode, relu
 
 
 class PreActivationBlock(nn.Module):
@@ -29,18 +29,20 @@ class PreActivationBlock(nn.Module):
         if x.shape[-1] != self.features or self.stride != 1:
             x = Conv(self.features, 1, self.stride, name="shortcut_conv")(y, mode)
         y = Conv(self.features, 3, self.stride, name="conv1")(y, mode)
-        y = Drop(self.dropout, name="drop")(relu(BatchNorm(name="bn2")(y, mode)), mode)
+        y = Dropout(self.dropout, name="drop")(relu(BatchNorm(name="bn2")(y, mode)), mode)
         return x + Conv(self.features, 3, name="conv2")(y, mode)
 
 
-def wide_resnet(widths: Sequence[Fraction], options: Options, *, depth: int, times: int) -> Architecture:
+def wide_resnet(
+    widths: Sequence[Fraction], options: NetworkOptions, *, depth: int, times: int
+) -> Architecture:
     """Three stages of (depth - 4) / 6 blocks, `times` as wide as a ResNet's."""
     dropout = options.dropout_or(0.0)
     block = partial(PreActivationBlock, dropout=dropout)
     return Architecture(
         stem=partial(Conv, 16),
         stages=[
-            partial(Stage, partial(block, scaled(times * c, width)), (depth - 4) // 6, stride)
+            partial(Stage, partial(block, scale_channels(times * c, width)), (depth - 4) // 6, stride)
             for c, width, stride in zip((16, 32, 64), widths, (1, 2, 2), strict=True)
         ],
         head=partial(Head, options.num_classes, before=Norm),

@@ -12,9 +12,8 @@ import safetensors.numpy
 
 from ekd_jax import models
 from ekd_jax.common.errors import UserError, reason
-from ekd_jax.models.cost import count, student_cost
+from ekd_jax.models.cost import count_parameters
 from ekd_jax.models.ensemble import Ensemble, Variables
-from ekd_jax.models.members import parse_students
 from ekd_jax.students.torch_names import Rules, sources, torch_name
 
 Arrays = Mapping[str, Any]
@@ -72,11 +71,13 @@ def official_variables(
     problems: list[str] = []
     variables: Variables = jax.tree.map(np.asarray, seed_variables)
     for number, student in enumerate(students, 1):
-        own, found = _convert(ensemble.alone(seed_variables, number), {**base, **student}, rules)
+        own, found = _convert(
+            ensemble.student_variables(seed_variables, number), {**base, **student}, rules
+        )
         problems += [
             problem if problem.split()[0] in base else f"student {number}: {problem}" for problem in found
         ]
-        variables = ensemble.placed(variables, number, own)
+        variables = ensemble.with_student_variables(variables, number, own)
     if adaptation is not None:
         layers = variables["params"]["method"]["adaptation_layers"]
         for name, layer in layers.items():
@@ -171,12 +172,13 @@ def convert(
         classifier = state.get(torch_name("head.linear.kernel", source.rules))
         classes = 1 if classifier is None else len(classifier)
         own = {**source.options, **options}
-        ensemble = models.build(model, parse_students(1), classes, sharing="none", **own)
-        shapes = ensemble.init(None, input_shape)
-        variables, problems = _convert(ensemble.alone(shapes, 1), state, source.rules)
+        ensemble = models.build_ensemble(model, 1, classes, sharing="none", **own)
+        trace = ensemble.trace(input_shape)
+        like = ensemble.student_variables(trace.init(None), 1)
+        variables, problems = _convert(like, state, source.rules)
         if best is None or len(problems) < len(best[1]):
             best = variables, problems
-            cost = student_cost(ensemble, 1, input_shape)
+            cost = trace.cost(1)
             architecture = {
                 "name": model,
                 "widths": [str(width) for width in ensemble.widths[0]],
@@ -191,7 +193,7 @@ def convert(
         raise _misfit(problems)
     return variables, {
         "architecture": architecture,
-        "parameters": count(variables["params"]),
+        "parameters": count_parameters(variables["params"]),
         "macs": cost.macs,
     }
 
