@@ -40,7 +40,8 @@ def load_recipe(file: str | os.PathLike[str], argument: str | None = None) -> Co
         others = sorted(str(p) for p in (path.parent.glob("*.py") if path.parent.is_dir() else ()))
         raise UserError(f"there is no recipe {path}{nearest(str(path), others) if others else ''}")
     spec = importlib.util.spec_from_file_location(f"ekd_jax_recipe_{path.stem}", path)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -18,7 +18,7 @@ from ekd_jax.common.knob import Knob
 from ekd_jax.config.knobs import KNOBS, method_knobs
 from ekd_jax.methods import METHODS, list_methods
 from ekd_jax.models import MODELS, build_ensemble, list_models
-from ekd_jax.models.cost import count
+from ekd_jax.models.cost import count_parameters
 
 CLASSES = 100  # for which parameters are counted
 FEW = 12  # networks whose parameters are counted at once: each is traced
@@ -89,7 +89,10 @@ def models(pattern: str) -> str:
     lines = []
     for summary, names in families.items():
         own = [f"{n} ({_parameters(n):,})" for n in names] if len(chosen) <= FEW else names
-        lines += [summary, textwrap.fill(", ".join(own), 100, initial_indent="    ", subsequent_indent="    ")]
+        lines += [
+            summary,
+            textwrap.fill(", ".join(own), 100, initial_indent="    ", subsequent_indent="    "),
+        ]
     if len(chosen) <= FEW:
         lines.append(f"in brackets: parameters at width 1 for {CLASSES} classes")
     return "\n".join(lines)
@@ -106,7 +109,7 @@ def _summary_of(function: Any) -> str:
 
 def _parameters(name: str) -> int:
     trace = build_ensemble(name, 1, CLASSES).trace((32, 32, 3))
-    return count(trace.init(None)["params"])
+    return count_parameters(trace.init(None)["params"])
 
 
 def methods(pattern: str) -> str:
@@ -121,9 +124,7 @@ def methods(pattern: str) -> str:
     return "\n".join(rows)
 
 
-def _matching(
-    names: Iterable[str], pattern: str, what: str, key: Callable[[str], str] = str
-) -> list[str]:
+def _matching(names: Iterable[str], pattern: str, what: str, key: Callable[[str], str] = str) -> list[str]:
     names = list(names)
     wildcard = pattern if "*" in pattern else f"*{pattern}*"
     chosen = [name for name in names if fnmatch.fnmatch(key(name), wildcard)]

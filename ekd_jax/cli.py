@@ -19,7 +19,9 @@ from ekd_jax.common.log import shown
 from ekd_jax.config.resolve import resolve
 
 FLAGS = flags.FLAGS
-KNOBS_HELP = "change a knob of the recipe, as in --config.optimizer.learning_rate=0.05; `ekd knobs` lists them"
+KNOBS_HELP = (
+    "change a knob of the recipe, as in --config.optimizer.learning_rate=0.05; `ekd knobs` lists them"
+)
 
 
 class Command(Protocol):
@@ -184,7 +186,9 @@ def _help(name: str, doc: str, names: Sequence[str]) -> str:
             continue
         value = "" if flag.boolean else f"={'FILE[:argument]' if flag.name == 'config' else 'VALUE'}"
         default = "" if flag.value in (None, False, "", []) else f" (default: {flag.default_as_str})"
-        rows.append((f"--{flag.name}{value}", f"{flag.help}{default}".removeprefix("path to config file. ")))
+        rows.append(
+            (f"--{flag.name}{value}", f"{flag.help}{default}".removeprefix("path to config file. "))
+        )
         if flag.name == "config":
             rows.append(("--config.SECTION.KNOB=VALUE", KNOBS_HELP))
     width = max(len(flag) for flag, _ in rows)

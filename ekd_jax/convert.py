@@ -37,9 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_list("mean", ["0.485", "0.456", "0.406"], "subtracted from images scaled to [0, 1]")
     flags.DEFINE_list("std", ["0.229", "0.224", "0.225"], "by which the result is divided")
     flags.DEFINE_enum("padding", None, ["even", "same"], "of EfficientNet; even if not given")
-    flags.DEFINE_float(
-        "batch_norm_epsilon", None, "1e-5, or 1e-3 for torchvision's B5 to B7, if not given"
-    )
+    flags.DEFINE_float("batch_norm_epsilon", None, "1e-5, or 1e-3 for torchvision's B5 to B7, if not given")
 
 
 def main() -> None:

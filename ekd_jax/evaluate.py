@@ -24,7 +24,9 @@ def define_flags() -> None:
     """Define the command's own flags."""
     flags.DEFINE_string("workdir", None, "directory of a run")
     flags.DEFINE_string("student_dir", None, "directory of a student, as extract writes it")
-    flags.DEFINE_string("data_dir", "", "directory of prepared TFDS sets, if it is not where the run had it")
+    flags.DEFINE_string(
+        "data_dir", "", "directory of prepared TFDS sets, if it is not where the run had it"
+    )
     flags.DEFINE_string("manual_dir", "", "directory of archives, if it is not where the run had it")
     flags.DEFINE_integer("step", None, "step of the checkpoint; the latest if not given")
     flags.DEFINE_boolean("best", False, "the kept checkpoint in which the ensemble did best")

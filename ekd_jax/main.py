@@ -27,9 +27,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Define the command's own flags."""
     cli.define_config()
-    flags.DEFINE_string(
-        "workdir", None, "directory of the run; runs/<name of the recipe> if not given"
-    )
+    flags.DEFINE_string("workdir", None, "directory of the run; runs/<name of the recipe> if not given")
     flags.DEFINE_boolean("dry_run", False, "print configuration, students, steps and memory; train nothing")
     flags.DEFINE_string("coordinator", None, "HOST:PORT that process 0 listens on, for several processes")
     flags.DEFINE_integer("num_processes", None, "how many processes train together", lower_bound=1)

@@ -96,7 +96,9 @@ def test_arrays_are_trained_on(tmp_path):
     generator = np.random.default_rng(0)
     labels = np.arange(96) % 3
     images = (generator.integers(0, 60, (96, 8, 8, 3)) + labels[:, None, None, None] * 90).astype(np.uint8)
-    data = ekd_jax.from_arrays(images[:64], labels[:64], ("dark", "gray", "light"), images[64:], labels[64:])
+    data = ekd_jax.from_arrays(
+        images[:64], labels[:64], ("dark", "gray", "light"), images[64:], labels[64:]
+    )
     config = small_config()
     config.data.train_examples, config.train.epochs, config.data.crop_padding = 0, 8.0, 0
     summary = ekd_jax.train(config, tmp_path / "run", data=data, verbose=False)

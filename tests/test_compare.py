@@ -170,7 +170,14 @@ def test_means_deviations_and_differences(tmp_path):
             case "baseline":
                 pretend(run.path, run.config, [1000, 500], [90 + up, 80], 91)
             case "more":
-                pretend(run.path, run.config, [1000, 400, 400], [92 + up, 70 + up, 60], 94, {"shallow_1": 50 + up})
+                pretend(
+                    run.path,
+                    run.config,
+                    [1000, 400, 400],
+                    [92 + up, 70 + up, 60],
+                    94,
+                    {"shallow_1": 50 + up},
+                )
             case "other":
                 pretend(run.path, run.config, [1000], [80 + up], 80)
     found = comparison_table.compare(runs)

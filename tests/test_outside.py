@@ -66,7 +66,11 @@ def test_it_learns(trained):
     run, out = trained
     assert "ensemble teacher" in out
     summary = json.loads((run / "summary.json").read_text())
-    assert (summary["model"], summary["method"], summary["data"]) == ("two_stage", "follow_the_best", "shapes")
+    assert (summary["model"], summary["method"], summary["data"]) == (
+        "two_stage",
+        "follow_the_best",
+        "shapes",
+    )
     assert [s["width"] for s in summary["students"]] == ["1", "0.5", "0.25"]
     assert summary["students"][0]["parameters"] > 2 * summary["students"][1]["parameters"]
     assert all(s["top1_last"] > 80 for s in summary["students"])

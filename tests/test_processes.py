@@ -17,9 +17,9 @@ from conftest import ROOT, latest_state, one_device, plain_environment, tiny_fla
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
-from ekd_jax.runs.run import load_run
 from ekd_jax.runs.checkpoint import open_checkpoints
 from ekd_jax.runs.metrics import read_metrics
+from ekd_jax.runs.run import load_run
 from ekd_jax.training import loop
 
 STEADY = {"optimizer__learning_rate": 1e-4}  # so that rounding stays rounding: docs/decisions.md

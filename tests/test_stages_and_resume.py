@@ -16,8 +16,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from ekd_jax.config.resolve import to_dict
 from ekd_jax.methods import METHODS
 from ekd_jax.runs.metrics import METRICS, read_metrics
-from ekd_jax.training import loop
-from ekd_jax.training import plans
+from ekd_jax.training import loop, plans
 
 SMALL = {
     "train__epochs": 2.0,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import one_device, tiny_config
+from ekd_jax.runs.restore import restore
 
 from ekd_jax.common.errors import UserError
 from ekd_jax.config.build import make_ensemble, make_method
@@ -23,12 +24,10 @@ from ekd_jax.methods.srm import binary_cross_entropy, similarity, sparse
 from ekd_jax.models.ensemble import Outputs
 from ekd_jax.runs import workdir
 from ekd_jax.runs.checkpoint import Checkpoints
-from ekd_jax.runs.restore import restore
 from ekd_jax.runs.state import batch_shapes, init_state
 from ekd_jax.runs.teachers import load_teacher, network_of
 from ekd_jax.students.student import load_student, write_student
-from ekd_jax.training import loop
-from ekd_jax.training import plans
+from ekd_jax.training import loop, plans
 from ekd_jax.training.dry_run import dry_run
 from ekd_jax.training.optimizer import make_optimizer
 from ekd_jax.training.setup import prepare

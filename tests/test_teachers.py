@@ -12,8 +12,7 @@ from ekd_jax.data.opening import open_data
 from ekd_jax.runs.metrics import read_metrics
 from ekd_jax.runs.run import load_run
 from ekd_jax.runs.teachers import load_teacher
-from ekd_jax.training import loop
-from ekd_jax.training import teaching
+from ekd_jax.training import loop, teaching
 from ekd_jax.training.teaching import make_teach
 
 FIXED = {"data__crop_padding": 0, "train__epochs": 1, "model__students": (0.5,)}
@@ -77,7 +76,9 @@ def test_a_teacher_sees_images_normalized_its_way(finished):
     images, _ = images_of(config, 8)
     teach = make_teach([teacher], config.data)
     (said,) = teach({"teachers": [teacher.frozen]}, normalize(images, (0.25,), (0.125,)), jnp.arange(8))
-    expected = teacher(teacher.frozen, normalize(images, teacher.preprocessing.mean, teacher.preprocessing.std)).logits
+    expected = teacher(
+        teacher.frozen, normalize(images, teacher.preprocessing.mean, teacher.preprocessing.std)
+    ).logits
     np.testing.assert_allclose(said.logits, expected, atol=1e-4)
 
 

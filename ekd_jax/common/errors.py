@@ -9,7 +9,7 @@ class UserError(Exception):
     """An error that the user can mend: one line with what is wrong, where, and what to do."""
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818  it is no error
     """A run was interrupted by a signal; everything is saved.
 
     Attributes:
@@ -32,7 +32,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` with the choice nearest to `word`, or a list of all choices if none is near."""
     names = [str(choice) for choice in choices]
 
-    def likeness(name: str) -> tuple[float, int]:  # of two equally near names the one with the nearer number
+    def likeness(
+        name: str,
+    ) -> tuple[float, int]:  # of two equally near names the one with the nearer number
         ratio = difflib.SequenceMatcher(None, word, name).ratio()
         return ratio, -abs(_number(word) - _number(name))
 

@@ -33,4 +33,6 @@ def import_modules(modules: Iterable[str], needed_by: str = "config.imports") ->
                 f"its directory on PYTHONPATH"
             ) from error
         except Exception as error:  # the user's code may raise anything
-            raise UserError(f"{needed_by} needs the module {module!r}, which fails: {reason(error)}") from error
+            raise UserError(
+                f"{needed_by} needs the module {module!r}, which fails: {reason(error)}"
+            ) from error

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ekd_jax.common.text import human, table
 from ekd_jax.config.build import Networks
 from ekd_jax.methods.base import TeacherOutputs
-from ekd_jax.models.cost import count
+from ekd_jax.models.cost import count_parameters
 from ekd_jax.runs.records import RunDescription, StudentInfo
 from ekd_jax.runs.state import init_variables
 
@@ -28,16 +28,16 @@ def describe(
     numbers = range(1, len(ensemble.students) + 1)
     costs = [trace.cost(number) for number in numbers]
     channels = [tuple(row[number - 1].shape[-1] for row in trace.outputs.features) for number in numbers]
-    sizes = [count(ensemble.paths(params, number)) for number in numbers]
+    sizes = [count_parameters(ensemble.student_subtrees(params, number)) for number in numbers]
     members = list(enumerate(ensemble.students)) * max(1, networks.method.copies)
     extra = None
     if teachers is not None:
-        extra = count(init_variables(networks, None, teachers)["params"]["method"])
+        extra = count_parameters(init_variables(networks, None, teachers)["params"]["method"])
     return RunDescription(
         model=model,
         num_classes=trace.outputs.logits_SxBxK.shape[-1],
         input_shape=networks.input_shape,
-        base_parameters=count(params["base"]),
+        base_parameters=count_parameters(params["base"]),
         method_parameters=extra,
         students=tuple(
             StudentInfo(
@@ -107,7 +107,7 @@ def memory(
     """
     momentum = 1 if config.optimizer.momentum else 0
     slots = {"sgd": momentum, "adam": 2, "rmsprop": 1 + momentum}[config.optimizer.name]
-    in_networks = count(networks.trace.init(None)["params"])
+    in_networks = count_parameters(networks.trace.init(None)["params"])
     parameters = in_networks + (description.method_parameters or 0)
     cost = networks.trace.total_cost()
     images = config.train.batch_size // (config.train.accumulation_steps * devices)

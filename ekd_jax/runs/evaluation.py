@@ -140,9 +140,7 @@ def evaluate_student(
     def predict(variables: Variables, images: Array) -> Array:
         return student.network.logits(variables, images)[None]
 
-    return evaluate_predictor(
-        predict, student.variables, config, [f"student_{own.student}"], source=source
-    )
+    return evaluate_predictor(predict, student.variables, config, [f"student_{own.student}"], source=source)
 
 
 def with_places(config: Any, places: Mapping[str, str]) -> FrozenConfigDict:

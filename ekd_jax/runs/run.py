@@ -150,7 +150,10 @@ class Run:
         with open_checkpoints(self.path) as checkpoints:
             step = checkpoints.choose(self.step, f"{name}top1" if self.best else None)
             trained = deployed_variables(checkpoints.shapes(step))[copy]
-            like = {kind: ensemble.paths(trained[kind], member + 1) for kind in ("params", "batch_stats")}
+            like = {
+                kind: ensemble.student_subtrees(trained[kind], member + 1)
+                for kind in ("params", "batch_stats")
+            }
             kept = bool(networks.method.copies)
             where = {"copies": {str(copy + 1): like}} if kept else like
             restored, remembered = checkpoints.restore_variables(where, step)
@@ -174,7 +177,7 @@ class Run:
             evaluated_on=remembered["evaluated_on"],
             metrics={key.removeprefix(name): value for key, value in measured if key.startswith(name)},
         )
-        return LoadedStudent(description, ensemble.alone(variables, member + 1))
+        return LoadedStudent(description, ensemble.student_variables(variables, member + 1))
 
     def extract(self, student: int, output: str | os.PathLike[str]) -> LoadedStudent:
         """Write a student to a new directory; see `student` and `students.student.write_student`."""
@@ -246,5 +249,3 @@ def make_predict(networks: Networks) -> Predict:
         return jnp.stack(predictions)
 
     return predict
-
-

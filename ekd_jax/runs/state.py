@@ -15,7 +15,7 @@ from ekd_jax.common.errors import UserError
 from ekd_jax.config.build import Networks
 from ekd_jax.methods.base import Batch, Method, TeacherOutputs
 from ekd_jax.models.ensemble import Ensemble, Outputs, Variables
-from ekd_jax.models.initializers import draw, trace
+from ekd_jax.models.initializers import trace
 
 
 @flax.struct.dataclass
@@ -117,7 +117,7 @@ def init_variables(
         for tree in variables.values():
             tree["students"] = {str(i): tree["students"][own] for i, own in enumerate(first, 1)}
     given = batch_shapes(networks, teachers)
-    own = draw(trace(method, *given).variables, seed, "method")
+    own = trace(method, *given).init(seed, "method")
     return {kind: {**tree, "method": own.get(kind, {})} for kind, tree in variables.items()}
 
 
@@ -163,13 +163,13 @@ def start_from(state: TrainState, ensemble: Ensemble, variables: Variables, sour
         )
 
     networks = network_variables(state.variables)
-    own = ensemble.alone(networks, 1)
+    own = ensemble.student_variables(networks, 1)
     if flatten_dict(own).keys() != flatten_dict(variables).keys():
         raise UserError(
             f"model.initial_weights={source} is another network: take a student with the same network name"
         )
     new = jax.tree_util.tree_map_with_path(filled, own, variables)
-    placed = ensemble.placed(networks, 1, new)
+    placed = ensemble.with_student_variables(networks, 1, new)
     placed = {kind: {**tree, "method": state.variables[kind]["method"]} for kind, tree in placed.items()}
     return _copied(dataclasses.replace(state, **placed))
 

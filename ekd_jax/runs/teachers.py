@@ -182,7 +182,7 @@ def _from_run(run: Run, source: str, number: str) -> Teacher:
     _check_number(source, number, students)
     if number or students == 1:
         copy, member = divmod(int(number or 1) - 1, len(ensemble.students))
-        variables = ensemble.alone(deployed_variables(learned.variables)[copy], member + 1)
+        variables = ensemble.student_variables(deployed_variables(learned.variables)[copy], member + 1)
         call = _call_network(ensemble.student(member + 1))
     else:
         variables, predict = learned.variables, make_predict(run.networks)

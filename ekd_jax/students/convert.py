@@ -1,5 +1,6 @@
 """TODO: students.convert."""
 
+import dataclasses
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from ekd_jax import models
 from ekd_jax.common.errors import UserError, reason
 from ekd_jax.models.cost import count_parameters
 from ekd_jax.models.ensemble import Ensemble, Variables
+from ekd_jax.students.description import NetworkDescription
 from ekd_jax.students.torch_names import Rules, sources, torch_name
 
 Arrays = Mapping[str, Any]
@@ -142,9 +144,26 @@ def _misfit(problems: Sequence[str]) -> UserError:
     return UserError("the weights do not fit: " + "; ".join(problems[:SHOWN]) + more)
 
 
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A network with the values of a state dict.
+
+    Attributes:
+        variables: as `LoadedStudent` has them.
+        network: how to build it again.
+        parameters: how many it has.
+        macs: multiply-accumulates for one image.
+    """
+
+    variables: Variables
+    network: NetworkDescription
+    parameters: int
+    macs: int
+
+
 def convert(
-    model: str, state: Arrays, input_shape: tuple[int, ...], options: Mapping[str, Any]
-) -> tuple[Variables, dict[str, Any]]:
+    model: str, state: Arrays, input_shape: tuple[int, int, int], options: Mapping[str, Any]
+) -> Converted:
     """The network `model`, as a student of width 1, with the values of a state dict.
 
     Of the libraries that have such a network the one is taken whose names fit best; how many classes there
@@ -155,9 +174,6 @@ def convert(
         state: `state_dict()`.
         input_shape: H, W, C.
         options: of `models.build`, stronger than what the library's networks need.
-
-    Returns:
-        The student's variables, and what `extract.write_student` wants to know of the network.
 
     Raises:
         UserError: no library has the network; what does not fit, in one line.
@@ -179,23 +195,19 @@ def convert(
         if best is None or len(problems) < len(best[1]):
             best = variables, problems
             cost = trace.cost(1)
-            architecture = {
-                "name": model,
-                "widths": [str(width) for width in ensemble.widths[0]],
-                "num_classes": classes,
-                "input_shape": list(input_shape),
-                "dtype": "float32",
-                "options": own,
-            }
+            network = NetworkDescription(
+                name=model,
+                widths=tuple(str(width) for width in ensemble.widths[0]),
+                num_classes=classes,
+                input_shape=input_shape,
+                dtype="float32",
+                options=own,
+            )
     assert best is not None
     variables, problems = best
     if problems:
         raise _misfit(problems)
-    return variables, {
-        "architecture": architecture,
-        "parameters": count_parameters(variables["params"]),
-        "macs": cost.macs,
-    }
+    return Converted(variables, network, count_parameters(variables["params"]), cost.macs)
 
 
 def read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:

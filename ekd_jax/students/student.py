@@ -103,13 +103,19 @@ def load_student(directory: str | os.PathLike[str]) -> LoadedStudent:
         UserError: a file is missing or damaged, or a module that registers the network is missing.
     """
     path = pathlib.Path(directory)
-    description = read_record(path / DESCRIPTION, StudentDescription, "a student's directory, as extract writes it")
+    description = read_record(
+        path / DESCRIPTION, StudentDescription, "a student's directory, as extract writes it"
+    )
     if description.format != FORMAT:
-        raise UserError(f"{path / DESCRIPTION} has format {description.format}, this version reads {FORMAT}")
+        raise UserError(
+            f"{path / DESCRIPTION} has format {description.format}, this version reads {FORMAT}"
+        )
     try:
         data = (path / WEIGHTS).read_bytes()
     except OSError as error:
-        raise UserError(f"{path / WEIGHTS} cannot be read ({reason(error)}): extract the student again") from error
+        raise UserError(
+            f"{path / WEIGHTS} cannot be read ({reason(error)}): extract the student again"
+        ) from error
     if hashlib.sha256(data).hexdigest() != description.weights_sha256:
         raise UserError(f"{path / WEIGHTS} is damaged (its SHA-256 differs): extract the student again")
     variables = unflatten_dict(safetensors.numpy.load(data), sep="/")
@@ -124,8 +130,8 @@ def read_image(path: pathlib.Path, student: LoadedStudent) -> np.ndarray:
     Raises:
         UserError: no such file, or not an image.
     """
-    fit = "crop" if student.description.preprocessing.fit == "crop" else "stretch"
-    read = Reader(student.input_shape, fit)
+    crop = student.description.preprocessing.fit == "crop"
+    read = Reader(student.input_shape, "crop" if crop else "stretch")
     try:
         return read(Example(path.read_bytes(), 0, str(path)))[None]
     except (OSError, CorruptImageError) as error:

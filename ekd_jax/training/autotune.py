@@ -47,7 +47,7 @@ def choose_execution(
     device, networks = setup.mesh.local_devices[0], setup.networks
     if measured is None:
         measured = device.platform != "cpu"
-    modes = networks.ensemble.ways
+    modes = networks.ensemble.executions
     if setup.config.train.execution != "auto":
         return networks, ""
     if before or not measured or len(modes) == 1:

@@ -61,7 +61,9 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal = 0
-        in_main = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
+        in_main = (
+            threading.current_thread() is threading.main_thread()
+        )  # the only one that may handle signals
         numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
         self._before = {number: signal.signal(number, self._note) for number in numbers}
 
@@ -89,9 +91,7 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def run(
-    config: Any, path: pathlib.Path, mesh: Mesh | None = None, source: Source | None = None
-) -> Summary:
+def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None, source: Source | None = None) -> Summary:
     """Train, or resume training, in the directory `path`.
 
     Args:
@@ -162,7 +162,8 @@ def _train(setup: Setup, path: pathlib.Path) -> Summary:
         checkpoints.wait()
     if step < setup.steps:
         raise Interrupted(
-            f"interrupted at step {step:,}, saved in {path}: run the same command to resume", interrupt.signal
+            f"interrupted at step {step:,}, saved in {path}: run the same command to resume",
+            interrupt.signal,
         )
     summary = summarize(setup, log)
     if parallel.is_main():

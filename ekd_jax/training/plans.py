@@ -65,9 +65,7 @@ def check(planned: Runs) -> None:
         workdir.check(directory, config)
 
 
-def run(
-    config: Any, path: pathlib.Path, mesh: Mesh | None = None, source: Source | None = None
-) -> Summary:
+def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None, source: Source | None = None) -> Summary:
     """Train or resume all runs of the plan and return the summary of the last one.
 
     For the arguments and errors see `loop.run`.

@@ -9,7 +9,7 @@ from ekd_jax.common.errors import UserError
 from ekd_jax.config.build import build_networks
 from ekd_jax.config.resolve import resolve, to_dict
 from ekd_jax.methods.blockwise import scales_of
-from ekd_jax.models.cost import count
+from ekd_jax.models.cost import count_parameters
 from ekd_jax.runs.run import load_run
 
 
@@ -28,7 +28,7 @@ def widths_within(directory: pathlib.Path, budget: float, cost: str) -> tuple[fl
         UserError: not even one channel per stage is within the budget.
     """
     run = load_run(directory)
-    network = run.networks.ensemble.alone(run.checkpoint.variables, 1)["params"]
+    network = run.networks.ensemble.student_variables(run.checkpoint.variables, 1)["params"]
     stages = sorted(name for name in network if name.startswith("stage"))
     scales = [np.concatenate([np.abs(s).ravel() for s in scales_of(network[name])]) for name in stages]
     order = np.sort(np.concatenate(scales))
@@ -43,7 +43,7 @@ def widths_within(directory: pathlib.Path, budget: float, cost: str) -> tuple[fl
         config["model"]["students"] = (widths(removed),)
         own = run.description
         trace = build_networks(resolve(config), own.num_classes, own.input_shape).trace
-        return trace.cost(1).macs if cost == "macs" else count(trace.init(None)["params"])
+        return trace.cost(1).macs if cost == "macs" else count_parameters(trace.init(None)["params"])
 
     whole = size(0)
     fits, too_large = len(order) - 1, 0  # bisection between these numbers of removed scales
