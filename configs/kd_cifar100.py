@@ -16,12 +16,12 @@ method: kd (default); dckd: two students and the teacher (a reconstruction); ekd
     blockwise: a structure with half of the student's operations (a reconstruction); self_distillation and
     ensemble_distillation: train teachers of the student's architecture first.
 
-Protocol (RepDistiller, mdistiller; METHODS.md 4 and 13): 240 epochs; SGD with momentum 0.9 without Nesterov,
-learning rate 0.05, divided by 10 at epochs 150, 180 and 210; weight decay 5e-4; batch size 64; crop of the
-image padded by 4, and flip.
+Protocol (RepDistiller, mdistiller; docs/reference/kd.md#protocol): 240 epochs; SGD with momentum 0.9 without
+Nesterov, learning rate 0.05, divided by 10 at epochs 150, 180 and 210; weight decay 5e-4; batch size 64; crop
+of the image padded by 4, and flip.
 
-Expected top-1 in per cent (METHODS.md 4 and 13; of the last or the best epoch, the sources differ). Teachers:
-ResNet-56 72.34, ResNet-110 74.31, 32x4 79.42. Students:
+Expected top-1 in per cent (docs/reference/published_results.md#frozen-teachers-on-cifar-100; of the last or the
+best epoch, the sources differ). Teachers: ResNet-56 72.34, ResNet-110 74.31, 32x4 79.42. Students:
                              alone     kl    dkd   dist   lskd  dkd_lskd
     ResNet-20 of ResNet-56   69.06  70.66  71.97  71.75  71.43     72.32
     ResNet-32 of ResNet-110  71.14  73.08  74.11      -  74.17     74.29

@@ -3,7 +3,7 @@
     python -m ekd_jax.main --config=configs/online_cifar100.py:method=one
     python -m ekd_jax.main --config=configs/online_cifar100.py:method=okddip,model=resnet110_bottleneck
 
-method (METHODS.md has the sources; numbers that were not verified are marked *):
+method (docs/reference/README.md has the sources; numbers that were not verified are marked *):
     one (default)  3 branches; 300 epochs; SGD with momentum 0.9, learning rate 0.1, divided by 10 at epochs
                    150 and 225; weight decay 1e-4; batch size 128; normalized with CIFAR-10's mean and
                    deviation.
@@ -21,8 +21,9 @@ method (METHODS.md has the sources; numbers that were not verified are marked *)
 model: resnet32 (default), resnet110_bottleneck (OKDDip's 1.17M parameters), resnet110_one (ONE's 1.73M),
     resnet110_a (Snapshot's), vgg13, wrn_16_2, densenet_bc_12_100.
 
-Expected top-1 of ResNet-32 in per cent (METHODS.md 2, 7 and 12; PCL's README, mean of 3 runs): DML 73.68, CL
-72.33, ONE 73.79, FFL 72.18, OKDDip 73.25, KDCL 73.76, PCL 74.14; Snapshot's ensemble of ResNet-110: 75.81.
+Expected top-1 of ResNet-32 in per cent (PCL's README, mean of 3 runs): DML 73.68, CL 72.33, ONE 73.79, FFL
+72.18, OKDDip 73.25, KDCL 73.76, PCL 74.14; Snapshot's ensemble of ResNet-110: 75.81 (its paper, recalled). See
+docs/reference/published_results.md#online-methods-on-cifar-100.
 Not measured here at full length: that needs an accelerator.
 """
 

@@ -14,7 +14,8 @@ recipe=paper (default): 350 epochs on CIFAR-10, 450 on CIFAR-100, 50 on SVHN (73
     CIFAR ResNets); weight decay 1e-4 (as the official SGD configs, and He et al. 2016); random crop of the
     image padded by 4, and flip, except on SVHN, where a mirrored 2 is not a 2; images normalized with mean
     and standard deviation per channel of the training set (the official code does so for CIFAR-10 only).
-recipe=official: the configs of the official code, which differ from the paper; there are none for SVHN.
+recipe=official: the configs of the official code, which differ from the paper; there are none for SVHN
+    (docs/reference/oem.md#official-configurations).
     CIFAR-10 (configs/Cifar10_exp; depth 20, 32, 110): SGD with momentum 0.9 without Nesterov; T = 3; learning
     rate, drops, epochs and weights depend on the depth. Learning rates of 0.01 and 0.001 look like those of
     the last part of runs that were resumed by hand.

@@ -190,7 +190,7 @@ def test_every_method_with_teachers_has_a_protocol(method, pair):
     ],
 )
 def test_losses_of_the_usual_protocol(pair, loss, expected):
-    """METHODS.md 4 and 13."""
+    """docs/reference/kd_losses.md."""
     get_config = recipe(ROOT / "configs/kd_cifar100.py").get_config
     own = resolve(get_config(f"pair={pair},loss={loss}")).method
     found = (own.kd_loss, own.standardize, own.temperature, own.ce_weight, own.kd_weight, own.dkd_beta)

@@ -1,6 +1,6 @@
 """Protocols that the recipes in configs/ share.
 
-The paper's experimental setup (METHODS.md 1.7) states epochs, optimizers and drops of the learning rate. It
+The paper states epochs, optimizers and drops of the learning rate (docs/reference/oem.md#training-protocol). It
 does not state batch size, weight decay and augmentation; `paper` says what is used for them.
 """
 
@@ -126,7 +126,7 @@ def resnet_cifar(argument: str | None, data: tuple[str, ...]) -> ConfigDict:
 
 
 def _official_cifar10(config: ConfigDict, depth: int) -> None:
-    """Set what configs/Cifar10_exp of the official code says for a depth (METHODS.md 1.7)."""
+    """Set the constants of the official code for CIFAR-10 (docs/reference/oem.md#official-configurations)."""
     if depth not in OFFICIAL_CIFAR10:
         raise UserError(
             f"the official code has no config for depth={depth} on CIFAR-10: use depth=20, 32 or 110, or "
@@ -140,7 +140,7 @@ def _official_cifar10(config: ConfigDict, depth: int) -> None:
 
 
 def _official_cifar100(config: ConfigDict, depth: int) -> None:
-    """Set what configs/Cifar100_exp of the official code says for a depth (METHODS.md 1.7)."""
+    """Set the constants of the official code for CIFAR-100 (docs/reference/oem.md#official-configurations)."""
     config.data.mean, config.data.std = (0.0,), (1.0,)
     config.optimizer.name, config.optimizer.learning_rate = "adam", 1e-3
     config.optimizer.weight_decay = 1e-5
