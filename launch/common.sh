@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What the launchers share: help, options, messages, and commands that a dry run only prints.
+# Shared by the launchers: help, options, messages, and commands that a dry run only prints.
 # A script sets its options to their defaults, sources this file and calls `parse`.
 
-dry_run='' program=() # $program: what follows -- on the command line
+dry_run='' program=() # $program: the words after -- on the command line
 
 fail() { # MESSAGE [CODE]
   echo "error: $1" >&2
@@ -11,7 +11,7 @@ fail() { # MESSAGE [CODE]
 
 say() { echo "launch: $*" >&2; }
 
-quoted() { # WORD...: the words as a line of a shell
+quoted() { # WORD...: print the words as one command line
   local word line=''
   for word; do
     [[ $word =~ ^[a-zA-Z0-9_@%+=:,./-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
@@ -20,19 +20,19 @@ quoted() { # WORD...: the words as a line of a shell
   echo "${line# }"
 }
 
-run() { # COMMAND...: runs it; a dry run prints it, and leaves that to functions themselves
+run() { # COMMAND...: run it; a dry run prints it instead, unless it is a function, which prints for itself
   if [[ -n $dry_run ]] && ! declare -F "$1" >/dev/null; then quoted "$@"; else "$@"; fi
 }
 
-step() { # WHAT COMMAND...: runs it; ends with its code if it fails
-  local what=$1 code=0
+step() { # PURPOSE COMMAND...: run it; if it fails, exit with its code
+  local purpose=$1 code=0
   shift
   run "$@" || code=$?
-  ((code == 0)) || fail "cannot $what: exit code $code, see above" "$code"
+  ((code == 0)) || fail "cannot $purpose: exit code $code, see above" "$code"
 }
 
 # parse 'OPTION ...' 'FLAG ...' ARGUMENT...
-# --option=value sets $option, --flag sets $flag to yes; what follows -- becomes $program.
+# --option=value sets $option, --flag sets $flag to yes; the words after -- become $program.
 parse() {
   local options=" $1 " flags=" $2 dry_run " key
   shift 2
@@ -43,7 +43,7 @@ parse() {
       program=("$@")
       return
     elif [[ $1 == --help || $1 == -h ]]; then
-      sed -n '2,/^$/s/^# \{0,1\}//p' "$0" # the comment that the script begins with
+      sed -n '2,/^$/s/^# \{0,1\}//p' "$0" # the comment at the top of the script
       exit 0
     elif [[ $1 == "--$key="?* && $options == *" $key "* ]]; then
       printf -v "$key" %s "${1#*=}"
@@ -54,7 +54,7 @@ parse() {
     elif [[ $flags == *" $key "* ]]; then
       fail "--$key takes no value"
     elif [[ $1 == --config* || $1 == --workdir=* ]]; then
-      fail "$1 belongs after -- , with the other options of the program"
+      fail "$1 is an option of the program: pass it after --"
     else
       fail "unknown option $1: $0 --help lists them"
     fi
@@ -62,28 +62,28 @@ parse() {
   done
 }
 
-needed() { # OPTION...: fails if one has no value
+required() { # OPTION...: fail if one has no value
   local key
   for key; do
     [[ -n ${!key} ]] || fail "--$key=... is missing"
   done
 }
 
-natural() { # OPTION...: fails if one is not a number from 1
+positive() { # OPTION...: fail if one is not a positive integer
   local key
   for key; do
-    [[ ${!key} =~ ^[1-9][0-9]*$ ]] || fail "--$key=${!key} must be a whole number from 1"
+    [[ ${!key} =~ ^[1-9][0-9]*$ ]] || fail "--$key=${!key} must be a positive integer"
   done
 }
 
-seconds() { # OPTION...: fails if one is not a time
+seconds() { # OPTION...: fail if one is not a number of seconds
   local key
   for key; do
     [[ ${!key} =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--$key=${!key} must be a number of seconds"
   done
 }
 
-of_program() { # OPTION: its value among the options of the program; fails if it is not there
+program_option() { # OPTION: print its value among the options of the program; fail if it is missing
   local word
   for word in "${program[@]}"; do
     if [[ $word == "--$1="?* ]]; then
@@ -91,5 +91,5 @@ of_program() { # OPTION: its value among the options of the program; fails if it
       return
     fi
   done
-  fail "--$1=... of the program is missing: give it after --"
+  fail "--$1=... of the program is missing: pass it after --"
 }

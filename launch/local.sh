@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Trains with several processes on this machine.
+# Train with several processes on this machine.
 #
 #   launch/local.sh [option ...] -- --config=configs/digits.py --workdir=DIR [--config.knob=value ...]
 #
-# What follows -- goes to every `python -m ekd_jax.main`. Process 0 talks on this terminal, the others only
-# report errors. SIGINT and SIGTERM are passed on: the run saves and ends. Run it again to go on.
+# Everything after -- is passed to `python -m ekd_jax.main` in every process. Process 0 prints to this terminal,
+# the others print only errors. SIGINT and SIGTERM are passed on: the run saves and ends. The same command
+# resumes it.
 #
-#   --processes=2   how many
-#   --devices=1     virtual CPU devices of each
-#   --gpus          process i has GPU i instead
-#   --port=N        where process 0 listens for the others; if not given, a free one
-#   --grace=30      seconds that the others have to end, if one fails
-#   --dry_run       print the commands, run nothing
+#   --processes=2   number of processes
+#   --devices=1     virtual CPU devices per process
+#   --gpus          use one GPU per process instead: process i gets GPU i
+#   --port=N        port on which process 0 listens; default: a free one
+#   --grace=30      seconds that the other processes have to end after one has failed
+#   --dry_run       print the commands, but do not run them
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -19,34 +20,34 @@ set -euo pipefail
 
 processes=2 devices='' gpus='' port='' grace=30
 parse 'processes devices port grace' 'gpus' "$@"
-[[ -z $gpus || -z $devices ]] || fail "--devices are of the CPU: leave it out with --gpus"
+[[ -z $gpus || -z $devices ]] || fail "--devices sets virtual CPU devices: omit it with --gpus"
 devices=${devices:-1}
-natural processes devices grace
-of_program config >/dev/null
-of_program workdir >/dev/null
+positive processes devices grace
+program_option config >/dev/null
+program_option workdir >/dev/null
 
-if [[ -z $port ]]; then # one where nobody answers
+if [[ -z $port ]]; then # search for one on which nothing listens
   port=$((20000 + RANDOM % 10000))
   while (: <>"/dev/tcp/localhost/$port") 2>/dev/null; do port=$((port + 1)); done
 fi
-natural port
+positive port
 
-pids=() told='' # the signal that came to this script
+pids=() received='' # the signal that this script received
 # shellcheck disable=SC2329
 pass_on() {
-  told=$1
+  received=$1
   kill "-$1" "${pids[@]}" 2>/dev/null || true
 }
 trap 'pass_on INT' INT
 trap 'pass_on TERM' TERM HUP
 
-set -m # a process group for each: Ctrl-C comes to this script alone, and is passed on once
+set -m # one process group per process, so that Ctrl-C reaches only this script, which passes it on once
 for ((i = 0; i < processes; i++)); do
-  [[ -z $told ]] || break
+  [[ -z $received ]] || break
   if [[ -n $gpus ]]; then
     settings=("CUDA_VISIBLE_DEVICES=$i")
   else
-    # the CPU's other scheduler may start all-reduces in another order on each device, and so hang
+    # With the concurrency-optimized scheduler, CPU devices may start all-reduces in different orders and hang.
     virtual="--xla_cpu_enable_concurrency_optimized_scheduler=false"
     virtual+=" --xla_force_host_platform_device_count=$devices"
     settings=(JAX_PLATFORMS=cpu "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }$virtual")
@@ -74,9 +75,9 @@ while ((${#pids[@]})); do
     unset "pids[i]"
     ((ended != 0 && code == 0)) || continue
     code=$ended
-    [[ -z $told ]] || continue
+    [[ -z $received ]] || continue
     deadline=$((SECONDS + grace))
-    # 130 and 143: they all agreed to save and end, and a second signal would cut that short.
+    # 130 and 143: all processes agreed to save and end; a second signal would interrupt that.
     if ((code != 130 && code != 143)); then
       say "process $i ended with code $code; ending the others"
       kill -TERM "${pids[@]}" 2>/dev/null || true

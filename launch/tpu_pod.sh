@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU pod: makes it, installs ekd_jax on its workers, starts the program and follows it.
+# Train on a Cloud TPU pod: create it, install ekd_jax on its workers, start the program and follow its log.
 #
 #   launch/tpu_pod.sh --name=my-pod --zone=us-east5-b --accelerator_type=v6e-16 --version=v2-alpha-tpuv6e \
 #     --bucket=my-bucket -- --config=configs/resnet_imagenet.py --workdir=/shared/runs/imagenet
 #   launch/tpu_pod.sh --name=my-pod --zone=us-east5-b --delete
 #
-# What follows -- goes to `python -m ekd_jax.main` on every worker. The program outlives this terminal. Run the
-# same again at any time: steps that are done are skipped, a program that still runs is only followed, and
-# a pod that was preempted is made anew, where the run goes on. A pod costs money until it is deleted.
+# Everything after -- is passed to `python -m ekd_jax.main` on every worker. The program continues if this
+# terminal closes. The same command can be repeated at any time: it skips steps that are done, follows a program
+# that runs, and creates a preempted pod again and resumes the run there. A pod costs money until it is deleted.
 #
-#   --name=NAME              of the pod
-#   --zone=ZONE              where it is
-#   --project=PROJECT        if not given, gcloud's own
+#   --name=NAME              name of the pod
+#   --zone=ZONE              its zone
+#   --project=PROJECT        its project; default: gcloud's
 #   --accelerator_type=TYPE  v6e-16, v5litepod-16, v4-32, ...
-#   --version=VERSION        of its software: v2-alpha-tpuv6e, v2-alpha-tpuv5, v2-alpha-tpuv5-lite (v5e),
+#   --version=VERSION        software version: v2-alpha-tpuv6e, v2-alpha-tpuv5, v2-alpha-tpuv5-lite (v5e),
 #                            tpu-ubuntu2204-base (v4 and older)
-#   --spot                   cheaper, and may be preempted
-#   --queue                  wait until there is capacity (a queued resource), instead of failing
-#   --source=URL or FOLDER   of ekd_jax: a git repository, installed once, or a folder, installed again when
-#                            its files change; if not given, the one that this script is in
-#   --bucket=BUCKET          mounted at /shared on every worker; --workdir is then below it
-#   --poll=30                seconds between two looks at what is waited for
+#   --spot                   cheaper, but can be preempted
+#   --queue                  wait for capacity (as a queued resource) instead of failing
+#   --source=URL|DIR         source of ekd_jax: a git repository, installed once, or a directory, installed
+#                            again when its files change; default: the directory above this script
+#   --bucket=BUCKET          bucket to mount at /shared on every worker; --workdir must be below /shared
+#   --poll=30                seconds between two checks while waiting
 #   --delete                 let the program save, then delete the pod
-#   --dry_run                print the commands as they are if there is nothing yet; run nothing
+#   --dry_run                print the commands for a pod that does not exist yet; run nothing
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -31,12 +31,12 @@ set -euo pipefail
 name='' zone='' project='' accelerator_type='' version='' spot='' queue='' bucket='' poll=30 delete=''
 source=$(cd "$(dirname "$0")/.." && pwd)
 parse 'name zone project accelerator_type version source bucket poll' 'spot queue delete' "$@"
-needed name zone
+required name zone
 where=("--zone=$zone" ${project:+"--project=$project"})
 
 # --- the pod -------------------------------------------------------------------------------------
 
-look_up() { # tpu-vm|queued-resources FIELD: $found is its value, or absent
+look_up() { # tpu-vm|queued-resources FIELD: set $found to its value, or to absent
   local errors query=(gcloud compute tpus "$1" describe "$name" "${where[@]}" "--format=value($2)")
   if [[ -n $dry_run ]]; then
     quoted "${query[@]}"
@@ -54,18 +54,20 @@ look_up() { # tpu-vm|queued-resources FIELD: $found is its value, or absent
 create_pod() {
   say "creating $name ($accelerator_type in $zone)"
   if [[ -n $queue ]]; then
-    step "queue a request for $name" gcloud compute tpus queued-resources create "$name" "--node-id=$name" \
-      "${where[@]}" "--accelerator-type=$accelerator_type" "--runtime-version=$version" ${spot:+--spot}
+    step "request $name as a queued resource" \
+      gcloud compute tpus queued-resources create "$name" "--node-id=$name" "${where[@]}" \
+      "--accelerator-type=$accelerator_type" "--runtime-version=$version" ${spot:+--spot}
   else
-    step "create $name (without capacity --queue waits for it)" gcloud compute tpus tpu-vm create "$name" \
-      "${where[@]}" "--accelerator-type=$accelerator_type" "--version=$version" ${spot:+--spot}
+    step "create $name (if there is no capacity, --queue waits for it)" \
+      gcloud compute tpus tpu-vm create "$name" "${where[@]}" \
+      "--accelerator-type=$accelerator_type" "--version=$version" ${spot:+--spot}
   fi
 }
 
 delete_pod() {
   look_up queued-resources state.state
   if [[ $found != absent || -n $dry_run ]]; then
-    say "deleting the queued request $name, and its pod"
+    say "deleting the queued resource $name and its pod"
     step "delete $name: IT MAY STILL COST MONEY" \
       gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
   fi
@@ -77,7 +79,7 @@ delete_pod() {
   fi
 }
 
-ready_pod() { # returns when there is a pod that can be used
+ready_pod() { # create the pod if necessary and wait until it is ready
   local state
   while true; do
     look_up tpu-vm state
@@ -95,7 +97,7 @@ ready_pod() { # returns when there is a pod that can be used
         ;;
       STOPPED) step "start $name" gcloud compute tpus tpu-vm start "$name" "${where[@]}" ;;
       'queue: FAILED')
-        fail "the queued request $name failed; gcloud compute tpus queued-resources describe says why" 1
+        fail "the queued resource $name failed: see gcloud compute tpus queued-resources describe $name" 1
         ;;
       *)
         say "waiting for $name ($state)"
@@ -106,14 +108,14 @@ ready_pod() { # returns when there is a pod that can be used
   done
 }
 
-# --- what runs on the workers: sent there as text, each function must stand alone ----------------
+# --- run on the workers: sent as text, so no function may use another one ------------------------
 
-look() { # ID: what this worker has
+look() { # ID: print whether the program runs and whether this source is installed
   if pgrep -F ~/ekd_jax.pid -f ekd_jax.main >/dev/null 2>&1; then echo running; fi
   if [[ $(cat ~/ekd_jax/.installed 2>/dev/null) == "$1" ]]; then echo installed; else echo missing; fi
 }
 
-install() { # ID SOURCE: into ~/ekd_jax, with a Python of its own, as the system's may be too old for JAX
+install() { # ID SOURCE: into ~/ekd_jax, with a separate Python, because the system's may be too old for JAX
   set -e
   cd ~
   rm -rf ekd_jax
@@ -131,7 +133,7 @@ install() { # ID SOURCE: into ~/ekd_jax, with a Python of its own, as the system
   echo "$1" >.installed
 }
 
-share() { # BUCKET: at /shared, without caches, as every worker must see at once what another one wrote
+share() { # BUCKET: mount it at /shared without caches: workers must see each other's files at once
   set -e
   if mountpoint -q /shared; then return; fi
   if ! command -v gcsfuse >/dev/null; then
@@ -147,7 +149,7 @@ share() { # BUCKET: at /shared, without caches, as every worker must see at once
   gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 "$1" /shared
 }
 
-start() { # OPTION...: the program, in a session of its own, which the end of the connection does not reach
+start() { # OPTION...: start the program in its own session, so that it survives the end of the connection
   cd ~/ekd_jax || return
   if pgrep -F ~/ekd_jax.pid -f ekd_jax.main >/dev/null 2>&1; then return; fi
   rm -f ~/ekd_jax.code
@@ -157,50 +159,50 @@ start() { # OPTION...: the program, in a session of its own, which the end of th
   echo $! >~/ekd_jax.pid
 }
 
-follow() { # the log, until the program ends, with its exit code
+follow() { # print the log until the program ends; exit with its code
   tail -n 100 -f --pid="$(cat ~/ekd_jax.pid)" ~/ekd_jax.log
   exit "$(cat ~/ekd_jax.code || echo 1)"
 }
 
-last_words() { # of this worker
+last_lines() { # print the end of this worker's log
   echo "--- $(hostname)"
   tail -n 3 ~/ekd_jax.log
 }
 
-stop() { # tells the program to save and end, and gives it two minutes
+stop() { # tell the program to save and end, and wait up to two minutes
   if pkill -TERM -P "$(cat ~/ekd_jax.pid 2>/dev/null)" 2>/dev/null; then
     timeout 120 tail -f --pid="$(cat ~/ekd_jax.pid)" /dev/null
   fi
 }
 
-on_workers() { # all|NUMBER FUNCTION ARGUMENT...
+on_workers() { # all|NUMBER FUNCTION ARGUMENT...: run a function on all workers or on one
   local workers=$1
   shift
   run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "--worker=$workers" \
     "--command=$(declare -f "$1"); $(quoted "$@")"
 }
 
-# --- in order ------------------------------------------------------------------------------------
+# --- create, install, start, follow --------------------------------------------------------------
 
 if [[ -n $delete ]]; then
   look_up tpu-vm state
   if [[ $found == READY || -n $dry_run ]]; then
-    say "letting the program save"
-    on_workers 0 stop || say "it could not be reached"
+    say "telling the program to save"
+    on_workers 0 stop || say "worker 0 could not be reached"
   fi
   delete_pod
-  say "there is no $name in $zone any more"
+  say "$name in $zone is deleted"
   exit
 fi
 
-needed accelerator_type version source
+required accelerator_type version source
 seconds poll
-of_program config >/dev/null
-workdir=$(of_program workdir)
+program_option config >/dev/null
+workdir=$(program_option workdir)
 [[ -z $bucket || $workdir == /shared/?* ]] || fail "--workdir=$workdir must be below /shared, the bucket"
-[[ $workdir != gs://* ]] || fail "--workdir=$workdir must be a folder: mount the bucket with --bucket"
+[[ $workdir != gs://* ]] || fail "--workdir=$workdir must be a directory: mount the bucket with --bucket"
 
-# Not copied with a folder.
+# Names that are not copied with a directory.
 skip=(.git .venv .mypy_cache .ruff_cache .pytest_cache .benchmarks __pycache__ '*.egg-info' runs students)
 if [[ -d $source ]]; then
   unwanted=()
@@ -209,7 +211,7 @@ if [[ -d $source ]]; then
 elif [[ $source == *:* ]]; then
   id=$source
 else
-  fail "--source=$source is neither a folder nor a URL"
+  fail "--source=$source is neither a directory nor a URL"
 fi
 
 reminder="$name costs money until it is deleted: $0 --name=$name ${where[*]} --delete"
@@ -217,13 +219,13 @@ trap 'say "$reminder"' EXIT
 
 while true; do
   ready_pod
-  seen=$(on_workers all look "$id") || fail "cannot look at the workers of $name, see above" $?
+  seen=$(on_workers all look "$id") || fail "cannot inspect the workers of $name, see above" $?
   [[ -z $dry_run ]] || { echo "$seen" && seen=missing; }
   if [[ $seen == *running* ]]; then
-    say "the program runs already, with the options that it was started with"
+    say "the program is already running, with the options it was started with"
   else
     if [[ $seen == *missing* ]]; then
-      say "installing"
+      say "installing ekd_jax"
       url=$source
       if [[ -d $source ]]; then
         url='' archive=${TMPDIR:-/tmp}/ekd_jax.$name.tar.gz
@@ -232,26 +234,26 @@ while true; do
           "${where[@]}" --worker=all
         run rm -f "$archive"
       fi
-      step "install" on_workers all install "$id" "$url"
+      step "install ekd_jax" on_workers all install "$id" "$url"
     fi
     [[ -z $bucket ]] || step "mount $bucket" on_workers all share "$bucket"
-    say "starting"
+    say "starting the program"
     step "start the program" on_workers all start "${program[@]}"
   fi
 
-  say "the log of worker 0 (~/ekd_jax.log on each); the program outlives this terminal"
+  say "following ~/ekd_jax.log of worker 0; the program continues if this terminal closes"
   code=0
   on_workers 0 follow || code=$?
   [[ -z $dry_run ]] || exit 0
   if ((code == 0)); then
     say "complete: $workdir"
     exit
-  elif ((code == 143 || code == 255)); then # stopped, or the connection broke: was the pod preempted?
+  elif ((code == 143 || code == 255)); then # stopped or connection lost: was the pod preempted?
     sleep "$poll"
     look_up tpu-vm state
     if [[ $found != READY ]] || ((code == 255)); then continue; fi
-    fail "the program was told to end, and saved; run the same again to go on" 143
+    fail "the program was told to end and saved; the same command resumes the run" 143
   fi
-  on_workers all last_words || true
-  fail "the program ended with code $code" "$code"
+  on_workers all last_lines || true
+  fail "the program exited with code $code" "$code"
 done

@@ -41,7 +41,7 @@ def test_mistakes_get_one_line(module, flags, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["digits", "resnet_cifar10", "resnet_cifar100", "resnet_cifar100:depth=110"]
+    "name", ["digits", "resnet_cifar:data=svhn", "resnet_cifar100", "resnet_cifar100:depth=110"]
 )
 def test_dry_run_trains_nothing(name, tmp_path):
     file, _, argument = name.partition(":")

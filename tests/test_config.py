@@ -69,6 +69,13 @@ def test_every_knob_of_a_method_is_read(method):
         assert name in read, f"{method} does not read its knob {name}"
 
 
+def test_cifar100_has_a_file_of_its_own():
+    """The short name stands for the variant of the recipe of all three data sets."""
+    short, long = (recipe(ROOT / "configs" / f"{name}.py") for name in ("resnet_cifar100", "resnet_cifar"))
+    for argument in ("depth=110", "depth=20,recipe=official"):
+        assert short.get_config(argument) == long.get_config(f"data=cifar100,{argument}")
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_resolves_and_says_how_it_is_used(path):
     module = recipe(path)
@@ -84,9 +91,9 @@ def test_every_config_resolves_and_says_how_it_is_used(path):
         ("resnet_cifar100", "depth=110", ("resnet110", "sgd", 450, 128, 2.0, 1e-4)),
         ("resnet_cifar100", "depth=56,recipe=official", ("resnet56", "adam", 350, 128, 2.0, 1e-5)),
         ("resnet_cifar100", "recipe=official", ("resnet20", "adam", 400, 64, 3.0, 1e-5)),
-        ("resnet_cifar10", "", ("resnet20", "sgd", 350, 128, 2.0, 1e-4)),
-        ("resnet_cifar10", "depth=110,recipe=official", ("resnet110", "sgd", 250, 128, 3.0, 1e-4)),
-        ("resnet_svhn", "depth=44", ("resnet44", "sgd", 50, 128, 2.0, 1e-4)),
+        ("resnet_cifar", "", ("resnet20", "sgd", 350, 128, 2.0, 1e-4)),
+        ("resnet_cifar", "depth=110,recipe=official", ("resnet110", "sgd", 250, 128, 3.0, 1e-4)),
+        ("resnet_cifar", "data=svhn,depth=44", ("resnet44", "sgd", 50, 128, 2.0, 1e-4)),
         ("resnet_imagenet", "depth=101", ("resnet101", "sgd", 100, 256, 2.0, 1e-4)),
         ("densenet", "data=svhn", ("densenet_bc_12_100", "sgd", 50, 64, 2.0, 1e-4)),
         ("densenet", "data=imagenet", ("densenet121", "sgd", 100, 256, 2.0, 1e-4)),
@@ -102,11 +109,11 @@ def test_variants(name, argument, expected):
     assert (*found, optimizer.weight_decay) == expected
 
 
-# Every row of the paper's Tables 2, 3, 5 and 6; equal networks one after the other.
+# Every row of the paper's Tables 2, 3, 5 and 6, in an order in which equal networks are neighbors.
 DATA = {"cifar10": "cifar10", "svhn": "svhn_cropped", "cifar100": "cifar100", "imagenet": "imagenet2012"}
 ROWS = [
     *(
-        (f"resnet_{data}", f"depth={depth}", data)
+        ("resnet_cifar", f"data={data},depth={depth}", data)
         for depth in (20, 32, 44, 110)
         for data in ("cifar10", "svhn")
     ),
@@ -140,7 +147,7 @@ def test_every_row_of_the_papers_tables_can_be_run(name, argument, data, tmp_pat
     text = dry_run(config, tmp_path / "run")
     assert f"{config.train.epochs:g} epochs" in text
     assert "memory of a device, estimated" in text
-    assert len(re.findall(r"^[1-5]  +[0-9.]+  ", text, re.MULTILINE)) == 5, "a line a student"
+    assert len(re.findall(r"^[1-5]  +[0-9.]+  ", text, re.MULTILINE)) == 5, "one line per student"
     assert not (tmp_path / "run").exists()
 
 
@@ -177,7 +184,7 @@ def test_every_method_with_teachers_has_a_protocol(method, pair):
     ],
 )
 def test_losses_of_the_usual_protocol(pair, loss, expected):
-    """METHODS.md 4 and 13."""
+    """docs/reference/kd_losses.md."""
     get_config = recipe(ROOT / "configs/kd_cifar100.py").get_config
     own = resolve(get_config(f"pair={pair},loss={loss}")).method
     found = (own.kd_loss, own.standardize, own.temperature, own.ce_weight, own.kd_weight, own.dkd_beta)
@@ -198,16 +205,20 @@ def test_the_default_recipe_is_the_papers():
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"),
+    ("name", "argument", "message"),
     [
-        ("dept=20", "did you mean 'depth'"),
-        ("depth=21", "depth='21' is unknown; did you mean '20'"),
-        ("recipe=ofical", "did you mean 'official'"),
+        ("resnet_cifar100", "dept=20", "no variant 'dept'; did you mean 'depth'"),
+        ("resnet_cifar100", "depth=21", "depth='21' is unknown; did you mean '20'"),
+        ("resnet_cifar100", "recipe=ofical", "did you mean 'official'"),
+        ("resnet_cifar100", "data=cifar10", "data='cifar10' is unknown; did you mean 'cifar100'"),
+        ("resnet_cifar", "depth=44,recipe=official", "no config for depth=44 on CIFAR-10: use depth=20"),
+        ("resnet_cifar", "data=svhn,recipe=official", "no config for ResNets on SVHN: use recipe=paper"),
+        ("digits", "depth=20", "no variants, remove 'depth=20'"),
     ],
 )
-def test_wrong_variants(argument, message):
+def test_wrong_variants(name, argument, message):
     with pytest.raises(UserError, match=message):
-        recipe(ROOT / "configs/resnet_cifar100.py").get_config(argument)
+        recipe(ROOT / "configs" / f"{name}.py").get_config(argument)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""The launchers. Clouds and clusters are stand-ins: small scripts that write down what they are asked to do
-and answer from a state that the test lays out. TPU workers are folders; commands sent to them run there."""
+"""The launchers. Clouds and clusters are replaced by stand-ins: small scripts that record their calls and answer
+from a state that the test writes. TPU workers are directories, in which the commands sent to them run."""
 
 import json
 import os
@@ -37,7 +37,7 @@ PROGRAM = ["--config=configs/digits.py", "--workdir=/shared/run", "--config.mode
 
 ALL = r"""#!/usr/bin/env bash
 { IFS=$'\x1f'; printf '%s\x1e' "${0##*/}"$'\x1f'"$*"; unset IFS; } >>"$STATE/calls"
-next() { # the first line of a file; its last line stays
+next() { # print the first line of a file and remove it, unless it is the last one
   [[ -e $STATE/$1 ]] || return 0
   head -n 1 "$STATE/$1"
   if (($(wc -l <"$STATE/$1") > 1)); then sed -i 1d "$STATE/$1"; fi
@@ -109,7 +109,7 @@ fi
 
 
 class Cloud:
-    """A folder with stand-ins, their state and what they were called with."""
+    """A directory with the stand-ins, their state and a record of their calls."""
 
     def __init__(self, path):
         self.path = path
@@ -125,7 +125,7 @@ class Cloud:
         return plain_environment() | {"STATE": str(self.path), "TMPDIR": str(self.path), "PATH": path}
 
     def launch(self, script, *arguments, code=0):
-        """Runs a launcher to its end; returns what it printed."""
+        """Run a launcher to its end and return its output."""
         done = subprocess.run(
             [LAUNCH / script, *map(str, arguments)],
             env=self.environment(),
@@ -143,13 +143,13 @@ class Cloud:
         return self.launch(*GKE, *options, "--", *PROGRAM, code=code)
 
     def state(self, **files):
-        """What the stand-ins answer: a line, or several, one after the other."""
+        """Set the answers of the stand-ins: one line, or several for consecutive calls."""
         for name, lines in files.items():
             lines = [lines] if isinstance(lines, str) else lines
             (self.path / name.replace("__", "-")).write_text("\n".join(lines) + "\n")
 
     def calls(self, tool):
-        """The words of every call of a tool so far."""
+        """Return the words of every call of a tool so far."""
         file = self.path / "calls"
         calls = (
             [call.split("\x1f") for call in file.read_text().split("\x1e")[:-1]] if file.exists() else []
@@ -157,7 +157,7 @@ class Cloud:
         return [words[1:] for words in calls if words[0] == tool]
 
     def steps(self):
-        """The calls of gcloud so far in short, and forgets them: describe, create, ssh install, ..."""
+        """Return the calls of gcloud so far in short (describe, create, ssh install, ...) and forget them."""
         steps = []
         for words in self.calls("gcloud"):
             if words[3] == "ssh":
@@ -184,7 +184,7 @@ def write_script(path, text):
 @pytest.mark.parametrize("script", ["local.sh", "tpu_pod.sh", "gke.sh", "slurm.sbatch"])
 def test_help_is_the_header(script, cloud):
     printed = cloud.launch(script, "--help") if script != "slurm.sbatch" else slurm(cloud, "--help")
-    assert printed.startswith("Trains ")
+    assert printed.startswith("Train ")
     assert f"launch/{script}" in printed
     assert "--dry_run" in printed
     assert "set -e" not in printed
@@ -196,9 +196,9 @@ def test_help_is_the_header(script, cloud):
         (["local.sh", "--proceses=2"], "unknown option --proceses=2"),
         (["local.sh", "--processes"], "--processes needs a value"),
         (["local.sh", "--gpus=1"], "--gpus takes no value"),
-        (["local.sh", "--processes=0", "--", *PROGRAM], "--processes=0 must be a whole number from 1"),
-        (["local.sh", "--gpus", "--devices=2", "--", *PROGRAM], "leave it out with --gpus"),
-        (["local.sh", "--config=configs/digits.py"], "belongs after --"),
+        (["local.sh", "--processes=0", "--", *PROGRAM], "--processes=0 must be a positive integer"),
+        (["local.sh", "--gpus", "--devices=2", "--", *PROGRAM], "omit it with --gpus"),
+        (["local.sh", "--config=configs/digits.py"], "is an option of the program: pass it after --"),
         (["local.sh", "--", "--workdir=x"], "--config=... of the program is missing"),
         (["tpu_pod.sh", "--zone=z"], "--name=... is missing"),
         (["tpu_pod.sh", "--name=pod", "--delete"], "--zone=... is missing"),
@@ -206,12 +206,12 @@ def test_help_is_the_header(script, cloud):
         ([*TPU, "--quque"], "unknown option --quque"),
         ([*TPU, "--"], "--config=... of the program is missing"),
         ([*TPU, "--bucket=b", "--", "--config=c", "--workdir=runs/x"], "must be below /shared"),
-        ([*TPU, "--", "--config=c", "--workdir=gs://b/x"], "must be a folder"),
+        ([*TPU, "--", "--config=c", "--workdir=gs://b/x"], "must be a directory"),
         ([*TPU, "--source=nowhere", "--", *PROGRAM], "--source=nowhere is neither"),
         (["gke.sh"], "--name=... is missing"),
         ([*GKE, "--topologie=4x4"], "unknown option --topologie=4x4"),
-        ([*GKE, "--topology=4by4", "--", *PROGRAM], "--topology=4by4 must be like 4x4"),
-        ([*GKE, "--topology=3x3", "--", *PROGRAM], "9 chips are not hosts of 4"),
+        ([*GKE, "--topology=4by4", "--", *PROGRAM], "--topology=4by4 must look like 4x4"),
+        ([*GKE, "--topology=3x3", "--", *PROGRAM], "9 chips cannot be divided into hosts of 4"),
         ([*GKE, "--hosts=4", "--", *PROGRAM], "follows from --topology"),
         ([*GKE, "--claim=c", "--", *PROGRAM], "only one"),
         ([*GKE[:4], "--", *PROGRAM], "--source=URL is missing"),
@@ -252,7 +252,7 @@ INSTALL = ["scp", "ssh install"]
 RUN = ["ssh start", "ssh follow"]
 
 
-def test_tpu_pod_from_nothing_and_again(cloud):
+def test_tpu_pod_is_created_and_the_command_can_be_repeated(cloud):
     printed = cloud.tpu("--bucket=b", "--spot", "--project=p")
     assert "complete: /shared/run" in printed
     assert "pod costs money until it is deleted" in printed
@@ -284,7 +284,7 @@ def test_tpu_pod_from_nothing_and_again(cloud):
     assert (cloud.path / "worker-1" / "ekd_jax" / "file.py").read_text() == "two"
 
 
-def test_tpu_program_gets_its_options_as_they_were(cloud):
+def test_tpu_program_gets_its_options_unchanged(cloud):
     options = [*PROGRAM, "--config.data.name=a b", '--config.x=it\'s $HOME & "more"']
     cloud.state(program="printf '<%s>\\n' \"$@\"")
     cloud.tpu("--source=https://example.com/ekd_jax.git", program=options)
@@ -308,20 +308,20 @@ def test_tpu_program_outlives_the_launcher_and_is_followed_again(cloud):
     first.wait()
     cloud.steps()
     printed = cloud.tpu()
-    assert "runs already" in printed
+    assert "already running" in printed
     assert "training\ndone\n" in printed
     assert cloud.steps() == ["describe", "ssh look", "ssh follow"]
 
 
 @pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED"])
-def test_tpu_pod_that_was_preempted_is_made_anew(state, cloud):
+def test_tpu_pod_that_was_preempted_is_created_again(state, cloud):
     cloud.state(tpu__vm=state)
     assert f"preempted ({state})" in cloud.tpu()
     deleted = ["describe", "queued-resources describe", "describe", "delete"]
     assert cloud.steps() == [*deleted, *NEW, "ssh look", *INSTALL, *RUN]
 
 
-def test_tpu_pod_that_is_preempted_is_made_anew(cloud):
+def test_tpu_pod_that_is_preempted_while_training_is_created_again(cloud):
     preempted = (
         "if mkdir $STATE/once; then sleep 0.5; echo PREEMPTED >$STATE/tpu-vm; exit 143; fi 2>/dev/null"
     )
@@ -339,7 +339,7 @@ def test_tpu_queue_that_was_suspended_or_failed(cloud):
     assert "preempted (queue: SUSPENDED)" in cloud.tpu("--queue")
     assert "queued-resources delete" in cloud.steps()
     cloud.state(queued__resources="FAILED", tpu__vm="absent")
-    assert "error: the queued request pod failed" in cloud.tpu("--queue", code=1)
+    assert "error: the queued resource pod failed" in cloud.tpu("--queue", code=1)
 
 
 def test_tpu_delete(cloud):
@@ -365,17 +365,18 @@ def test_tpu_delete(cloud):
 
 def test_tpu_failures_end_with_their_code_and_a_clear_line(cloud):
     cloud.state(failing="create")
-    assert "error: cannot create pod (without capacity --queue waits for it): exit code 7" in cloud.tpu(
-        code=7
+    assert (
+        "error: cannot create pod (if there is no capacity, --queue waits for it): exit code 7"
+        in cloud.tpu(code=7)
     )
     cloud.state(failing="clone")
     printed = cloud.tpu("--source=https://example.com/ekd_jax.git", code=7)
-    assert "error: cannot install: exit code 7" in printed
+    assert "error: cannot install ekd_jax: exit code 7" in printed
     assert "costs money" in printed
     cloud.state(failing="none", program="echo last words; exit 3")
     printed = cloud.tpu("--source=https://example.com/ekd_jax.git", code=3)
-    assert printed.count("last words") == 3, "the log of worker 0, and the end of both"
-    assert "error: the program ended with code 3" in printed
+    assert printed.count("last words") == 3, "once in the log of worker 0, and at the end of both logs"
+    assert "error: the program exited with code 3" in printed
     cloud.state(program="exit 143")
     cloud.tpu(code=143)
     cloud.state(tpu__vm="denied")
@@ -391,23 +392,23 @@ def kubectl_steps(cloud):
     return steps
 
 
-def test_gke_from_nothing_again_and_after_a_failure(cloud):
+def test_gke_first_start_repetition_and_start_after_a_failure(cloud):
     cloud.state(pods="pod-a Running")
     printed = cloud.gke()
-    assert "the log of pod-a" in printed
+    assert "following the log of pod-a" in printed
     assert "training" in printed
     assert "run is complete" in printed
     assert kubectl_steps(cloud) == ["apply", "get", "logs"]
     assert "run is complete" in cloud.gke()
     assert kubectl_steps(cloud) == []
     cloud.state(jobset=["going", "going", "going", "Completed"], pods=["pod-a Pending", "pod-b Running"])
-    assert "goes on, with the options" in cloud.gke()
+    assert "is running, with the options" in cloud.gke()
     assert kubectl_steps(cloud) == ["get", "get", "logs"]
     cloud.state(jobset="Failed")
-    assert "run failed before" in cloud.gke()
+    assert "run failed earlier" in cloud.gke()
     assert kubectl_steps(cloud) == ["delete", "apply", "get", "logs"]
     cloud.state(jobset=["going", "Failed"])
-    assert "error: run failed" in cloud.gke(code=1)
+    assert "error: JobSet run failed" in cloud.gke(code=1)
     cloud.launch("gke.sh", "--name=run", "--delete")
     assert cloud.calls("kubectl")[-1][:3] == ["delete", "jobset", "run"]
 
@@ -416,7 +417,7 @@ def test_gke_failures_end_with_their_code_and_a_clear_line(cloud):
     cloud.state(failing="apply")
     assert "error: cannot apply run: exit code 7" in cloud.gke(code=7)
     cloud.state(failing="jobset")
-    assert "error: kubectl cannot look up run" in cloud.gke(code=7)
+    assert "error: kubectl cannot get run" in cloud.gke(code=7)
 
 
 def manifest(cloud, *command):
@@ -482,7 +483,7 @@ def test_manifest_for_gpus(cloud):
 
 
 def slurm(cloud, *arguments, code=0, **environment):
-    """Runs a copy of the batch script, as Slurm does."""
+    """Run a copy of the batch script, as Slurm does."""
     spool = cloud.path / "spool"
     spool.mkdir(exist_ok=True)
     script = spool / "slurm_script"
@@ -500,10 +501,10 @@ def test_slurm(cloud):
     options = ["--cpus-per-task=8", "--kill-on-bad-exit=1"]
     assert cloud.calls("srun") == [[*options, "python", "-m", "ekd_jax.main", *PROGRAM]]
     cloud.state(code="3")
-    assert "error: the program ended with code 3" in slurm(cloud, *PROGRAM, code=3, **job)
+    assert "error: the program exited with code 3" in slurm(cloud, *PROGRAM, code=3, **job)
     assert cloud.calls("scontrol") == []
     cloud.state(code="143")
-    assert "back to the queue" in slurm(cloud, *PROGRAM, code=143, **job)
+    assert "requeueing the job" in slurm(cloud, *PROGRAM, code=143, **job)
     assert cloud.calls("scontrol") == [["requeue", "12"]]
 
 
@@ -514,7 +515,7 @@ def test_slurm(cloud):
         (PROGRAM[:1], "--workdir=... is missing"),
         ([*PROGRAM, "now"], "unexpected argument now"),
         ([*PROGRAM, "--dry_run"], "--dry_run must come first"),
-        (PROGRAM, "this runs under Slurm"),
+        (PROGRAM, "this script runs under Slurm"),
     ],
 )
 def test_slurm_mistakes_get_one_line(arguments, message, cloud):
@@ -527,12 +528,12 @@ def test_slurm_mistakes_get_one_line(arguments, message, cloud):
 
 
 def local(cloud, body, *options, code=0):
-    """Runs local.sh with a program that knows its number as $i."""
+    """Run local.sh with a program that has its process number in $i."""
     write_script(cloud.path / "bin" / "python", ALL + f"i=${{!#}}; i=${{i#--process_id=}}\n{body}")
     return cloud.launch("local.sh", *options, "--", *PROGRAM, code=code)
 
 
-def test_local_processes_know_each_other(cloud):
+def test_local_processes_get_coordinator_and_devices(cloud):
     printed = local(cloud, 'echo "out $i $XLA_FLAGS $JAX_PLATFORMS"; echo "error $i" >&2', "--devices=3")
     assert re.search(r"out 0 .*--xla_force_host_platform_device_count=3 cpu", printed)
     assert "out 1" not in printed
@@ -565,7 +566,7 @@ def test_local_failure_of_one_ends_the_others(cloud):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_local_signal_is_passed_on(number, cloud):
-    """Once to each; the launcher waits for all of them."""
+    """Every process gets it once, and the launcher waits for all of them."""
     traps = 'for s in INT TERM; do trap "sleep 0.\\$i; echo $s to \\$i >&2; exit $((128 + code))" $s; done'
     body = f"code={int(number)}\n{traps}\necho up $i >&2; while true; do sleep 0.1; done"
     write_script(cloud.path / "bin" / "python", ALL + "i=${!#}; i=${i#--process_id=}\n" + body)
@@ -579,7 +580,7 @@ def test_local_signal_is_passed_on(number, cloud):
 
 
 def test_local_for_real(tmp_path):
-    """Two processes of two devices; told to stop, they save; started again they go on to the end."""
+    """Two processes with two devices each save when they are told to end, and a second start resumes them."""
     flags = tiny_flags(train__epochs=2, train__log_every_steps=1)
     environment = plain_environment() | {
         "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
