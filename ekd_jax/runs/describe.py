@@ -41,7 +41,7 @@ def describe(
     outputs = ensemble.shapes(input_shape)
     widths = [[row[i].shape[-1] for row in outputs.features] for i in range(len(ensemble.students))]
     sizes = [count(ensemble.paths(params, i + 1)) for i in range(len(ensemble.students))]
-    members = list(enumerate(ensemble.students)) * max(1, method.copies)
+    members = list(enumerate(ensemble.students)) * max(1, method.number_of_copies)
     extra = None
     if teachers is not None:
         extra = count(init_variables(ensemble, method, None, input_shape, teachers)["params"]["method"])
@@ -114,7 +114,7 @@ def memory(config: Any, description: dict[str, Any], data: int, devices: int = 1
     trunk, branches = ensemble.trace(shape)
     cost = sum((count_cost(part.jaxpr) for part in [*trunk, *branches]), Cost())
     images = config.train.batch_size // (config.train.accumulation_steps * devices)
-    kept = (1 + slots) * parameters + method.copies * networks
+    kept = (1 + slots) * parameters + method.number_of_copies * networks
     gathered = parameters if config.train.fsdp > 1 else 0
     return {
         "state": 4 * (kept // config.train.fsdp + parameters + gathered),

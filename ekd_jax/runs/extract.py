@@ -51,7 +51,7 @@ def extract(
         shapes = checkpoints.shapes(step)
         networks = deployed(shapes)[copy]
         like = {kind: ensemble.paths(networks[kind], member + 1) for kind in ("params", "batch_stats")}
-        kept = bool(make_method(config).copies)
+        kept = bool(make_method(config).number_of_copies)
         where = {"copies": {str(copy + 1): like}} if kept else like
         restored, remembered = checkpoints.restore_variables(where, step)
     variables = restored["copies"][str(copy + 1)] if kept else restored

@@ -72,7 +72,7 @@ def joined(outputs: Sequence[Outputs]) -> Outputs:
 
 def deployed_names(ensemble: Ensemble, method: Method, input_shape: Sequence[int]) -> list[str]:
     """Names of all that predicts when the networks that are deployed are evaluated."""
-    return method.names(joined([ensemble.shapes(input_shape)] * max(1, method.copies)))
+    return method.prediction_names(joined([ensemble.shapes(input_shape)] * max(1, method.number_of_copies)))
 
 
 def trainable(method: Method, params: Any) -> Any:
@@ -92,7 +92,7 @@ def batch_shapes(
         epoch=epoch,
         key=jax.eval_shape(lambda: jax.random.key(0)),
         teachers=tuple(teachers),
-        copies=(outputs,) * method.copies if method.compares_copies else (),
+        copy_outputs=(outputs,) * method.number_of_copies if method.uses_copy_outputs else (),
         networks=ensemble.init(None, input_shape)["params"],
     )
 
@@ -114,7 +114,7 @@ def init_variables(
         teachers: the shapes of what frozen teachers give, if the method has any.
     """
     variables = ensemble.init(seed, input_shape)
-    if method.same_beginning:
+    if method.same_initial_values:
         first = [str(ensemble.students.index(member) + 1) for member in ensemble.students]
         for tree in variables.values():
             tree["students"] = {str(i): tree["students"][own] for i, own in enumerate(first, 1)}
@@ -179,5 +179,5 @@ def init_state(
     shapes = jax.eval_shape(optimizer.init, trainable(method, variables["params"]))
     # every optimizer begins at zero everywhere: nothing to compute.
     opt_state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    copies: dict[str, Any] = {str(i + 1): {} for i in range(method.copies)}
+    copies: dict[str, Any] = {str(i + 1): {} for i in range(method.number_of_copies)}
     return _with_copies(TrainState(np.zeros((), np.int32), **variables, opt_state=opt_state, copies=copies))

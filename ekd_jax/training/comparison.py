@@ -238,7 +238,7 @@ def _inside(source: str, run: Run, runs: list[Run]) -> bool:
             continue
         config = next(other.config for other in runs if other.path == path)
         each = len(make_ensemble(config, num_classes=1).students)
-        students = each * max(1, make_method(config).copies)
+        students = each * max(1, make_method(config).number_of_copies)
         if source != str(path) and number not in map(str, range(1, students + 1)):
             raise UserError(f"method.teachers: {source}: label {label} has students 1 to {students}")
         return True

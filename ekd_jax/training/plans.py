@@ -18,7 +18,7 @@ from ekd_jax.config.resolve import resolve
 from ekd_jax.data.opening import facts
 from ekd_jax.methods.base import EARLIER
 from ekd_jax.methods.self_distillation import member_names
-from ekd_jax.methods.srm import DICTIONARIES, INITIALIZE, check_sizes
+from ekd_jax.methods.srm import DICTIONARIES, INITIALIZE, check_map_sizes
 from ekd_jax.models.members import parse_students
 from ekd_jax.runs import workdir
 from ekd_jax.runs.teachers import check_fit, network_of
@@ -135,7 +135,7 @@ def _srm_earlier(config: Any, path: pathlib.Path) -> dict[str, Any]:
         make_ensemble(resolve(earlier), network["num_classes"]).shapes(shape) for earlier in (first, second)
     ]
     taught, learning = ([row[0] for row in outputs.features] for outputs in shapes)
-    check_sizes(learning, taught)
+    check_map_sizes(learning, taught)
     return {DICTIONARIES: first, INITIALIZE: second}
 
 

@@ -56,7 +56,7 @@ class Job:
     @cached_property
     def learning(self) -> list[str]:
         """The same of what learns."""
-        return self.method.names(self.ensemble.shapes(self.input_shape))
+        return self.method.prediction_names(self.ensemble.shapes(self.input_shape))
 
     def epochs(self, step: int) -> float:
         return step * self.config.train.batch_size / self.examples

@@ -36,7 +36,7 @@ def objective(
     predictions: Any = method.apply({**own, **updated}, outputs, method="predictions")
     top1 = {
         f"{name}/top1": 100 * (logits.argmax(-1) == batch.classes).mean()
-        for name, logits in zip(method.names(outputs), predictions, strict=True)
+        for name, logits in zip(method.prediction_names(outputs), predictions, strict=True)
     }
     return loss, ({"loss": loss, **terms, **top1}, updated.get("batch_stats", {}))
 
@@ -77,7 +77,7 @@ def make_step(
     ) -> tuple[TrainState, Metrics]:
         learned = trainable(method, state.params)
         epoch = state.step * jnp.float32(epochs / steps)
-        compared = whole(tuple(state.copies.values()) if method.compares_copies else ())
+        compared = whole(tuple(state.copies.values()) if method.uses_copy_outputs else ())
 
         def gradients_of(
             stats: Any, images: Any, labels: Array, key: Array | None, teachers: tuple[TeacherOutputs, ...]
@@ -107,10 +107,10 @@ def make_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, learned)
         params = {**state.params, **optax.apply_updates(learned, updates)}
         new = TrainState(state.step + 1, params, stats, opt_state, state.copies)
-        learners = method.learners(state.step, len(ensemble.students))
+        learners = method.learning_students(state.step, len(ensemble.students))
         if learners is not None:
             new = _only(learners, new, state)
-        if method.copies:
+        if method.number_of_copies:
             networks = of_networks(new.variables)
             copies = method.update_copies(state.copies, networks, new.step, steps, epochs)
             new = dataclasses.replace(new, copies=copies)

@@ -8,7 +8,7 @@ import numpy as np
 from ekd_jax.common.errors import UserError
 from ekd_jax.config.build import make_ensemble
 from ekd_jax.config.resolve import resolve, to_dict
-from ekd_jax.methods.blockwise import scales_of
+from ekd_jax.methods.blockwise import batch_norm_scales
 from ekd_jax.models.cost import count, student_cost
 from ekd_jax.runs.restore import restore
 
@@ -31,7 +31,9 @@ def widths_within(folder: pathlib.Path, budget: float, cost: str) -> tuple[float
     restored = restore(folder)
     network = restored.ensemble.alone(restored.variables, 1)["params"]
     stages = sorted(name for name in network if name.startswith("stage"))
-    scales = [np.concatenate([np.abs(s).ravel() for s in scales_of(network[name])]) for name in stages]
+    scales = [
+        np.concatenate([np.abs(s).ravel() for s in batch_norm_scales(network[name])]) for name in stages
+    ]
     order = np.sort(np.concatenate(scales))
     shape = tuple(restored.run.students["input_shape"])
 
