@@ -12,7 +12,7 @@ from ekd_jax.common.errors import UserError
 from ekd_jax.config.build import make_ensemble, make_method
 from ekd_jax.methods import METHODS, losses
 from ekd_jax.methods.base import Batch, TeacherOutputs
-from ekd_jax.methods.distilling import Distilling, mean_of, warm_up
+from ekd_jax.methods.distilling import WithKDLoss, average_teachers, linear_warm_up
 from ekd_jax.models.ensemble import Outputs
 from ekd_jax.runs.state import init_state, init_variables, of_method, of_networks
 from ekd_jax.training.optimizer import make_optimizer
@@ -65,7 +65,7 @@ def assert_equal(found, expected, tolerance=TOLERANCE):
 
 def standardized_kl(student, teacher, temperature):
     return losses.knowledge_distillation(
-        losses.standardized(student), losses.standardized(teacher), temperature
+        losses.standardize(student), losses.standardize(teacher), temperature
     )
 
 
@@ -171,9 +171,9 @@ def test_standardized_distillation(case):
 def test_standardized():
     z = np.random.default_rng(0).normal(3, 5, (4, 6, 7))
     expected = (z - z.mean(-1, keepdims=True)) / (z.std(-1, ddof=1, keepdims=True) + 1e-7)
-    np.testing.assert_allclose(losses.standardized(jnp.asarray(z)), expected, **TOLERANCE)
+    np.testing.assert_allclose(losses.standardize(jnp.asarray(z)), expected, **TOLERANCE)
     equal = jnp.full((3, 8), 0.5)
-    value, pull = jax.vjp(losses.standardized, equal)
+    value, pull = jax.vjp(losses.standardize, equal)
     assert not value.any()
     (gradient,) = pull(jnp.asarray(z[0, :3, :1] + np.eye(3, 8)))
     wanted = by_torch(
@@ -289,7 +289,7 @@ def test_what_does_not_vary_gives_no_huge_gradient(kind, dtype):
         assert max(np.abs(g).max() for g in gradients) < 2 * max(1, temperature**2)
 
 
-# --- Distilling ----------------------------------------------------------------------------------
+# --- WithKDLoss ----------------------------------------------------------------------------------
 
 
 @float64
@@ -299,7 +299,7 @@ def test_what_does_not_vary_gives_no_huge_gradient(kind, dtype):
 def test_distil(kd_loss, scale, standardize):
     """Every loss for several students at once, against one teacher or one each, who do not learn."""
     temperature, epoch = 2.5, 7.9
-    method = Distilling(
+    method = WithKDLoss(
         temperature=temperature, scale_by_temperature=scale, kd_loss=kd_loss, standardize=standardize,
         dkd_alpha=0.7, dkd_beta=3.0, dkd_warmup_epochs=10.0, dist_beta=1.5, dist_gamma=0.5,
     )  # fmt: skip
@@ -322,7 +322,7 @@ def test_distil(kd_loss, scale, standardize):
 
     @jax.jit
     def distil(z, t):
-        value, pull = jax.vjp(lambda z, t: method.distil(z, t, batch), z, t)
+        value, pull = jax.vjp(lambda z, t: method.distillation_loss(z, t, batch), z, t)
         return value, pull(jnp.ones(3))
 
     for given in (teachers, np.broadcast_to(teachers[0], (3, 6, 7))):
@@ -333,7 +333,7 @@ def test_distil(kd_loss, scale, standardize):
             expected, wanted = by_torch(reference, logits[i], given[i])
             np.testing.assert_allclose(value[i], expected, **TOLERANCE)
             np.testing.assert_allclose(gradients[0][i], wanted[0], **TOLERANCE)
-    shared = method.distil(jnp.asarray(logits), jnp.asarray(teachers[0]), batch)
+    shared = method.distillation_loss(jnp.asarray(logits), jnp.asarray(teachers[0]), batch)
     np.testing.assert_allclose(shared, value, **TOLERANCE)
 
 
@@ -342,10 +342,10 @@ def test_classes_of_mixed_labels_are_the_greatest_shares():
     student, teacher, classes = example("random")
     shares = np.full((6, 7), 0.05)
     shares[np.arange(6), classes] = 0.7
-    method = Distilling(kd_loss="dkd")
+    method = WithKDLoss(kd_loss="dkd")
     found = [
-        method.distil(jnp.asarray(student), jnp.asarray(teacher), Batch(jnp.asarray(labels), jnp.zeros(())))
-        for labels in (classes, shares)
+        method.distillation_loss(*map(jnp.asarray, (student, teacher)), Batch(labels, jnp.zeros(())))
+        for labels in map(jnp.asarray, (classes, shares))
     ]
     assert found[0] == found[1]
 
@@ -355,17 +355,18 @@ def test_classes_of_mixed_labels_are_the_greatest_shares():
 )
 def test_warm_up(epoch, expected):
     """mdistiller counts epochs from 1: min(epoch / 20, 1)."""
-    assert float(warm_up(jnp.float32(epoch), 20.0)) == pytest.approx(expected, rel=1e-6)
-    assert warm_up(jnp.float32(epoch), 0.0) == 1.0
+    assert float(linear_warm_up(jnp.float32(epoch), 20.0)) == pytest.approx(expected, rel=1e-6)
+    assert linear_warm_up(jnp.float32(epoch), 0.0) == 1.0
 
 
 @float64
 @pytest.mark.parametrize("case", CASES)
 def test_mean_of_teachers(case):
     logits = np.stack([*example(case)[:2], example(case, 1)[0]])
-    np.testing.assert_allclose(mean_of(jnp.asarray(logits), 1.0, "logits"), logits.sum(0) / 3, rtol=1e-12)
+    mean = average_teachers(jnp.asarray(logits), 1.0, "logits")
+    np.testing.assert_allclose(mean, logits.sum(0) / 3, rtol=1e-12)
     for temperature in TEMPERATURES:
-        found = np.asarray(mean_of(jnp.asarray(logits), temperature, "probabilities"))
+        found = np.asarray(average_teachers(jnp.asarray(logits), temperature, "probabilities"))
         assert np.isfinite(found).all()
         p = np.exp(log_softmax(logits / temperature)).mean(0)
         np.testing.assert_allclose(np.exp(log_softmax(found / temperature)), p, rtol=1e-9, atol=1e-300)
@@ -374,21 +375,27 @@ def test_mean_of_teachers(case):
 @pytest.mark.parametrize(
     ("method", "knob", "value", "message"),
     [
-        ("kd", "kd_loss", "dks", "did you mean 'dkd'"),
-        ("kd", "temperature", 0.0, "above 0"),
-        ("kd", "dkd_alpha", -1.0, "negative"),
-        ("kd", "dkd_warmup_epochs", -1.0, "negative"),
-        ("kd", "average", "logit", "did you mean 'logits'"),
-        ("kd", "kd_weight", -0.1, "negative"),
-        ("dml", "target", "mean_logit", "did you mean 'mean_logits'"),
-        ("dml", "update", "alternate", "did you mean 'alternating'"),
-        ("dml", "peer_reduction", "max", "mean"),
-        ("dml", "dist_gamma", -1.0, "negative"),
+        ("kd", "kd_loss", "dks", "be one of kl, dkd, dist; did you mean 'dkd'?"),
+        ("kd", "temperature", 0.0, "be above 0"),
+        ("kd", "dkd_alpha", -1.0, "not be negative"),
+        ("kd", "dkd_warmup_epochs", -1.0, "not be negative"),
+        ("kd", "average", "logit", "be one of logits, probabilities; did you mean 'logits'?"),
+        ("kd", "kd_weight", -0.1, "not be negative"),
+        (
+            "dml",
+            "target",
+            "mean_logit",
+            "be one of pairwise, mean_probabilities, mean_logits; did you mean 'mean_logits'?",
+        ),
+        ("dml", "update", "alternate", "be one of simultaneous, alternating; did you mean 'alternating'?"),
+        ("dml", "peer_reduction", "max", "be one of mean, sum; did you mean 'mean'?"),
+        ("dml", "dist_gamma", -1.0, "not be negative"),
     ],
 )
 def test_impossible_knobs(method, knob, value, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError) as error:
         METHODS[method](**{knob: value})
+    assert str(error.value) == f"method.{knob}={value!r} must {message}"
 
 
 def test_knowledge_distillation_needs_a_teacher():

@@ -1,15 +1,19 @@
 """Which parameters each term trains, and the method's options."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, tiny_config
 
+from ekd_jax import methods
 from ekd_jax.common.errors import UserError
 from ekd_jax.config.build import make_ensemble, make_method
 from ekd_jax.methods import METHODS
-from ekd_jax.methods.base import Batch
+from ekd_jax.methods.base import Batch, Method, knob, knobs_of
+from ekd_jax.methods.distilling import WithKDLoss
 from ekd_jax.runs.state import init_state, init_variables, of_method, of_networks
 from ekd_jax.training.optimizer import learning_rate, make_optimizer
 from ekd_jax.training.step import make_step, objective
@@ -167,17 +171,78 @@ def test_learning_rate_drops_at_the_milestones():
 @pytest.mark.parametrize(
     ("knob", "value", "message"),
     [
-        ("temperature", 0.0, "above 0"),
-        ("temperature", -2.0, "above 0"),
-        ("temperature", float("nan"), "above 0"),
-        ("beta", -0.1, "negative"),
-        ("ensemble_weights", "unifrom", "did you mean 'uniform'"),
-        ("base_gradient", "none", "all, pseudo_teacher"),
+        ("temperature", 0.0, "be above 0"),
+        ("temperature", -2.0, "be above 0"),
+        ("temperature", float("nan"), "be above 0"),
+        ("beta", -0.1, "not be negative"),
+        ("ensemble_weights", "unifrom", "be one of uniform, learned, gated; did you mean 'uniform'?"),
+        ("base_gradient", "none", "be one of all, pseudo_teacher"),
     ],
 )
 def test_impossible_knobs(knob, value, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError) as error:
         tiny_config(**{f"method__{knob}": value})
+    assert str(error.value) == f"config.method.{knob}={value!r} must {message}"
+
+
+def knobs():
+    """All knobs of all methods."""
+    return [(name, field, own) for name in METHODS for field, own in knobs_of(METHODS[name]).items()]
+
+
+def test_every_knob_has_a_meaning_and_an_allowed_default():
+    for name, field, own in knobs():
+        assert own.meaning.endswith("."), f"{name}: {field} has no meaning"
+        own.check(field, own.default)
+        assert own.default == getattr(METHODS[name](), field)
+
+
+def test_a_changed_default_keeps_meaning_and_rule():
+    """Both those of a field without `knob`, and those of the base class of a method from outside."""
+    temperature = knobs_of(WithKDLoss)["temperature"]
+
+    class Warm(METHODS["dml"]):
+        temperature: float = 7.0
+        extra: int = 3
+
+    for method, default in ((METHODS["oem"], 2.0), (METHODS["dml"], 1.0), (Warm, 7.0)):
+        assert knobs_of(method)["temperature"] == dataclasses.replace(temperature, default=default)
+    assert knobs_of(Warm)["extra"].default == 3
+    with pytest.raises(UserError, match="^method.temperature=0.0 must be above 0$"):
+        Warm(temperature=0.0)
+
+
+def test_registering_a_method(monkeypatch):
+    """It can be named at once, in a configuration and in lists; a name is given once."""
+    monkeypatch.setitem(METHODS, "codistillation", None)  # the entry is removed again after the test
+    del METHODS["codistillation"]
+
+    class Codistillation(METHODS["dml"]):
+        burn_in_epochs: float = knob(5.0, "Epochs before students learn from each other.")
+
+    methods.register_method("codistillation", Codistillation)
+    assert tiny_config("codistillation").method.burn_in_epochs == 5.0
+    assert methods.list_methods("cod*") == ["codistillation"]
+    with pytest.raises(UserError, match="there is a method 'codistillation' already, Codistillation"):
+        methods.register_method("codistillation", Codistillation)
+    with pytest.raises(UserError, match="there is a method 'oem' already, OEM"):
+        methods.register_method("oem", Codistillation)
+    with pytest.raises(UserError, match="method 'loss': .* must be a subclass of .*Method"):
+        methods.register_method("loss", methods.register_method)
+
+    class Incomplete(Method):
+        burn_in_epochs: float
+
+    with pytest.raises(UserError, match="its field 'burn_in_epochs' must have a default"):
+        methods.register_method("incomplete", Incomplete)
+    assert "incomplete" not in METHODS
+
+
+def test_lists_leave_out_what_only_plans_use():
+    listed = methods.list_methods()
+    assert listed == sorted(listed)
+    assert METHODS.keys() - set(listed) == {"blockwise_search", "srm_dictionaries", "srm_initialize"}
+    assert methods.list_methods("srm*") == ["srm"]
 
 
 def test_the_worked_example_of_the_docs(batch):

@@ -1,6 +1,7 @@
 """Online methods: losses and gradients against formulas written out in PyTorch or NumPy, float64."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def inputs(widths=(6, 6, 4), batch=6, classes=7, scale=1.0, identical=False):
     averaged = outputs.replace(logits_SxBxK=scale * normal(students, batch, classes))
     labels = generator.integers(0, classes, batch)
     as_jax = functools.partial(jax.tree.map, jnp.asarray)
-    return as_jax(outputs), Batch(jnp.asarray(labels), jnp.asarray(EPOCH), copies=(as_jax(averaged),))
+    return as_jax(outputs), Batch(jnp.asarray(labels), jnp.asarray(EPOCH), copy_outputs=(as_jax(averaged),))
 
 
 def initial(method, outputs, batch):
@@ -182,7 +183,7 @@ def ffl(torch, method, params, outputs, batch):
 
 
 def pcl(torch, method, params, outputs, batch):
-    z, averaged = outputs.logits_SxBxK, torch.tensor(np.array(batch.copies[0].logits_SxBxK))
+    z, averaged = outputs.logits_SxBxK, torch.tensor(np.array(batch.copy_outputs[0].logits_SxBxK))
     features = torch.cat([x.mean((1, 2)) for x in outputs.pooled], -1)
     teacher = linear(features, params["classifier"]["linear"])
     kd = 0
@@ -405,7 +406,7 @@ def predictions(kind, outputs, batch):
         method.apply, {"params": params, "batch_stats": stats}, method="predictions"
     )
     found = jax.jit(predict, compiler_options=QUICKLY)(outputs)
-    return params, dict(zip(method.names(outputs), map(np.asarray, found), strict=True))
+    return params, dict(zip(method.prediction_names(outputs), map(np.asarray, found), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["okddip", "cl_ilr", "kdcl naive", "one mean"])
@@ -456,20 +457,22 @@ def test_shallow_classifiers_predict():
     assert list(found) == ["student_1", "student_2", *shallow, "ensemble"]
     *each, ensemble = found.values()
     np.testing.assert_allclose(ensemble, np.mean(each, 0), rtol=1e-4, atol=1e-5)
-    assert METHODS["byot"]().names(inputs((6,))[0]) == ["student_1", "shallow_1", "shallow_2", "ensemble"]
+    names = METHODS["byot"]().prediction_names(inputs((6,))[0])
+    assert names == ["student_1", "shallow_1", "shallow_2", "ensemble"]
 
 
 def test_averages_of_pcl():
-    """The true mean of all networks at first, initial ones included; then 1 / 1000 of the latest."""
+    """The mean of the networks after all steps at first, without the initial ones; then 1 / 1000 of the
+    latest, as src/utils/ema.py of the code that PCL follows."""
     method = METHODS["pcl"]()
     networks = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
     variables = lambda x: {"params": {"w": x}, "batch_stats": {"m": 2 * x}}
     copies = {"1": variables(networks[0])}
     for step, x in enumerate(networks[1:], 1):
         copies = method.update_copies(copies, variables(x), jnp.int32(step), 100, 1.0)
-        np.testing.assert_allclose(copies["1"]["params"]["w"], networks[: step + 1].mean(0), rtol=1e-5)
+        np.testing.assert_allclose(copies["1"]["params"]["w"], networks[1 : step + 1].mean(0), rtol=1e-5)
     late = method.update_copies(copies, variables(networks[0]), jnp.int32(5000), 9000, 1.0)
-    expected = 0.999 * networks.mean(0) + 0.001 * networks[0]
+    expected = 0.999 * networks[1:].mean(0) + 0.001 * networks[0]
     np.testing.assert_allclose(late["1"]["params"]["w"], expected, rtol=1e-5)
     np.testing.assert_allclose(late["1"]["batch_stats"]["m"], 2 * expected, rtol=1e-5)
 
@@ -529,7 +532,7 @@ def test_what_each_term_trains(name):
         full = variables | {"params": params}
         outputs, _ = ensemble.apply(of_networks(full), views, train=True)
         other = outputs.replace(logits_SxBxK=outputs.logits_SxBxK + 1.0 * jnp.arange(10))
-        batch = Batch(labels, jnp.zeros(()), copies=(other,) * method.copies)
+        batch = Batch(labels, jnp.zeros(()), copy_outputs=(other,) * method.number_of_copies)
         (_, found), _ = method.apply(of_method(full), outputs, batch, mutable=["batch_stats"])
         return jnp.stack([found[name] for name in expected])
 
@@ -550,20 +553,24 @@ def test_what_each_term_trains(name):
 @pytest.mark.parametrize(
     ("method", "knobs", "message"),
     [
-        ("one", {"ensemble": "gate"}, "did you mean 'gated'"),
-        ("one", {"rampup_epochs": -1.0}, "negative"),
-        ("pcl", {"momentum": 1.0}, "below 1"),
-        ("pcl", {"kd_weight": -1.0}, "negative"),
-        ("cl_ilr", {"beta": 1.5}, "from 0 to 1"),
-        ("cl_ilr", {"temperature": 0.0}, "above 0"),
-        ("okddip", {"kd_loss": "dkd"}, "kd_loss=kl"),
-        ("okddip", {"standardize": True}, "standardize=False"),
-        ("kdcl", {"target": "minlogits"}, "did you mean 'minlogit'"),
-        ("kdcl", {"ce_weight": -1.0}, "negative"),
-        ("byot", {"alpha": -0.1}, "from 0 to 1"),
-        ("byot", {"hint_weight": -1.0}, "negative"),
+        ("one", {"ensemble": "gate"}, r"method.ensemble='gate' must be .*; did you mean 'gated'\?"),
+        ("one", {"rampup_epochs": -1.0}, "method.rampup_epochs=-1.0 must not be negative"),
+        ("pcl", {"momentum": 1.0}, "method.momentum=1.0 must be at least 0 and below 1"),
+        ("pcl", {"kd_weight": -1.0}, "method.kd_weight=-1.0 must not be negative"),
+        ("cl_ilr", {"beta": 1.5}, "method.beta=1.5 must be from 0 to 1"),
+        ("cl_ilr", {"temperature": 0.0}, "method.temperature=0.0 must be above 0"),
+        ("okddip", {"kd_loss": "dkd"}, "method.detach_targets=False needs method.kd_loss=kl .*"),
+        ("okddip", {"standardize": True}, "method.detach_targets=False needs .*standardize=False.*"),
+        ("kdcl", {"target": "minlogits"}, r"method.target='minlogits' must .*; did you mean 'minlogit'\?"),
+        ("kdcl", {"ce_weight": -1.0}, "method.ce_weight=-1.0 must not be negative"),
+        ("byot", {"alpha": -0.1}, "method.alpha=-0.1 must be from 0 to 1"),
+        ("byot", {"hint_weight": -1.0}, "method.hint_weight=-1.0 must not be negative"),
+        ("snapshot", {"cycles": 0}, "method.cycles=0 must be above 0"),
+        ("snapshot", {"last": -1}, "method.last=-1 must not be negative"),
+        ("snapshot", {"cycles": 3, "last": 4}, "method.last=4 must be from 0 to method.cycles=3"),
     ],
 )
 def test_impossible_knobs(method, knobs, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError) as error:
         METHODS[method](**knobs)
+    assert re.fullmatch(message, str(error.value))

@@ -19,8 +19,8 @@ from ekd_jax.config.build import make_ensemble, make_method
 from ekd_jax.data import resident
 from ekd_jax.methods import METHODS
 from ekd_jax.methods.base import Batch, TeacherOutputs
-from ekd_jax.methods.meal import adaptive_average_pool, drawn, flattened, reversed_gradient
-from ekd_jax.methods.srm import binary_cross_entropy, similarity, sparse
+from ekd_jax.methods.meal import adaptive_average_pool, draw_index, flatten_map, reverse_gradient
+from ekd_jax.methods.srm import binary_cross_entropy, similarity, sparsify
 from ekd_jax.models.ensemble import Outputs
 from ekd_jax.runs import workdir
 from ekd_jax.runs.checkpoint import Checkpoints
@@ -421,13 +421,11 @@ def test_adaptive_pooling(size, length):
 
 def test_maps_are_flattened_row_by_row():
     x = np.arange(2 * 3 * 4 * 1.0).reshape(1, 3, 4, 2)
-    np.testing.assert_allclose(flattened(jnp.asarray(x), 12)[0], x.mean(-1).ravel())
+    np.testing.assert_allclose(flatten_map(jnp.asarray(x), 12)[0], x.mean(-1).ravel())
 
 
-def test_a_reversed_gradient():
-    value, gradient = jax.value_and_grad(lambda x: (reversed_gradient(x) ** 2).sum())(
-        jnp.array([1.0, -3.0])
-    )
+def test_a_reverse_gradient():
+    value, gradient = jax.value_and_grad(lambda x: (reverse_gradient(x) ** 2).sum())(jnp.array([1.0, -3.0]))
     assert value == 10
     np.testing.assert_array_equal(gradient, [-2.0, 6.0])
 
@@ -435,7 +433,7 @@ def test_a_reversed_gradient():
 def test_teachers_are_drawn_uniformly():
     """Each of four, over 4,000 steps, as often as the others; and what is drawn is what teaches."""
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(4000))
-    counts = np.bincount(jax.vmap(lambda key: drawn(key, 4))(keys), minlength=4)
+    counts = np.bincount(jax.vmap(lambda key: draw_index(key, 4))(keys), minlength=4)
     assert len(counts) == 4
     assert ((counts - 1000) ** 2 / 1000).sum() < 16.3  # chi-square, 3 degrees of freedom, 1 in 1,000
     own, taught, classes = example("random", 1, 4)
@@ -443,7 +441,7 @@ def test_teachers_are_drawn_uniformly():
     params = {"params": {"discriminators": layers}}
     apply = jax.jit(lambda batch: METHODS["meal"]().apply(params, outputs_of(own), batch)[0])
     for key in keys[:6]:
-        alone = taught[int(drawn(key, 4))][None]
+        alone = taught[int(draw_index(key, 4))][None]
         mixed = apply(batch_of(classes, taught, key=key))
         np.testing.assert_allclose(mixed, apply(batch_of(classes, alone, key=key)), rtol=1e-6)
 
@@ -555,7 +553,7 @@ def test_sparse_codes_are_finite():
 
     def loss(x, words):
         k = similarity(x, words)
-        code = sparse(k, 0.3)
+        code = sparsify(k, 0.3)
         return binary_cross_entropy(k.mean((1, 2)), code.mean((1, 2))) + (code @ words["centers"].T).sum()
 
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
@@ -569,9 +567,9 @@ def test_sparse_codes_are_finite():
 
 def test_a_code_keeps_its_greatest_entries():
     k = jnp.array([0.1, 0.9, 0.5, 0.3, 0.9])
-    np.testing.assert_allclose(sparse(k, 0.01), [0, 0.9, 0, 0, 0.9])  # both: they are equal
-    np.testing.assert_allclose(sparse(k, 0.6), [0, 0.9, 0.5, 0, 0.9])
-    np.testing.assert_allclose(sparse(k, 1.0), k)
+    np.testing.assert_allclose(sparsify(k, 0.01), [0, 0.9, 0, 0, 0.9])  # both: they are equal
+    np.testing.assert_allclose(sparsify(k, 0.6), [0, 0.9, 0.5, 0, 0.9])
+    np.testing.assert_allclose(sparsify(k, 1.0), k)
 
 
 # --- teachers, and all methods as runs use them --------------------------------------------------
@@ -782,22 +780,27 @@ def test_what_methods_want_of_teachers(teacher, tmp_path, ensemble_run):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("ekd", {"feature_weight": -1.0}, "negative"),
-        ("dckd", {"rampup_epochs": -1.0}, "negative"),
-        ("dckd", {"average": "logit"}, "did you mean 'logits'"),
-        ("meal", {"taps": "some"}, "taps='some' is unknown"),
-        ("meal", {"similarity": "kl"}, "similarity='kl' is unknown"),
-        ("meal", {"tap_lengths": ()}, "must not be empty"),
-        ("meal", {"discriminator_weights": (-1.0,)}, "must not be empty or negative"),
-        ("meal_v2", {"discriminator_learning_rate_scale": -1.0}, "negative"),
-        ("srm", {"labels": "globl"}, "did you mean 'global'"),
-        ("srm", {"dictionary_epochs": 0.0}, "above 0"),
-        ("srm_dictionaries", {"sparsity_multiplier": 0.0}, "above 0"),
+        ("ekd", {"feature_weight": -1.0}, "not be negative"),
+        ("dckd", {"rampup_epochs": -1.0}, "not be negative"),
+        ("dckd", {"average": "logit"}, "be one of logits, probabilities; did you mean 'logits'?"),
+        ("meal", {"taps": "some"}, "be one of logits, all"),
+        ("meal", {"similarity": "kl"}, "be one of ce, l1, l2; did you mean 'l1'?"),
+        ("meal", {"tap_lengths": ()}, "not be empty or negative"),
+        ("meal", {"discriminator_weights": (-1.0,)}, "not be empty or negative"),
+        ("meal_v2", {"discriminator_learning_rate_scale": -1.0}, "not be negative"),
+        ("srm", {"labels": "globl"}, "be one of global-local, global, local; did you mean 'global'?"),
+        ("srm", {"dictionary_epochs": 0.0}, "be above 0"),
+        ("srm_dictionaries", {"sparsity_multiplier": 0.0}, "be above 0"),
+        ("blockwise", {"budget": 1.0}, "be above 0 and below 1, the whole network"),
+        ("blockwise", {"cost": "flops"}, "be one of macs, parameters"),
+        ("ensemble_distillation", {"members": 0}, "be above 0"),
     ],
 )
 def test_impossible_knobs(name, changes, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError) as error:
         METHODS[name](**changes)
+    ((knob, value),) = changes.items()
+    assert str(error.value) == f"method.{knob}={value!r} must {message}"
 
 
 # --- whole runs -----------------------------------------------------------------------------------

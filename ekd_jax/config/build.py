@@ -41,7 +41,7 @@ class Networks:
     @property
     def students(self) -> int:
         """How many students can be extracted: those of every copy that the method keeps, if it keeps any."""
-        return len(self.ensemble.students) * max(1, self.method.copies)
+        return len(self.ensemble.students) * max(1, self.method.number_of_copies)
 
 
 def build_networks(

@@ -1,25 +1,28 @@
-"""What a method is: a Linen module called on the outputs of a batch.
+"""The base class of all methods: a Linen module that is called with the outputs of a batch.
 
-A method does not know the training loop. It says which parts students share, how the loss is made and
-what predicts; whatever else it trains (adaptation layers, gates, discriminators) are its own parameters,
-which the train state holds under `method/`. Its fields are its knobs, `config.method.*`.
+A method does not know the training loop. It says which parts of their networks students share, computes the
+loss of a batch, and says what predicts. Whatever else it trains (adaptation layers, gates, discriminators)
+is its own sub-modules, whose parameters the train state holds under `method/`. Its fields are its knobs,
+`config.method.<field>`.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 
-from ekd_jax.common.errors import UserError, nearest
 from ekd_jax.common.knob import Knob, Rule
 from ekd_jax.methods import losses
-from ekd_jax.models.ensemble import Outputs
+from ekd_jax.models.ensemble import Outputs, Variables
 
 Array = jax.Array
 Terms = dict[str, Array]
+Copies = dict[str, Variables]
 
 # A teacher named `earlier/<name>` is one of the runs that a method's plan trains first.
 EARLIER = "earlier"
@@ -27,80 +30,108 @@ EARLIER = "earlier"
 
 @flax.struct.dataclass
 class TeacherOutputs:
-    """What a frozen teacher says of a batch.
+    """The outputs of a frozen teacher for a batch.
 
     Attributes:
         logits: (B, K) float32.
-        maps: (B, H_b, W_b, C_b) of its stages, in order; none for an ensemble of several students.
-        method: the parameters that its own method trained besides (dictionaries, for example).
+        maps: feature maps (B, H_b, W_b, C_b) of its stages, in order; none if the teacher is an ensemble.
+        method: parameters that the teacher's own method trained besides its network, such as dictionaries.
     """
 
     logits: Array
     maps: tuple[Array, ...] = ()
-    method: Any = flax.struct.field(default_factory=dict)
+    method: dict[str, Any] = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass
 class Batch:
-    """What a method knows of a training batch beside the students' outputs.
+    """Everything that a loss may depend on besides the students' outputs.
 
     Attributes:
-        labels: (B,) integers, or (B, K) shares of the classes.
+        labels: (B,) integers, or (B, K) shares of the classes (mixed images, smoothed labels).
         epoch: float32 scalar, passes over the training set before this step.
-        key: of what the method draws in this step.
-        teachers: of the frozen teachers, in order.
-        copies: outputs of the copies of the networks that the method keeps, if it asks for them.
-        networks: parameters of the networks, for penalties.
+        key: random key of this step, for methods that draw something.
+        teachers: outputs of the frozen teachers, in order.
+        copy_outputs: outputs of the copies of the networks, if the method asks for them
+            (`Method.uses_copy_outputs`).
+        networks: parameters of the networks, for penalties on them.
     """
 
     labels: Array
     epoch: Array
-    key: Any = None
+    key: Array | None = None
     teachers: tuple[TeacherOutputs, ...] = ()
-    copies: tuple[Outputs, ...] = ()
-    networks: Any = None
+    copy_outputs: tuple[Outputs, ...] = ()
+    networks: dict[str, Any] = flax.struct.field(default_factory=dict)
 
     @property
     def classes(self) -> Array:
-        """(B,) integers; of mixed images the class with the greatest share."""
+        """The class of each image, (B,) integers; the one with the largest share if labels are mixed."""
         return self.labels.argmax(-1) if self.labels.ndim > 1 else self.labels
 
 
 def knob(default: Any, meaning: str, rule: Rule = Rule(lambda value: True)) -> Any:  # noqa: B008
-    """Return a field of a method's class that is a knob, `method.<field>`.
+    """Return a field of a method's class that is a knob, `config.method.<field>`.
+
+    A subclass changes the default with a plain `field: type = value`; meaning and rule stay.
 
     Args:
-        default: its value in `default_config`.
-        meaning: one line that says what it does.
-        rule: which values it may have.
+        default: the value unless a configuration sets another; its type is the type of all values.
+        meaning: one sentence that says what the knob does. `ekd knobs` prints it.
+        rule: which values are allowed.
     """
     return dataclasses.field(default=default, metadata={"knob": Knob(default, meaning, rule)})
 
 
 def knobs_of(method: type["Method"]) -> dict[str, Knob]:
-    """Return the knobs of a method's class by field; a plain field is a knob without a rule."""
-    return {
-        field.name: field.metadata.get("knob", Knob(field.default, ""))
-        for field in dataclasses.fields(method)
-        if field.name not in ("parent", "name")
-    }
+    """Return the knobs of a method's class, by field.
+
+    A field without `knob` has the meaning and rule of the base class's field of the same name, or none.
+    """
+    fields = (field for field in dataclasses.fields(method) if field.name not in ("parent", "name"))
+    return {field.name: _knob_of(method, field) for field in fields}
+
+
+def _knob_of(method: type["Method"], field: dataclasses.Field) -> Knob:
+    for base in method.__mro__:
+        declared = base.__dict__.get("__dataclass_fields__", {}).get(field.name)
+        if declared is not None and "knob" in declared.metadata:
+            return dataclasses.replace(declared.metadata["knob"], default=field.default)
+    return Knob(field.default, "")
 
 
 class Method(nn.Module):
     """A way to train S students together.
 
-    Its fields are its knobs, see `knob`; a value that the field's rule does not allow raises UserError.
+    To write a method: derive a class, declare its knobs as fields (see `knob`), implement `__call__`, and
+    register it with `ekd_jax.methods.register_method`. Everything else has a default. Layers that the
+    method trains besides the networks are sub-modules, created in `setup`.
+
+    Attributes:
+        sharing: what students have in common unless `model.sharing` says otherwise: one "base" block; a
+            "tree" of shared parts; or "none", so that each is a whole network.
+        own_stages: with a base block, how many of the last stages each student has of its own; 0: as many
+            as the network's family prescribes.
+        trains_networks: False if the networks stay as they are and only the method's own parameters learn.
+        same_initial_values: whether students of equal width start from the same initial values.
+        uses_copy_outputs: whether the loss reads `Batch.copy_outputs`.
+        separate_views: whether each student gets its own augmentation of the images.
+        has_teachers: whether students learn from frozen teachers.
+        part_of: the method whose plan trains its earlier runs by this one; lists of methods leave such
+            parts out. Empty for a method that is used by itself.
+
+    Raises:
+        UserError: a knob has a value that its rule does not allow.
     """
 
-    # What students have in common, unless `model.sharing` says otherwise: a "base" block, with as many
-    # stages of their own as this (0: as the family has it); a "tree"; or "none".
     sharing: ClassVar[str] = "base"
     own_stages: ClassVar[int] = 0
-    trains_networks: ClassVar[bool] = True  # False: the method's own parameters alone learn
-    same_beginning: ClassVar[bool] = False  # students of the same width begin with the same values
-    compares_copies: ClassVar[bool] = False  # the loss wants the outputs of the kept copies
-    has_teachers: ClassVar[bool] = False  # it learns from frozen networks
-    uses_teacher_maps: ClassVar[bool] = False  # the loss wants more of teachers than their logits
+    trains_networks: ClassVar[bool] = True
+    same_initial_values: ClassVar[bool] = False
+    uses_copy_outputs: ClassVar[bool] = False
+    separate_views: ClassVar[bool] = False
+    has_teachers: ClassVar[bool] = False
+    part_of: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         for field, own in knobs_of(type(self)).items():
@@ -108,68 +139,84 @@ class Method(nn.Module):
         super().__post_init__()
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
-        """The loss of one training batch.
+        """Compute the loss of a training batch.
 
         Args:
-            outputs: of all students.
-            batch: labels, and whatever else the loss may depend on.
+            outputs: outputs of all students, in training mode.
+            batch: labels, and everything else that the loss may depend on.
 
         Returns:
-            The scalar that is minimized, and the unweighted terms it is made of, scalars named
-            `student_<i>/loss_<term>` or `ensemble/loss_<term>`, all of which are logged.
+            The scalar to minimize; and the terms that it consists of, unweighted scalars named
+            `student_<i>/loss_<term>` or `ensemble/loss_<term>`. All terms are logged.
         """
         raise NotImplementedError
 
+    # --- predictions ---
+
     def ensemble_logits(self, outputs: Outputs) -> Array:
-        """Logits (B, K) of the ensemble in evaluation mode: the students' mean."""
+        """Return the logits (B, K) of the ensemble in evaluation mode; the students' mean by default."""
         return outputs.logits_SxBxK.mean(0)
 
     def predictions(self, outputs: Outputs) -> list[Array]:
-        """Logits (B, K) in evaluation mode of everything that predicts: students, and last the ensemble."""
+        """Return the logits (B, K) of all that predicts in evaluation mode: students, the ensemble last."""
         return [*outputs.logits_SxBxK, self.ensemble_logits(outputs)]
 
-    def names(self, outputs: Outputs) -> list[str]:
-        """Of what `predictions` gives for such outputs."""
+    def prediction_names(self, outputs: Outputs) -> list[str]:
+        """Return the names of what `predictions` returns for such outputs, in the same order."""
         return [*(f"student_{i + 1}" for i in range(len(outputs.logits_SxBxK))), "ensemble"]
+
+    # --- how students learn ---
 
     @property
     def base_gradients(self) -> str:
-        """Whose gradients reach what is shared: see `Ensemble.base_gradients`."""
+        """Which students' gradients train the shared parts: see `Ensemble.base_gradients`."""
         return "all"
 
     @property
     def learning_rate_scales(self) -> dict[str, float]:
-        """Factors on the learning rate for the method's own parameters, by the name of the sub-tree."""
+        """Factors on the learning rate of the method's own parameters, by the name of the sub-module."""
         return {}
 
-    @property
-    def separate_views(self) -> bool:
-        """Every student gets its own augmentation of the images."""
-        return False
+    def learning_students(self, step: Array, students: int) -> Array | None:
+        """Return which students learn in a step, (S,) booleans; None if all of them always do.
 
-    def learners(self, step: Array, students: int) -> Array | None:
-        """(S,) booleans: which students learn in this step; None: all of them, always."""
+        Args:
+            step: steps taken before this one.
+            students: S.
+        """
         return None
 
-    def learning_rate(self, config: Any, steps: int) -> Any:
-        """An `optax.Schedule` of its own, or None for the one of `config.optimizer`."""
+    def learning_rate_schedule(
+        self, learning_rate: float, steps: int, epochs: float
+    ) -> optax.Schedule | None:
+        """Return the method's own schedule; None to use the one that `config.optimizer` describes.
+
+        Args:
+            learning_rate: `optimizer.learning_rate`.
+            steps: number of steps of the whole run.
+            epochs: passes over the training set of the whole run.
+        """
         return None
 
-    # --- copies of the networks, averaged or kept from earlier; they predict instead of the networks ---
+    # --- copies of the networks: averaged, or kept from an earlier step ---
 
     @property
-    def copies(self) -> int:
-        """How many copies of the networks are kept; with some, they are what is evaluated and taken out."""
+    def number_of_copies(self) -> int:
+        """How many copies of the networks are kept. If there are any, they are evaluated and extracted
+        instead of the networks that learn."""
         return 0
 
-    def update_copies(self, copies: Any, networks: Any, step: Array, steps: int, epochs: float) -> Any:
-        """The copies after a step.
+    def update_copies(
+        self, copies: Copies, networks: Variables, step: Array, steps: int, epochs: float
+    ) -> Copies:
+        """Return the copies after a step. All of them start as the networks do.
 
         Args:
             copies: `{"1": variables of the networks, ...}`.
             networks: variables of the networks after the step.
-            step: how many steps were taken, this one included.
-            steps, epochs: of the whole run.
+            step: number of steps taken, this one included.
+            steps: number of steps of the whole run.
+            epochs: passes over the training set of the whole run.
         """
         return copies
 
@@ -177,45 +224,42 @@ class Method(nn.Module):
 
     @property
     def teacher_sources(self) -> tuple[str, ...]:
-        """Folders of the frozen teachers."""
+        """Where the frozen teachers are, in order: directories, or `RUN:2` for student 2 of a run."""
         return ()
 
+    @property
+    def uses_teacher_maps(self) -> bool:
+        """Whether the loss reads the teachers' feature maps, not only their logits."""
+        return False
 
-def label_terms(outputs: Outputs, labels: Array) -> tuple[Array, Terms]:
-    """Sum over students of their cross entropy (L_A), and each one's as a term."""
+
+def cross_entropy_terms(outputs: Outputs, labels: Array) -> tuple[Array, Terms]:
+    """Return the sum of the students' cross entropies, L_A, and each of them as a term `loss_ce`."""
     ce_S = losses.cross_entropy(outputs.logits_SxBxK, labels)
     return ce_S.sum(), per_student("loss_ce", ce_S)
 
 
-def per_student(term: str, values_S: Any) -> Terms:
-    """`{"student_1/<term>": values[0], ...}`."""
+def per_student(term: str, values_S: Array | Iterable[Array]) -> Terms:
+    """Return one value per student as terms, `{"student_1/<term>": values[0], ...}`."""
     return {f"student_{i}/{term}": value for i, value in enumerate(values_S, 1)}
 
 
 def ramp_up(epoch: Array, epochs: float) -> Array:
-    """exp(-5 (1 - min(epoch, R) / R)^2), of the whole epochs before; 1 for R = 0 (METHODS.md 2: ONE's
-    ramps.py, after Laine & Aila 2017)."""
+    """Return a weight that rises from exp(-5) to 1, smoothly at first.
+
+        exp(-5 (1 - min(floor(epoch), R) / R)^2)
+
+    Args:
+        epoch: scalar, passes over the training set so far.
+        epochs: R; 0: the weight is 1 from the start.
+
+    Returns:
+        A float32 scalar.
+
+    References:
+        Laine, Aila, "Temporal Ensembling for Semi-Supervised Learning", ICLR 2017, arXiv 1610.02242; as in
+        ONE's official code, utils/ramps.py (METHODS.md 2).
+    """
     if not epochs:
         return jnp.ones((), jnp.float32)
     return jnp.exp(-5 * jnp.square(1 - jnp.minimum(jnp.floor(epoch), epochs) / epochs))
-
-
-def check_choice(method: Method, name: str, choices: Any) -> None:
-    """Raises UserError unless the knob `name` is one of `choices`."""
-    value = getattr(method, name)
-    if value not in choices:
-        raise UserError(f"method.{name}={value!r} is unknown{nearest(str(value), choices)}")
-
-
-def check_above(method: Method, *names: str, least: float = 0.0) -> None:
-    """Raises UserError unless the knobs are above `least`."""
-    for name in names:
-        if not getattr(method, name) > least:
-            raise UserError(f"method.{name}={getattr(method, name):g} must be above {least:g}")
-
-
-def check_not_negative(method: Method, *names: str) -> None:
-    """Raises UserError if one of the knobs is negative."""
-    for name in names:
-        if not getattr(method, name) >= 0:
-            raise UserError(f"method.{name}={getattr(method, name):g} must not be negative")

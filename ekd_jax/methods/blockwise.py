@@ -1,45 +1,43 @@
-"""A structure for every block under a budget, learned with knowledge distillation.
+"""Block-wise compression under a budget, with knowledge distillation.
 
-The task of "Compact CNN Structure Learning by Knowledge Distillation" (Ahmed, Zunino, Morerio, Murino, ICPR
-2020, arXiv 2104.09191): a lightweight structure of each block under a budget of operations or parameters
-that the user chooses, with a KD loss from the uncompressed network. The paper's code was not found and its
-loss is not verified: all below is a reconstruction, after MorphNet (Gordon et al., CVPR 2018; METHODS.md
-11). A block is a stage of the network here.
+References:
+    Ahmed, Zunino, Morerio, Murino, "Compact CNN Structure Learning by Knowledge Distillation", ICPR 2020,
+    arXiv 2104.09191: a lightweight structure for each block under a budget of operations or parameters
+    that the user chooses, with a KD loss from the uncompressed network. The paper's code was not found and
+    its loss is not verified: all below is a reconstruction, after Gordon et al., "MorphNet", CVPR 2018
+    (METHODS.md 11). A block is a stage of the network here.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ekd_jax.common.errors import UserError
-from ekd_jax.methods.base import Batch, Terms, check_above, check_choice, check_not_negative
-from ekd_jax.methods.kd import Kd
+from ekd_jax.common.knob import NOT_NEGATIVE, Rule, one_of
+from ekd_jax.methods.base import Batch, Terms, knob
+from ekd_jax.methods.kd import KD
 from ekd_jax.models.ensemble import Outputs
 
 Array = jax.Array
-COSTS = ("macs", "parameters")
+COSTS = one_of(("macs", "parameters"))
+SHARE = Rule(lambda value: 0 < value < 1, "be above 0 and below 1, the whole network")
 
 
-class BlockwiseSearch(Kd):
-    """The first stage: L = L_KD + strength * sum over stages b of cost_b * mean |scale_b|, student 1's.
+class BlockwiseSearch(KD):
+    """The search of block-wise compression: KD with a penalty on the scales of student 1's batch norms.
 
-    scale_b are the scales of all batch norms of stage b, and cost_b the share of the network's
-    multiply-accumulates or parameters that the stage's convolutions have. Channels that are not worth
-    their cost lose their scale.
+        L = L_KD + strength sum_b cost_b mean |scale_b|
 
-    Attributes:
-        cost: "macs" or "parameters".
-        strength: of the penalty.
+    scale_b are the scales of all batch norms of stage b, and cost_b is the share of the network's
+    multiply-accumulates or parameters in that stage's convolutions. Channels that are not worth their cost
+    lose their scale.
     """
 
-    cost: str = "macs"
-    strength: float = 0.1
+    part_of = "blockwise"
 
-    def __post_init__(self) -> None:
-        check_choice(self, "cost", COSTS)
-        check_not_negative(self, "strength")
-        super().__post_init__()
+    cost: str = knob("macs", "What the penalty charges: multiply-accumulates or parameters.", COSTS)
+    strength: float = knob(0.1, "Weight of the penalty.", NOT_NEGATIVE)
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
         loss, terms = super().__call__(outputs, batch)
@@ -51,42 +49,31 @@ class BlockwiseSearch(Kd):
             sizes = [size * area for size, area in zip(sizes, pixels, strict=True)]
         penalty = jnp.zeros(())
         for name, size in zip(stages, sizes, strict=True):
-            scales = jnp.concatenate([jnp.abs(scale).ravel() for scale in scales_of(network[name])])
-            terms[f"student_1/scale_{name}"] = scales.mean()
-            penalty += size / sum(sizes) * scales.mean()
+            scales = batch_norm_scales(network[name])
+            magnitudes = jnp.concatenate([jnp.abs(scale).ravel() for scale in scales])
+            terms[f"student_1/scale_{name}"] = magnitudes.mean()
+            penalty += size / sum(sizes) * magnitudes.mean()
         terms["student_1/loss_penalty"] = penalty
         return loss + self.strength * penalty, terms
 
 
-class Blockwise(Kd):
-    """Both stages: `BlockwiseSearch`, then a network of the widths that it found, from new initial values
-    (as MorphNet does), by `Kd`.
+class Blockwise(KD):
+    """Block-wise compression under a budget, a reconstruction (Ahmed et al., ICPR 2020).
 
-    Of all scales the smallest are left out, as few as bring the network under the budget; a stage keeps
-    the share of its channels that is left.
-
-    Attributes:
-        budget: multiply-accumulates or parameters, as a share of the whole network's.
-        cost: what the budget counts, "macs" or "parameters".
-        strength: of the penalty of the search.
-        search_epochs: of the first stage; 0: as the second's, `train.epochs`.
+    An earlier run trains by `BlockwiseSearch`. The smallest of all its scales are then removed, as few as
+    bring the network under the budget; each stage keeps the share of its channels whose scales are left.
+    A network of these widths is trained from new initial values, as in MorphNet, by the loss of `KD`.
     """
 
-    budget: float = 0.5
-    cost: str = "macs"
-    strength: float = 0.1
-    search_epochs: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_choice(self, "cost", COSTS)
-        check_above(self, "budget")
-        check_not_negative(self, "strength", "search_epochs")
-        if self.budget >= 1:
-            raise UserError(f"method.budget={self.budget:g} must be below 1, the whole network")
-        super().__post_init__()
+    budget: float = knob(
+        0.5, "Multiply-accumulates or parameters of the result, as a share of the whole network's.", SHARE
+    )
+    cost: str = knob("macs", "What the budget counts: multiply-accumulates or parameters.", COSTS)
+    strength: float = knob(0.1, "Weight of the penalty in the search.", NOT_NEGATIVE)
+    search_epochs: float = knob(0.0, "Epochs of the search; 0: train.epochs.", NOT_NEGATIVE)
 
 
-def scales_of(stage: Any) -> list[Array]:
-    """The scales of a stage's batch norms."""
+def batch_norm_scales(stage: Mapping[str, Any]) -> list[Array]:
+    """Return the scales of all batch norms among the parameters of a stage."""
     leaves = jax.tree_util.tree_leaves_with_path(stage)
     return [leaf for path, leaf in leaves if path[-1].key == "scale"]

@@ -1,4 +1,4 @@
-"""What methods with a KD loss have in common: which loss that is, and its constants."""
+"""What methods share: a choice of KD losses, frozen teachers, a ramp-up, several teachers as one."""
 
 import math
 from collections.abc import Callable
@@ -8,46 +8,63 @@ import jax.numpy as jnp
 from jax import lax
 
 from ekd_jax.common.errors import UserError
+from ekd_jax.common.knob import NOT_NEGATIVE, POSITIVE, one_of
 from ekd_jax.methods import losses
-from ekd_jax.methods.base import Batch, Method, check_above, check_choice, check_not_negative, ramp_up
+from ekd_jax.methods.base import Batch, Method, knob, ramp_up
 
 Array = jax.Array
 
+KD_LOSSES = ("kl", "dkd", "dist")
+AVERAGES = ("logits", "probabilities")
 
-class Distilling(Method):
-    """A method whose students are to agree with softened logits.
 
-    Attributes:
-        temperature: T of both softmaxes.
-        scale_by_temperature: the factor T^2 of the KD loss.
-        kd_loss: "kl", Hinton's; "dkd", decoupled; or "dist", by correlation (METHODS.md 13).
-        standardize: logits of both sides are standardized before (LSKD).
-        dkd_alpha, dkd_beta: weights of target and other classes in "dkd".
-        dkd_warmup_epochs: over which the weight of "dkd" grows from 0 to 1.
-        dist_beta, dist_gamma: weights of the relations of classes and of examples in "dist".
+class WithKDLoss(Method):
+    """A method that distills logits, by one of three losses.
+
+    "kl" is Hinton's divergence, "dkd" the decoupled one, "dist" compares correlations; each of them with
+    standardized logits, if asked for (LSKD). Formulas and references are in `losses`.
     """
 
-    temperature: float = 4.0
-    scale_by_temperature: bool = True
-    kd_loss: str = "kl"
-    standardize: bool = False
-    dkd_alpha: float = 1.0
-    dkd_beta: float = 2.0
-    dkd_warmup_epochs: float = 20.0
-    dist_beta: float = 2.0
-    dist_gamma: float = 2.0
+    temperature: float = knob(4.0, "Temperature T of the softmaxes in the KD loss.", POSITIVE)
+    scale_by_temperature: bool = knob(
+        True, "Multiply the KD loss by T^2, so that its gradients keep their size (dist always does)."
+    )
+    kd_loss: str = knob(
+        "kl", "KD loss: Hinton's (kl), decoupled (dkd) or by correlation (dist).", one_of(KD_LOSSES)
+    )
+    standardize: bool = knob(False, "Standardize the logits of both sides before the KD loss (LSKD).")
+    dkd_alpha: float = knob(
+        1.0, "Weight of the target class against all others in kd_loss=dkd.", NOT_NEGATIVE
+    )
+    dkd_beta: float = knob(
+        2.0, "Weight of the other classes among each other in kd_loss=dkd.", NOT_NEGATIVE
+    )
+    dkd_warmup_epochs: float = knob(
+        20.0, "Epochs over which the weight of kd_loss=dkd rises linearly to 1; 0: none.", NOT_NEGATIVE
+    )
+    dist_beta: float = knob(
+        2.0, "Weight of the correlation over classes in kd_loss=dist (inter-class relation).", NOT_NEGATIVE
+    )
+    dist_gamma: float = knob(
+        2.0,
+        "Weight of the correlation over examples in kd_loss=dist (intra-class relation).",
+        NOT_NEGATIVE,
+    )
 
-    def __post_init__(self) -> None:
-        check_choice(self, "kd_loss", ("kl", "dkd", "dist"))
-        check_above(self, "temperature")
-        check_not_negative(self, "dkd_alpha", "dkd_beta", "dkd_warmup_epochs", "dist_beta", "dist_gamma")
-        super().__post_init__()
+    def distillation_loss(self, logits: Array, teacher_logits: Array, batch: Batch) -> Array:
+        """Return the KD loss that the knobs describe.
 
-    def distil(self, logits: Array, teacher_logits: Array, batch: Batch) -> Array:
-        """The KD loss of (..., B, K) against (..., B, K), whose gradient is stopped: (...)."""
+        Args:
+            logits: (..., B, K) of the students.
+            teacher_logits: (..., B, K), broadcast against `logits`; their gradient is stopped.
+            batch: the batch that they are of.
+
+        Returns:
+            (...): means over the batch.
+        """
         teacher_logits = lax.stop_gradient(teacher_logits)
         if self.standardize:
-            logits, teacher_logits = losses.standardized(logits), losses.standardized(teacher_logits)
+            logits, teacher_logits = losses.standardize(logits), losses.standardize(teacher_logits)
         temperature, scale = self.temperature, self.scale_by_temperature
         match self.kd_loss:
             case "dkd":
@@ -55,7 +72,7 @@ class Distilling(Method):
                 loss = losses.decoupled_distillation(
                     logits, teacher_logits, batch.classes, temperature, *weights, scale
                 )
-                return loss * warm_up(batch.epoch, self.dkd_warmup_epochs)
+                return loss * linear_warm_up(batch.epoch, self.dkd_warmup_epochs)
             case "dist":
                 weights = self.dist_beta, self.dist_gamma
                 return losses.correlation_distillation(logits, teacher_logits, temperature, *weights)
@@ -63,67 +80,90 @@ class Distilling(Method):
                 return losses.knowledge_distillation(logits, teacher_logits, temperature, scale)
 
 
-class Taught(Method):
-    """A method whose students learn from frozen teachers.
+class WithRampUp(WithKDLoss):
+    """A method whose KD losses have a weight that ramps up: kd_weight * `ramp_up`(epoch, rampup_epochs)."""
 
-    Attributes:
-        teachers: folders that `ekd_jax.extract` or `ekd_jax.convert` wrote, or of finished runs: `RUN` for
-            its ensemble, `RUN:2` for its student 2.
-    """
+    temperature: float = 3.0
+    rampup_epochs: float = knob(
+        80.0,
+        "Epochs over which the weight of the KD losses ramps up; 0: full from the start.",
+        NOT_NEGATIVE,
+    )
+    kd_weight: float = knob(1.0, "Weight of the KD losses after the ramp-up.", NOT_NEGATIVE)
+
+    def ramp(self, batch: Batch) -> Array:
+        """Return the weight of the KD losses in this step, a scalar."""
+        return self.kd_weight * ramp_up(batch.epoch, self.rampup_epochs)
+
+
+class WithTeachers(Method):
+    """A method whose students learn from frozen teachers that exist before the run."""
 
     has_teachers = True
 
-    teachers: tuple[str, ...] = ()
+    teachers: tuple[str, ...] = knob(
+        (),
+        "Directories of the teachers: of students, or of finished runs (RUN is its ensemble, RUN:2 its "
+        "student 2).",
+    )
 
     @property
     def teacher_sources(self) -> tuple[str, ...]:
+        """The knob `teachers`; raises UserError if it is empty."""
         if not self.teachers:
             raise UserError(
-                "method.teachers is empty: name the folders of teachers, as in "
+                "method.teachers is empty: name the directories of teachers, as in "
                 "--config.method.teachers=\"('runs/teacher',)\""
             )
         return self.teachers
 
 
-def of_peers(loss: Callable[[Array, Array], Array], own_SxBxK: Array, all_SxBxK: Array) -> Array:
-    """(S,): for every student the `loss` of its own logits (B, K) and those of all others (S - 1, B, K), a
-    scalar; 0 for one alone."""
-    students = range(len(own_SxBxK))
-    if len(students) == 1:
-        return jnp.zeros(1, own_SxBxK.dtype)
-    return jnp.stack([loss(own_SxBxK[i], jnp.delete(all_SxBxK, i, axis=0)) for i in students])
+def average_teachers(logits_TxBxK: Array, temperature: float, average: str) -> Array:
+    """Return the logits (B, K) that stand for several teachers.
 
+        mean_t z_t,  or  T log(mean_t softmax(z_t / T))
 
-def mean_of(logits_TxBxK: Array, temperature: float, average: str) -> Array:
-    """Logits (B, K) of several teachers as one: the mean of their "logits"; or those whose softmax at T
-    is the mean of their "probabilities"."""
+    Args:
+        logits_TxBxK: the teachers' logits.
+        temperature: T; the softmax of the result at T is the mean of the teachers'.
+        average: "logits" for the first formula, "probabilities" for the second one.
+    """
     if average == "logits":
         return logits_TxBxK.mean(0)
     log_p = jax.nn.log_softmax(logits_TxBxK / temperature)
     return temperature * (jax.nn.logsumexp(log_p, 0) - math.log(len(logits_TxBxK)))
 
 
-def warm_up(epoch: Array, epochs: float) -> Array | float:
-    """min(epoch / epochs, 1) with epochs counted from 1, as mdistiller does; 1 for 0 epochs."""
-    return jnp.minimum((jnp.floor(epoch) + 1) / epochs, 1.0) if epochs else 1.0
+def losses_from_peers(
+    loss: Callable[[Array, Array], Array], own_SxBxK: Array, peers_SxBxK: Array | None = None
+) -> Array:
+    """Return each student's loss against the logits of all others.
 
+    Args:
+        loss: (a student's logits (B, K), the others' (S - 1, B, K)) -> scalar.
+        own_SxBxK: the students' logits.
+        peers_SxBxK: their logits as peers see them, if those are others (of averaged networks).
 
-class Ramped(Distilling):
-    """A method that multiplies its KD losses by kd_weight * exp(-5 (1 - min(epoch, R) / R)^2).
-
-    Attributes:
-        rampup_epochs: R; 0: the full weight from the start.
-        kd_weight: that weight.
+    Returns:
+        (S,); 0 for a student without peers.
     """
+    students = range(len(own_SxBxK))
+    if len(students) == 1:
+        return jnp.zeros(1, own_SxBxK.dtype)
+    peers_SxBxK = own_SxBxK if peers_SxBxK is None else peers_SxBxK
+    return jnp.stack([loss(own_SxBxK[i], jnp.delete(peers_SxBxK, i, axis=0)) for i in students])
 
-    temperature: float = 3.0
-    rampup_epochs: float = 80.0
-    kd_weight: float = 1.0
 
-    def __post_init__(self) -> None:
-        check_not_negative(self, "rampup_epochs", "kd_weight")
-        super().__post_init__()
+def linear_warm_up(epoch: Array, epochs: float) -> Array | float:
+    """Return a weight that rises in equal steps, one per epoch.
 
-    def ramp(self, batch: Batch) -> jax.Array:
-        """The weight of the KD losses in this step, a scalar."""
-        return self.kd_weight * ramp_up(batch.epoch, self.rampup_epochs)
+        min((floor(epoch) + 1) / epochs, 1)
+
+    Args:
+        epoch: scalar, passes over the training set so far.
+        epochs: until the weight is 1; 0: it is 1 from the start.
+
+    References:
+        mdistiller, distillers/DKD.py, which counts epochs from 1.
+    """
+    return jnp.minimum((jnp.floor(epoch) + 1) / epochs, 1.0) if epochs else 1.0

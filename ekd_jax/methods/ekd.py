@@ -1,8 +1,9 @@
-"""Ensemble knowledge distillation (Asif, Tang, Harrer, ECAI 2020, arXiv 1909.08097; METHODS.md 5).
+"""Ensemble knowledge distillation: a compact student of branches, each with a teacher of its own.
 
-A compact student of parallel branches, each taught by a high-capacity teacher of its own; the mean of the
-branches predicts. Of the paper only the abstract was read and there is no official code: the loss, its
-weights and its temperature are a reconstruction.
+References:
+    Asif, Tang, Harrer, "Ensemble Knowledge Distillation for Learning Improved and Efficient Networks", ECAI
+    2020, arXiv 1909.08097 (METHODS.md 5). Only the abstract was read, and there is no official code: the
+    loss, its weights and its temperature are a reconstruction.
 """
 
 import flax.linen as nn
@@ -11,9 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from ekd_jax.common.errors import UserError
+from ekd_jax.common.knob import NOT_NEGATIVE
 from ekd_jax.methods import losses
-from ekd_jax.methods.base import Batch, Terms, check_not_negative, label_terms, per_student
-from ekd_jax.methods.distilling import Distilling, Taught, mean_of
+from ekd_jax.methods.base import Batch, Terms, cross_entropy_terms, knob, per_student
+from ekd_jax.methods.distilling import WithKDLoss, WithTeachers, average_teachers
 from ekd_jax.models.ensemble import Outputs
 from ekd_jax.models.initializers import torch_default
 from ekd_jax.models.layers import Linear, global_pool
@@ -22,48 +24,52 @@ Array = jax.Array
 
 
 class Projection(nn.Module):
-    """1x1 convolutions with bias that bring a branch's map to its teacher's channels, and how far it is
-    from the teacher's then."""
+    """1x1 convolutions with bias, from each branch's feature map to its teacher's channels."""
 
     @nn.compact
     def __call__(self, maps: list[Array], teachers: list[Array]) -> Array:
-        """(S,): mean squared errors of maps (B, H, W, C); of unequal H or W both are pooled first."""
+        """Return the mean squared errors of the projected maps, (S,).
+
+        Args:
+            maps: (B, H, W, C) of each branch.
+            teachers: (B, H', W', C') of each branch's teacher. If height or width differ, both maps are
+                pooled first.
+        """
         errors = []
         for i, (own, teacher) in enumerate(zip(maps, teachers, strict=True), 1):
             if own.shape[1:3] != teacher.shape[1:3]:
                 own, teacher = global_pool(own), global_pool(teacher)
             linear = Linear(teacher.shape[-1], torch_default, name=f"student{i}")
-            errors.append(losses.adapted_error(own, *linear.parameters(own.shape[-1]), teacher))
+            parameters = linear.parameters(own.shape[-1])
+            errors.append(losses.adapted_mean_squared_error(own, *parameters, teacher))
         return jnp.stack(errors)
 
 
-class Ekd(Distilling, Taught):
-    """L = CE(mean_k z_k) + sum_k [a CE_k + b T^2 KL(teacher k || k) + c MSE(h_teacher_k, A_k(h_k))].
+class EKD(WithKDLoss, WithTeachers):
+    """Ensemble distillation of teachers into branches, a reconstruction (Asif, Tang, Harrer, ECAI 2020).
 
-    Branch k learns from teacher k, so there are as many branches as teachers. h_k is the map that branch k
-    pools for its classifier, h_teacher_k the last map of its teacher, A_k a trained 1x1 convolution; maps
-    of unequal size are compared after global pooling. The teachers' mean may pull on the branches' mean
-    besides, d T^2 KL(mean of the teachers' logits || mean_k z_k). All of it is a reconstruction.
+        L = CE(mean_k z_k) + sum_k [a CE(z_k) + b T^2 KL(t_k || z_k) + c MSE(A_k(h_k), sg g_k)]
+            + d T^2 KL(mean_k t_k || mean_k z_k)
 
-    Attributes:
-        ce_weight: a, of the branches' cross entropy.
-        kd_weight: b, of their KD loss (.5 to 1).
-        feature_weight: c, of their maps; it must be 0 for teachers that are ensembles: they have none.
-        mean_weight: d; 0: no such term.
-
-    The KD losses have the knobs of `Distilling`; T is 4.
+    Branch k learns from teacher k, so there are as many branches as teachers. t_k are the teacher's logits;
+    h_k is the feature map that branch k pools for its classifier, g_k the last map of its teacher, and A_k a
+    trained 1x1 convolution. Maps of unequal size are compared after global average pooling. The ensemble is
+    the mean of the branches. All of it is a reconstruction.
     """
 
     uses_teacher_maps = True
 
-    ce_weight: float = 1.0
-    kd_weight: float = 0.5
-    feature_weight: float = 0.5
-    mean_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, "ce_weight", "kd_weight", "feature_weight", "mean_weight")
-        super().__post_init__()
+    ce_weight: float = knob(1.0, "Weight a of the branches' cross entropy.", NOT_NEGATIVE)
+    kd_weight: float = knob(0.5, "Weight b of the branches' KD loss.", NOT_NEGATIVE)
+    feature_weight: float = knob(
+        0.5,
+        "Weight c of the distance between feature maps; 0 for teachers that are ensembles, which have no "
+        "maps.",
+        NOT_NEGATIVE,
+    )
+    mean_weight: float = knob(
+        0.0, "Weight d of the KD loss from the teachers' mean to the branches' mean.", NOT_NEGATIVE
+    )
 
     def setup(self) -> None:
         self.projection = Projection()
@@ -71,11 +77,11 @@ class Ekd(Distilling, Taught):
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
         self._check(outputs, batch)
         logits_SxBxK, mean_BxK = outputs.logits_SxBxK, self.ensemble_logits(outputs)
-        ce, terms = label_terms(outputs, batch.labels)
+        ce, terms = cross_entropy_terms(outputs, batch.labels)
         terms["ensemble/loss_ce"] = losses.cross_entropy(mean_BxK, batch.labels)
 
         teachers_SxBxK = jnp.stack([teacher.logits for teacher in batch.teachers])
-        kd_S = self.distil(logits_SxBxK, teachers_SxBxK, batch)
+        kd_S = self.distillation_loss(logits_SxBxK, teachers_SxBxK, batch)
         terms |= per_student("loss_kd", kd_S)
         loss = terms["ensemble/loss_ce"] + self.ce_weight * ce + self.kd_weight * kd_S.sum()
 
@@ -85,12 +91,13 @@ class Ekd(Distilling, Taught):
             terms |= per_student("loss_features", mse_S)
             loss += self.feature_weight * mse_S.sum()
         if self.mean_weight:
-            pull = self.distil(mean_BxK, mean_of(teachers_SxBxK, self.temperature, "logits"), batch)
-            terms["ensemble/loss_kd"] = pull
-            loss += self.mean_weight * pull
+            teacher_BxK = average_teachers(teachers_SxBxK, self.temperature, "logits")
+            terms["ensemble/loss_kd"] = self.distillation_loss(mean_BxK, teacher_BxK, batch)
+            loss += self.mean_weight * terms["ensemble/loss_kd"]
         return loss, terms
 
     def _check(self, outputs: Outputs, batch: Batch) -> None:
+        """Raise UserError unless there is one teacher per branch, with maps if they are compared."""
         branches, teachers = len(outputs.pooled), len(batch.teachers)
         if branches != teachers:
             raise UserError(
@@ -100,6 +107,6 @@ class Ekd(Distilling, Taught):
         for number, teacher in enumerate(batch.teachers, 1):
             if self.feature_weight and not teacher.maps:
                 raise UserError(
-                    f"method.teachers: number {number} is an ensemble, which has no map to learn from: "
-                    f"name one of its students (RUN:1), or set method.feature_weight=0"
+                    f"method.teachers: number {number} is an ensemble, which has no feature maps to learn "
+                    f"from: name one of its students (RUN:1), or set method.feature_weight=0"
                 )

@@ -1,4 +1,4 @@
-"""The gate of ONE: a weight for every student and image."""
+"""The gate of ONE: weights for the students, for each image."""
 
 import flax.linen as nn
 import jax
@@ -12,11 +12,15 @@ Array = jax.Array
 
 
 class Gate(nn.Module):
-    """softmax(ReLU(BN(linear(GAP(base map))))), ONE's gate (METHODS.md 2)."""
+    """Weights from the base block's feature map: softmax(ReLU(BN(linear(GAP(map))))) (METHODS.md 2).
+
+    The map is pooled, and all that follows computed, in float32, whatever the dtype of the map (bfloat16 if
+    convolutions compute in it). The official code computes in the map's dtype, which is float32 there.
+    """
 
     @nn.compact
     def __call__(self, outputs: Outputs, train: bool) -> Array:
-        """(S, B)"""
+        """Return the students' weights, (S, B), whose sum over the students is 1."""
         pooled = outputs.base.mean((1, 2), dtype=jnp.float32)
         scores = Linear(len(outputs.logits_SxBxK), torch_default, name="linear")(pooled)
         return nn.softmax(nn.relu(BatchNorm(name="bn")(scores, Mode(train)))).T

@@ -1,51 +1,47 @@
 """Knowledge distillation from one or several frozen teachers.
 
-Hinton, Vinyals, Dean 2015 (arXiv 1503.02531); constants as in RepDistiller's and mdistiller's protocol for
-CIFAR-100 (METHODS.md 4).
+References:
+    Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531. Constants
+    are those of the usual protocol on CIFAR-100, RepDistiller and mdistiller (METHODS.md 4).
 """
 
 import jax
 import jax.numpy as jnp
 
-from ekd_jax.methods.base import Batch, Terms, check_choice, check_not_negative, label_terms, per_student
-from ekd_jax.methods.distilling import Distilling, Taught, mean_of
+from ekd_jax.common.knob import NOT_NEGATIVE, one_of
+from ekd_jax.methods.base import Batch, Terms, cross_entropy_terms, knob, per_student
+from ekd_jax.methods.distilling import AVERAGES, WithKDLoss, WithTeachers, average_teachers
 from ekd_jax.models.ensemble import Outputs
 
-AVERAGES = ("logits", "probabilities")
 
+class Hinton(WithKDLoss):
+    """Hinton's loss, for any source of frozen teachers (Hinton, Vinyals, Dean 2015).
 
-class FromTeachers(Distilling):
-    """L = sum over students of ce_weight * CE + kd_weight * T^2 KL(teacher || student).
+        L = sum_i ce_weight CE(z_i) + kd_weight T^2 KL(z_teacher || z_i)
 
-    Every student learns by itself; several teachers are one, their average.
-
-    Attributes:
-        ce_weight: of the cross entropy (Hinton: 1 - lambda; .1).
-        kd_weight: of the KD loss (Hinton: lambda; .9).
-        average: what of several teachers is averaged: "logits" or "probabilities".
-
-    The KD loss has the knobs of `Distilling`; T is 4.
+    Each student learns by itself. Several teachers count as one, their average. T = 4, .1 and .9 are the
+    protocol's; Hinton's weights are 1 - lambda and lambda.
     """
 
     sharing = "none"
 
-    ce_weight: float = 0.1
-    kd_weight: float = 0.9
-    average: str = "logits"
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, "ce_weight", "kd_weight")
-        check_choice(self, "average", AVERAGES)
-        super().__post_init__()
+    ce_weight: float = knob(0.1, "Weight of the cross entropy.", NOT_NEGATIVE)
+    kd_weight: float = knob(0.9, "Weight of the KD loss.", NOT_NEGATIVE)
+    average: str = knob(
+        "logits", "How several teachers are averaged: by logits or by probabilities.", one_of(AVERAGES)
+    )
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[jax.Array, Terms]:
-        ce, terms = label_terms(outputs, batch.labels)
+        ce, terms = cross_entropy_terms(outputs, batch.labels)
         logits_TxBxK = jnp.stack([teacher.logits for teacher in batch.teachers])
-        teacher_BxK = mean_of(logits_TxBxK, self.temperature, self.average)
-        kd_S = self.distil(outputs.logits_SxBxK, teacher_BxK, batch)
+        teacher_BxK = average_teachers(logits_TxBxK, self.temperature, self.average)
+        kd_S = self.distillation_loss(outputs.logits_SxBxK, teacher_BxK, batch)
         terms |= per_student("loss_kd", kd_S)
         return self.ce_weight * ce + self.kd_weight * kd_S.sum(), terms
 
 
-class Kd(FromTeachers, Taught):
-    """Hinton's knowledge distillation, from teachers that are there: `FromTeachers`."""
+class KD(Hinton, WithTeachers):
+    """Knowledge distillation from frozen teachers that a configuration names (Hinton, Vinyals, Dean 2015).
+
+    The loss is that of `Hinton`.
+    """

@@ -1,8 +1,10 @@
-"""KDCL: online knowledge distillation via collaborative learning.
+"""Online knowledge distillation via collaborative learning.
 
-Guo, Wang, Wu, Yu, Liang, Hu, Luo, CVPR 2020. No official code was found, and the paper was not at hand: a
-reconstruction (METHODS.md 12.3). Not verified are the formulas of the targets "naive", "linear", "minlogit"
-and "general", T = 2 and the weight 1.
+References:
+    Guo, Wang, Wu, Yu, Liang, Hu, Luo, "Online Knowledge Distillation via Collaborative Learning", CVPR
+    2020. No official code was found, and the paper was not at hand: a reconstruction (METHODS.md 12.3). Not
+    verified are the formulas of the targets "naive", "linear", "minlogit" and "general", T = 2 and the
+    weight 1.
 """
 
 import math
@@ -13,26 +15,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ekd_jax.common.knob import NOT_NEGATIVE, one_of
 from ekd_jax.methods import losses
-from ekd_jax.methods.base import Batch, Terms, check_choice, check_not_negative, label_terms, per_student
-from ekd_jax.methods.distilling import Distilling
+from ekd_jax.methods.base import Batch, Terms, cross_entropy_terms, knob, per_student
+from ekd_jax.methods.distilling import WithKDLoss
 from ekd_jax.models.ensemble import Outputs
 from ekd_jax.models.initializers import constant
 
 Array = jax.Array
 TARGETS = ("naive", "linear", "minlogit", "general", "mean")
-STEPS, LONGEST = 50, 8.0  # of the search for the weights of "linear", and the longest of these steps
-RIDGE = 1e-3  # added to the diagonal of the networks' error covariance of trace 1
+STEPS, LONGEST = 50, 8.0  # of the search for convex weights: number of steps, largest step size
+RIDGE = 1e-3  # added to the diagonal of the error covariance, whose trace is 1
 
 
 class ErrorCovariance(nn.Module):
-    """E[sum_k e_ik e_jk] of the networks' errors e, a running mean over batches."""
+    """The covariance of the networks' errors e, E[sum_k e_ik e_jk], as a running mean over batches."""
 
     momentum: float = 0.9  # of the old value
 
     @nn.compact
     def __call__(self, errors_SxBxK: Array) -> Array:
-        """(S, S), this batch included; its scale means nothing, as it begins at 0."""
+        """Return the running mean with this batch, (S, S). It starts at 0, so its scale means nothing."""
         shape = (len(errors_SxBxK),) * 2
         running = self.variable("batch_stats", "covariance", constant(0.0), None, shape, jnp.float32)
         if not self.is_initializing():
@@ -41,65 +44,58 @@ class ErrorCovariance(nn.Module):
         return running.value
 
 
-class Kdcl(Distilling):
-    """L = sum_i ce_weight * CE_i + kd_weight * T^2 KL(sg target || i), for networks that share nothing.
+class KDCL(WithKDLoss):
+    """Collaborative learning of networks with views of their own, a reconstruction (Guo et al., CVPR 2020).
 
-    The networks may be different ones, `model.students=("resnet56", "resnet20")`, and each sees its own
-    augmentation of the images. The target is made of all networks' logits:
+        L = sum_i ce_weight CE(z_i) + kd_weight T^2 KL(sg target || z_i)
+
+    The networks share nothing and may be different ones, `model.students=("resnet56", "resnet20")`; each
+    sees its own augmentation of the images. The target is made of the logits of all networks:
 
     - "naive": those of the network with the lowest cross entropy on the batch.
-    - "linear": their mean with the weights, not negative and of sum 1, that give the lowest cross entropy
-      on the batch; `convex_weights` looks for them.
-    - "minlogit": the minimum over networks of z - z_target, class by class.
-    - "general": their mean with weights C^-1 1 / 1^T C^-1 1, from the covariance C of the networks' errors
-      (softmax minus label). The paper estimates C on a validation set once an epoch; here it is a running
-      mean over training batches, ours, and negative weights are set to 0.
-    - "mean": the mean (shaoeric/Online-Knowledge-Distillation-via-Collaborative-Learning, with ce_weight
-      and kd_weight .5 and T = 4).
+    - "linear": their mean with the convex weights of the lowest cross entropy on the batch, which
+      `convex_weights` searches.
+    - "minlogit": for each class, the minimum over networks of z - z_target.
+    - "general": their mean with the weights C^-1 1 / (1^T C^-1 1), for the covariance C of the networks'
+      errors (softmax minus label). The paper estimates C on a validation set once per epoch; ours is a
+      running mean over training batches, and negative weights are set to 0.
+    - "mean": their mean, as in the unofficial
+      shaoeric/Online-Knowledge-Distillation-via-Collaborative-Learning, which has the weights .5 and .5 and
+      T = 4.
 
-    The ensemble is the mean of the students whatever the target, as most targets need labels.
-
-    Attributes:
-        target: one of these ("minlogit" for a default is our choice).
-        ce_weight: of the cross entropy.
-        kd_weight: of the KD loss.
-
-    The KD loss has the knobs of `Distilling`; T is 2.
+    The default, "minlogit", is our choice. The ensemble is the mean of the students for all targets, as
+    most targets need labels.
     """
 
     sharing = "none"
+    separate_views = True
 
     temperature: float = 2.0
-    target: str = "minlogit"
-    ce_weight: float = 1.0
-    kd_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_choice(self, "target", TARGETS)
-        check_not_negative(self, "ce_weight", "kd_weight")
-        super().__post_init__()
+    target: str = knob(
+        "minlogit",
+        "How the target is made of all logits: naive, linear, minlogit, general or mean.",
+        one_of(TARGETS),
+    )
+    ce_weight: float = knob(1.0, "Weight of the cross entropy.", NOT_NEGATIVE)
+    kd_weight: float = knob(1.0, "Weight of the KD loss.", NOT_NEGATIVE)
 
     def setup(self) -> None:
         if self.target == "general":
             self.errors = ErrorCovariance()
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
-        ce, terms = label_terms(outputs, batch.labels)
+        ce, terms = cross_entropy_terms(outputs, batch.labels)
         target_BxK = self._target(lax.stop_gradient(outputs.logits_SxBxK), batch)
-        kd_S = self.distil(outputs.logits_SxBxK, target_BxK, batch)
+        kd_S = self.distillation_loss(outputs.logits_SxBxK, target_BxK, batch)
         terms |= per_student("loss_kd", kd_S)
         return self.ce_weight * ce + self.kd_weight * kd_S.sum(), terms
-
-    @property
-    def separate_views(self) -> bool:
-        return True
 
     def _target(self, logits_SxBxK: Array, batch: Batch) -> Array:
         match self.target:
             case "naive":
                 return logits_SxBxK[losses.cross_entropy(logits_SxBxK, batch.labels).argmin()]
             case "minlogit":
-                return smallest_logits(logits_SxBxK, batch.classes)
+                return minimum_logits(logits_SxBxK, batch.classes)
             case "linear":
                 weights_S = convex_weights(logits_SxBxK, batch.labels)
             case "general":
@@ -112,18 +108,37 @@ class Kdcl(Distilling):
         return (weights_S[:, None, None] * logits_SxBxK).sum(0)
 
 
-def smallest_logits(logits_SxBxK: Array, classes: Array) -> Array:
-    """min over networks of z - z_target, (B, K): 0 for the target."""
+def minimum_logits(logits_SxBxK: Array, classes: Array) -> Array:
+    """Return the smallest logits of all networks, relative to the target class.
+
+        min_i (z_i - z_i,target)
+
+    Args:
+        logits_SxBxK: the networks' logits.
+        classes: (B,) integers, the target classes.
+
+    Returns:
+        (B, K); 0 for the target class.
+    """
     target = jnp.take_along_axis(logits_SxBxK, classes[None, :, None], -1)
     return (logits_SxBxK - target).min(0)
 
 
 def convex_weights(logits_SxBxK: Array, labels: Array) -> Array:
-    """(S,) weights, not negative and of sum 1, that minimize the cross entropy of the weighted mean.
+    """Return the convex weights whose weighted mean of the logits has the lowest cross entropy.
 
-    By exponentiated gradient: logarithms of the weights go down the gradient, whose largest component is
-    scaled to the size of the step. A step that lowers the loss is twice as long the next time; one that
-    does not is taken back, and half as long.
+        argmin_w CE(sum_i w_i z_i),    w_i >= 0,  sum_i w_i = 1
+
+    The search is exponentiated gradient descent: the weights' logarithms move against the gradient, scaled
+    so that its largest component is the step size. A step that lowers the loss doubles the next step size;
+    one that does not is undone, and halves it.
+
+    Args:
+        logits_SxBxK: the networks' logits.
+        labels: (B,) integers or (B, K) shares.
+
+    Returns:
+        (S,).
     """
 
     def loss(weights_S: Array) -> Array:
@@ -148,9 +163,18 @@ def convex_weights(logits_SxBxK: Array, labels: Array) -> Array:
 
 
 def general_weights(covariance_SxS: Array) -> Array:
-    """(S,) C^-1 1 / 1^T C^-1 1, what is negative set to 0 and the rest scaled to the sum 1.
+    """Return the weights of the smallest expected squared error, without negative ones.
 
-    `RIDGE` on the diagonal, next to a trace of 1, keeps networks with equal errors apart.
+        C^-1 1 / (1^T C^-1 1)
+
+    Negative weights are set to 0 and the others scaled to the sum 1. C is scaled to a trace of 1, and
+    `RIDGE` added to its diagonal, so that it can be inverted if networks have equal errors.
+
+    Args:
+        covariance_SxS: C, of any scale.
+
+    Returns:
+        (S,).
     """
     trace = jnp.trace(covariance_SxS)
     scaled = covariance_SxS / jnp.maximum(trace, jnp.finfo(trace.dtype).tiny)

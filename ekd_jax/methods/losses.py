@@ -1,6 +1,7 @@
-"""Losses as pure functions, one formula each. Gradients are stopped by the caller, not here.
+"""Losses as pure functions, one per formula. Callers stop gradients; nothing is stopped here.
 
-Shapes: logits (..., B, K), labels (B,) integers or (B, K) shares; a leading axis (students) is kept.
+Logits are (..., B, K) for a batch of B examples and K classes, labels (B,) integers or (B, K) shares.
+Losses are means over the batch and keep the leading axes, usually that of the students.
 """
 
 import jax
@@ -12,15 +13,20 @@ Array = jax.Array
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """Mean over the batch of -log softmax(z)[y] (METHODS.md 1.2, L_A; paper Eq. 1).
+    """Return the cross entropy of the labels, L_A of the main method.
+
+        -log softmax(z)_y,  or  -sum_k y_k log softmax(z)_k  for shares y
 
     Args:
         logits: (..., B, K) floating.
         labels: (B,) integers in [0, K), or (B, K) shares of the classes that sum to 1 (mixed images,
-            smoothed labels): -sum_k y_k log softmax(z)_k then.
+            smoothed labels).
 
     Returns:
-        (...): one value for each leading index.
+        (...): means over the batch.
+
+    References:
+        Walawalkar, Shen, Savvides, ECCV 2020, Eq. 1 (METHODS.md 1.2).
     """
     if labels.ndim == 2:
         return optax.softmax_cross_entropy(logits, labels).mean(-1)
@@ -31,20 +37,27 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 def knowledge_distillation(
     logits: Array, teacher_logits: Array, temperature: float, scale: bool = True
 ) -> Array:
-    """T^2 KL(softmax(z_T/T) || softmax(z/T)), summed over classes, mean over the batch (L_C, Eq. 6).
+    """Return the divergence from a teacher's softened predictions, L_C of the main method.
 
-    Both sides are log-softmaxes: the official code's softmax().log() gives NaN where the teacher's
-    probability underflows.
+        T^2 KL(softmax(z_T / T) || softmax(z / T)),  summed over the classes
+
+    Both sides are log-softmaxes. Official codes of this family take the logarithm of a softmax instead,
+    which is NaN where a probability underflows; some add a small constant to prevent that, which is left
+    out here (see the docstrings of ONE, OKDDip, FFL and DML).
 
     Args:
-        logits: (..., B, K), the learner's.
-        teacher_logits: (..., B, K), broadcast against `logits`.
+        logits: (..., B, K) of the student, z.
+        teacher_logits: (..., B, K), z_T, broadcast against `logits`.
         temperature: T > 0.
-        scale: multiply by T^2, which keeps the size of the gradients (paper: not written; official
-            code: done).
+        scale: whether to multiply by T^2, so that the gradients keep their size. The paper of the main
+            method does not write the factor; its official code has it.
 
     Returns:
-        (...): one value for each leading index.
+        (...): means over the batch.
+
+    References:
+        Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531.
+        Walawalkar, Shen, Savvides, ECCV 2020, Eq. 6.
     """
     log_p = jax.nn.log_softmax(logits / temperature)
     softened = teacher_logits / temperature
@@ -53,15 +66,23 @@ def knowledge_distillation(
     return divergence * temperature**2 if scale else divergence
 
 
-def standardized(logits: Array) -> Array:
-    """(z - mean) / std over the classes of every example, std unbiased plus 1e-7: logit standardization
-    (Sun et al., CVPR 2024; official code, distillers/KD.py).
+def standardize(logits: Array) -> Array:
+    """Return logits whose mean over the classes is 0 and whose deviation is 1, for each example.
+
+        (z - mean(z)) / (1e-7 + std(z)),  std unbiased
 
     Args:
         logits: (..., B, K) with K > 1.
+
+    Returns:
+        (..., B, K); 0 where all logits of an example are equal.
+
+    References:
+        Sun, Ren, Li, Wang, Cao, "Logit Standardization in Knowledge Distillation", CVPR 2024 (LSKD);
+        official code, mdistiller/distillers/KD.py, from which the 1e-7 is.
     """
     mean = logits.mean(-1, keepdims=True)
-    # of equal logits the root has no gradient: they are 0 whatever the deviation
+    # The square root has no gradient at 0, where all logits are equal.
     variance = jnp.square(logits - mean).sum(-1, keepdims=True) / (logits.shape[-1] - 1)
     std = jnp.sqrt(jnp.where(variance > 0, variance, 1.0))
     return (logits - mean) / (1e-7 + jnp.where(variance > 0, std, 0.0))
@@ -76,25 +97,33 @@ def decoupled_distillation(
     others_weight: float,
     scale: bool = True,
 ) -> Array:
-    """alpha TCKD + beta NCKD: the target's probability against all others', and the others among
-    themselves (DKD, Zhao et al., CVPR 2022, Eq. 7; official code, mdistiller/distillers/DKD.py).
+    """Return the decoupled divergence from a teacher: of the target class, and among the other classes.
+
+        T^2 (alpha TCKD + beta NCKD)
+
+    TCKD is the divergence of the two probabilities (target, all others together), NCKD that of the other
+    classes' probabilities, renormalized without the target.
 
     Args:
-        logits: (..., B, K), the learner's, K > 1.
+        logits: (..., B, K) of the student, K > 1.
         teacher_logits: (..., B, K), broadcast against `logits`.
-        classes: (B,) integers.
+        classes: (B,) integers, the target classes.
         temperature: T > 0.
         target_weight: alpha.
         others_weight: beta.
-        scale: multiply by T^2 (official code: done).
+        scale: whether to multiply by T^2, as the official code does.
 
     Returns:
-        (...): one value for each leading index, means over the batch.
+        (...): means over the batch.
+
+    References:
+        Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation", CVPR 2022 (DKD), Eq. 7; official
+        code, mdistiller/distillers/DKD.py, which masks the target by subtracting 1000 from its logit.
     """
     target = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
 
     def split(z: Array) -> tuple[Array, Array]:
-        """log of (target, all others) and of the others among themselves."""
+        """Return log probabilities of (target, all others), and of the others without the target."""
         z = z / temperature
         alone = jnp.where(target, -jnp.inf, z)
         others = jax.nn.logsumexp(alone, -1)
@@ -111,61 +140,93 @@ def decoupled_distillation(
 
 
 def correlation_distillation(
-    logits: Array, teacher_logits: Array, temperature: float, between: float, within: float
+    logits: Array, teacher_logits: Array, temperature: float, inter_weight: float, intra_weight: float
 ) -> Array:
-    """T^2 (beta inter + gamma intra): 1 - Pearson's correlation of the probabilities over the classes of
-    an example, and over the examples of a class, means (DIST, Huang et al., NeurIPS 2022, Eq. 6-10;
-    constants and T^2 as in METHODS.md 13).
+    """Return how far predictions are from being correlated with a teacher's.
+
+        T^2 (beta inter + gamma intra)
+
+    With p = softmax(z / T), inter is 1 - Pearson's correlation of both p over the classes of an example,
+    averaged over examples; intra is the same over the examples of a class, averaged over classes.
+
+    The official code adds 1e-8 to the product of the two norms by which the correlation is divided. It is
+    left out here: where both sides vary the correlation is exact, and where one does not vary (by no more
+    than its rounding) it is taken as 0, without a gradient.
 
     Args:
-        logits: (..., B, K), the learner's.
+        logits: (..., B, K) of the student.
         teacher_logits: (..., B, K), broadcast against `logits`.
-        temperature: T > 0, of the softmaxes.
-        between: beta, weight of the inter-class relation.
-        within: gamma, weight of the intra-class relation.
+        temperature: T > 0.
+        inter_weight: beta.
+        intra_weight: gamma.
 
     Returns:
-        (...): one value for each leading index.
+        (...): one value per leading index.
+
+    References:
+        Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022 (DIST),
+        Eq. 6-10; T^2 as in METHODS.md 13.
     """
     p, teacher = jax.nn.softmax(logits / temperature), jax.nn.softmax(teacher_logits / temperature)
 
-    def centerd(v: Array, axis: int) -> Array:
-        """v less its mean, with 1 for its largest entry: neither shift nor scale changes a correlation, and
-        so products do not underflow. 0 where v varies by no more than its rounding."""
+    def centered(v: Array, axis: int) -> Array:
+        """Return v less its mean, scaled so that its largest entry is 1; 0 where v does not vary.
+
+        Neither shift nor scale changes a correlation, and so products do not underflow.
+        """
         rounding = 16 * jnp.finfo(v.dtype).eps * v.max(axis, keepdims=True)
-        v = v - lax.slice_in_dim(v, 0, 1, axis=axis)  # of nearly equal entries the mean is exact then
+        v = v - lax.slice_in_dim(v, 0, 1, axis=axis)  # so that the mean of nearly equal entries is exact
         v = v - v.mean(axis, keepdims=True)
         largest = lax.stop_gradient(jnp.abs(v).max(axis, keepdims=True))
         varies = largest > rounding
         return jnp.where(varies, v / jnp.where(varies, largest, 1.0), 0.0)
 
     def distance(axis: int) -> Array:
-        a, b = centerd(p, axis), centerd(teacher, axis)
+        a, b = centered(p, axis), centered(teacher, axis)
         product = (a * a).sum(axis) * (b * b).sum(axis)
-        # where nothing varies, nothing is correlated
         cosine = (a * b).sum(axis) / jnp.sqrt(jnp.where(product > 0, product, 1.0))
         return (1 - cosine).mean(-1)
 
-    return temperature**2 * (between * distance(-1) + within * distance(-2))
+    return temperature**2 * (inter_weight * distance(-1) + intra_weight * distance(-2))
 
 
 def mean_squared_error(a: Array, b: Array) -> Array:
-    """Mean over all elements of (a - b)^2, computed in float32 at least (L_B; official nn.MSELoss)."""
+    """Return the mean squared difference, L_B of the main method.
+
+        mean((a - b)^2)
+
+    Args:
+        a: any shape.
+        b: the same shape.
+
+    Returns:
+        A scalar, computed in float32 or wider.
+
+    References:
+        Walawalkar, Shen, Savvides, ECCV 2020, where differences are summed; the mean over all elements is
+        the official code's (nn.MSELoss).
+    """
     dtype = jnp.promote_types(a.dtype, jnp.float32)
     return jnp.square(a.astype(dtype) - b.astype(dtype)).mean()
 
 
 @jax.custom_vjp
-def adapted_error(x: Array, kernel: Array, bias: Array, target: Array) -> Array:
-    """`mean_squared_error(x kernel + bias, target)`: of maps that a 1x1 convolution adapts.
+def adapted_mean_squared_error(x: Array, kernel: Array, bias: Array, target: Array) -> Array:
+    """Return the mean squared error of a feature map that a 1x1 convolution adapts to a target.
 
-    The gradient is written out: it keeps the difference, and multiplies it as it is. Autodiff's would write
-    the scaled difference down once more.
+        mean((x kernel + bias - target)^2)
+
+    The gradient is written out. It keeps the difference from the forward pass and multiplies it as it is;
+    automatic differentiation would write the scaled difference to memory once more.
 
     Args:
         x: (..., C).
-        kernel, bias: (C, K), (K,) float32; applied in x's dtype.
-        target: (..., K), a constant.
+        kernel: (C, K) float32, applied in x's dtype.
+        bias: (K,) float32, likewise.
+        target: (..., K), a constant: it gets no gradient.
+
+    Returns:
+        A scalar, computed in float32 or wider.
     """
     return _adapted_forward(x, kernel, bias, target)[0]
 
@@ -188,4 +249,4 @@ def _adapted_backward(kept: tuple[Array, Array, Array], g: Array) -> tuple[Array
     return dx.reshape(x.shape), dkernel.astype(kernel.dtype), dbias.astype(kernel.dtype), None
 
 
-adapted_error.defvjp(_adapted_forward, _adapted_backward)
+adapted_mean_squared_error.defvjp(_adapted_forward, _adapted_backward)

@@ -1,12 +1,14 @@
 """Multi-model ensemble via adversarial learning: MEAL and MEAL V2.
 
-MEAL: Shen, He, Xue, AAAI 2019 (arXiv 1812.02425), official code AaronHeee/MEAL: main.py, loss.py,
-models/discriminator.py. MEAL V2: Shen, Savvides 2020 (arXiv 2009.08453), official code szq0214/MEAL-V2:
-train.py, loss.py, extensions/teacher_wrapper.py. METHODS.md 9.
+References:
+    Shen, He, Xue, "MEAL: Multi-Model Ensemble via Adversarial Learning", AAAI 2019, arXiv 1812.02425;
+    official code AaronHeee/MEAL, main.py, loss.py, models/discriminator.py.
+    Shen, Savvides, "MEAL V2: Boosting Vanilla ResNet-50 to 80%+ Top-1 Accuracy on ImageNet without Tricks",
+    2020, arXiv 2009.08453; official code szq0214/MEAL-V2, train.py, loss.py, extensions/teacher_wrapper.py
+    (METHODS.md 9).
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,26 +18,27 @@ import optax
 from jax import lax
 
 from ekd_jax.common.errors import UserError
+from ekd_jax.common.knob import NOT_NEGATIVE, Rule, one_of
 from ekd_jax.methods import losses
-from ekd_jax.methods.base import Batch, Terms, check_choice, check_not_negative, label_terms, per_student
-from ekd_jax.methods.distilling import Taught
+from ekd_jax.methods.base import Batch, Terms, cross_entropy_terms, knob, per_student
+from ekd_jax.methods.distilling import WithTeachers
 from ekd_jax.models.ensemble import Outputs, scale_gradient
 from ekd_jax.models.initializers import torch_default
 from ekd_jax.models.layers import Linear
 
 Array = jax.Array
-TAPS = ("logits", "all")
-DRAW = 1 << 20  # of the key; what the networks drop has small numbers
+DRAW = 1 << 20  # folded into the random key; networks fold in small numbers
+PER_TAP = Rule(lambda values: values and all(v >= 0 for v in values), "not be empty or negative")
 
 
 class Discriminator(nn.Module):
-    """Linear layers d -> d / shrink -> d / shrink^2 -> 2, ReLU after each, the last included."""
+    """Linear layers d -> d / shrink -> d / shrink^2 -> 2, with a ReLU after each, the last one included."""
 
     shrink: int = 2
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """(B, d) -> (B, 2), scores of a student and of a teacher."""
+        """Return scores of being a student's and a teacher's, (B, 2), for x (B, d)."""
         width = x.shape[-1]
         sizes = [max(1, width // self.shrink), max(1, width // self.shrink**2), 2]
         for number, size in enumerate(sizes, 1):
@@ -44,13 +47,18 @@ class Discriminator(nn.Module):
 
 
 class Discriminators(nn.Module):
-    """One for each student and tap; tells what a student gives from what the teacher does."""
+    """A discriminator per student and tap, which tells the student's vectors from the teacher's."""
 
     shrink: int = 2
 
     @nn.compact
     def __call__(self, taps: list[list[Array]], targets: list[Array]) -> Array:
-        """Binary cross entropies, (S, taps), of taps[s][l] and targets[l], (B, d_l)."""
+        """Return the binary cross entropies, (S, taps).
+
+        Args:
+            taps: `taps[s][l]`, (B, d_l), vector of student s at tap l.
+            targets: `targets[l]`, (B, d_l), vector of the teacher at tap l.
+        """
         return jnp.stack(
             [
                 jnp.stack([self._loss(s, tap, *pair) for tap, pair in enumerate(pairs, 1)])
@@ -64,14 +72,23 @@ class Discriminators(nn.Module):
         return optax.sigmoid_binary_cross_entropy(scores, truth).mean()
 
 
-def reversed_gradient(x: Array) -> Array:
-    """x; what comes back is negated."""
+def reverse_gradient(x: Array) -> Array:
+    """Return x; its gradient is negated on the way back."""
     return scale_gradient(x, -1.0)
 
 
 def adaptive_average_pool(x: Array, length: int) -> Array:
-    """(B, L) -> (B, length): element i is the mean of x from floor(i L / length) up to
-    ceil((i + 1) L / length), as PyTorch's AdaptiveAvgPool1d."""
+    """Return x averaged over windows that divide it evenly, as PyTorch's AdaptiveAvgPool1d does.
+
+    Element i is the mean of x from floor(i L / length) up to ceil((i + 1) L / length), exclusive.
+
+    Args:
+        x: (B, L).
+        length: number of windows.
+
+    Returns:
+        (B, length).
+    """
     size, i = x.shape[-1], np.arange(length)
     first, last = i * size // length, -(-(i + 1) * size // length)
     places = first[:, None] + np.arange((last - first).max())
@@ -79,15 +96,28 @@ def adaptive_average_pool(x: Array, length: int) -> Array:
     return (x[:, places.clip(max=size - 1)] * weights.astype(x.dtype)).sum(-1)
 
 
-def flattened(x: Array, length: int) -> Array:
-    """A map (B, H, W, C) as (B, length): pixels row by row, pooled to that length, mean over channels."""
-    means = x.mean(-1, dtype=jnp.promote_types(x.dtype, jnp.float32))  # first: both are linear
+def flatten_map(x: Array, length: int) -> Array:
+    """Return a feature map (B, H, W, C) as vectors (B, length).
+
+    Pixels are taken row by row, pooled to the length, and averaged over the channels.
+    """
+    means = x.mean(-1, dtype=jnp.promote_types(x.dtype, jnp.float32))  # first: both steps are linear
     return adaptive_average_pool(means.reshape(len(x), -1), length)
 
 
-def soft_cross_entropy(logits: Array, targets: Array) -> Array:
-    """-sum_k softmax(t)_k log softmax(z)_k, mean over the batch."""
-    return losses.cross_entropy(logits, jax.nn.softmax(targets))
+def soft_cross_entropy(logits: Array, target_logits: Array) -> Array:
+    """Return the cross entropy with the softmax of other logits.
+
+        -sum_k softmax(t)_k log softmax(z)_k
+
+    Args:
+        logits: (B, K), z.
+        target_logits: (B, K), t.
+
+    Returns:
+        A scalar, the mean over the batch.
+    """
+    return losses.cross_entropy(logits, jax.nn.softmax(target_logits))
 
 
 SIMILARITIES = {
@@ -97,79 +127,79 @@ SIMILARITIES = {
 }
 
 
-class Adversarial(Taught):
-    """A method whose students learn from frozen teachers and against discriminators.
-
-    Attributes:
-        discriminator_learning_rate_scale: on the discriminators.
-    """
+class WithDiscriminators(WithTeachers):
+    """A method whose students learn from frozen teachers and against discriminators."""
 
     sharing = "none"
 
-    discriminator_learning_rate_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, "discriminator_learning_rate_scale")
-        super().__post_init__()
+    discriminator_learning_rate_scale: float = knob(
+        1.0, "Factor on the learning rate of the discriminators.", NOT_NEGATIVE
+    )
 
     @property
     def learning_rate_scales(self) -> dict[str, float]:
         return {"discriminators": self.discriminator_learning_rate_scale}
 
 
-class Meal(Adversarial):
-    """L = sum over taps l of gamma_l H(softmax(t_l), softmax(s_l)) + eta_l BCE(D_l([s_l; t_l])).
+class MEAL(WithDiscriminators):
+    """Multi-model ensemble via adversarial learning (Shen, He, Xue, AAAI 2019).
 
-    Every step one of the teachers, drawn uniformly, is t; T is 1 and labels are not used (their cross
-    entropy is logged). A discriminator D_l tells s_l from t_l, and the student learns to mislead it. Every
-    student learns by itself, against discriminators of its own.
+        L = sum over taps l of gamma_l H(softmax(t_l), softmax(s_l)) + eta_l BCE(D_l([s_l; t_l]))
 
-    Teachers are in evaluation mode; the official code leaves them in training mode unless told otherwise
-    (teacher_eval=0). All of them are run in every step, and what the drawn one gives is taken.
+    In each step one of the teachers, drawn uniformly, is t. There is no temperature, and labels are not
+    used (their cross entropy is logged). A discriminator D_l tells s_l from t_l, and the student learns to
+    mislead it. Each student learns by itself, against discriminators of its own.
 
-    Attributes:
-        teachers: as of `Taught`.
-        taps: what is compared: the "logits" (the published command for ensembles), or "all" maps of the
-            stages, too, each flattened to a vector, and last the logits.
-        tap_lengths: d_l of the maps, one for each or one for all; 0: as many as the teachers' maps have
-            pixels (published for five of a VGG: 10000, 5000, 1000, 500).
-        similarity: "ce", H; or "l1" or "l2", the mean distance of t_l and s_l themselves.
-        similarity_weights: gamma, one for each tap or one for all (published for a VGG's: .001, .01, .05,
-            .1, 1).
-        discriminator_weights: eta, likewise.
-        adversarial: the student learns to mislead the discriminators: their gradient to it is reversed (a
-            reconstruction of the paper's min-max, which is not verified). False: the published code, in
-            which the student minimizes their loss, too.
-        discriminator_learning_rate_scale: on the discriminators (published: 1e-3 against .1).
+    The published settings: logits alone for ensembles; for five taps of a VGG vectors of 10000, 5000, 1000
+    and 500 elements besides the logits, with gamma = .001, .01, .05, .1 and 1; a learning rate of 1e-3 for
+    the discriminators and .1 for the network.
+
+    Teachers are in evaluation mode; the official code leaves them in training mode by default
+    (teacher_eval=0). All teachers are computed in each step, and the outputs of the drawn one are used.
     """
 
-    taps: str = "logits"
-    tap_lengths: tuple[int, ...] = (0,)
-    similarity: str = "ce"
-    similarity_weights: tuple[float, ...] = (1.0,)
-    discriminator_weights: tuple[float, ...] = (1.0,)
-    adversarial: bool = True
+    taps: str = knob(
+        "logits",
+        "What is compared: logits alone, or the feature maps of all stages as well (all).",
+        one_of(("logits", "all")),
+    )
+    tap_lengths: tuple[int, ...] = knob(
+        (0,),
+        "Lengths d_l to which feature maps are flattened, one per map or one for all; 0: the number of "
+        "pixels of the teacher's map.",
+        PER_TAP,
+    )
+    similarity: str = knob(
+        "ce",
+        "How vectors are compared: cross entropy of softmaxes (ce), or mean absolute (l1) or squared (l2) "
+        "difference.",
+        one_of(SIMILARITIES),
+    )
+    similarity_weights: tuple[float, ...] = knob(
+        (1.0,), "Weights gamma of the similarity, one per tap or one for all.", PER_TAP
+    )
+    discriminator_weights: tuple[float, ...] = knob(
+        (1.0,), "Weights eta of the discriminators' losses, one per tap or one for all.", PER_TAP
+    )
+    adversarial: bool = knob(
+        True,
+        "Reverse the gradient from the discriminators to the student, a reconstruction of the paper's "
+        "min-max that is not verified. False: the student minimizes their loss, too, as in the published "
+        "code.",
+    )
     discriminator_learning_rate_scale: float = 0.01
-
-    def __post_init__(self) -> None:
-        check_choice(self, "taps", TAPS)
-        check_choice(self, "similarity", SIMILARITIES)
-        for name in ("tap_lengths", "similarity_weights", "discriminator_weights"):
-            if not getattr(self, name) or not all(value >= 0 for value in getattr(self, name)):
-                raise UserError(f"method.{name}={getattr(self, name)} must not be empty or negative")
-        super().__post_init__()
 
     def setup(self) -> None:
         self.discriminators = Discriminators()
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
-        _, terms = label_terms(outputs, batch.labels)
+        _, terms = cross_entropy_terms(outputs, batch.labels)
         taps, targets = self._tapped(outputs, batch)
         similarity = SIMILARITIES[self.similarity]
         similarity_Sxl = jnp.stack(
             [jnp.stack([similarity(*pair) for pair in zip(own, targets, strict=True)]) for own in taps]
         )
-        judged = jax.tree.map(reversed_gradient, taps) if self.adversarial else taps
+        judged = jax.tree.map(reverse_gradient, taps) if self.adversarial else taps
         discriminator_Sxl = self.discriminators(judged, targets)
         terms |= per_student("loss_similarity", similarity_Sxl.sum(1))
         terms |= per_student("loss_discriminator", discriminator_Sxl.sum(1))
@@ -179,11 +209,11 @@ class Meal(Adversarial):
         return loss, terms
 
     @property
-    def uses_teacher_maps(self) -> bool:  # type: ignore[override]
+    def uses_teacher_maps(self) -> bool:
         return self.taps == "all"
 
     def _tapped(self, outputs: Outputs, batch: Batch) -> tuple[list[list[Array]], list[Array]]:
-        """The students' taps [s][l] and the drawn teacher's [l], (B, d_l) each."""
+        """Return the students' vectors [s][l] and the drawn teacher's [l], (B, d_l) each."""
         given = [[logits] for logits in outputs.logits_SxBxK]
         taught = [[teacher.logits] for teacher in batch.teachers]
         if self.taps == "all":
@@ -193,51 +223,52 @@ class Meal(Adversarial):
             taught = [
                 self._flat(t.maps, lengths) + own for t, own in zip(batch.teachers, taught, strict=True)
             ]
-        chosen = drawn(batch.key, len(taught))
+        chosen = draw_index(batch.key, len(taught))
         stacked = [jnp.stack(row) for row in zip(*taught, strict=True)]
         return given, [lax.stop_gradient(row[chosen]) for row in stacked]
 
     def _flat(self, maps: Sequence[Array], lengths: Sequence[int]) -> list[Array]:
-        return [flattened(x, length) for x, length in zip(maps, lengths, strict=True)]
+        return [flatten_map(x, length) for x, length in zip(maps, lengths, strict=True)]
 
     def _lengths(self, outputs: Outputs, batch: Batch) -> list[int]:
+        """Return the length of each flattened map; raise UserError if teachers have another number of maps."""
         number = len(outputs.features)
         for i, teacher in enumerate(batch.teachers, 1):
             if len(teacher.maps) != number:
                 raise UserError(
                     f"method.taps=all: teacher {i} has {len(teacher.maps)} maps, the students {number}: "
-                    f"take networks of as many stages (an ensemble has no maps), or method.taps=logits"
+                    f"choose networks with as many stages (an ensemble has no maps), or method.taps=logits"
                 )
         pixels = [x.shape[1] * x.shape[2] for x in batch.teachers[0].maps]
         return [n or p for n, p in zip(self._for_each("tap_lengths", number), pixels, strict=True)]
 
     def _for_each(self, name: str, number: int) -> tuple:
-        """A knob with one value for each of so many, or one for all."""
+        """Return the values of a knob that has one value per tap, or one for all taps."""
         values: tuple = getattr(self, name)
         if len(values) not in (1, number):
             raise UserError(f"method.{name} has {len(values)} values: give one, or {number}")
         return values * number if len(values) == 1 else values
 
 
-class MealV2(Adversarial):
-    """L = H(mean over teachers of softmax(t), softmax(s)) + BCE(D([s; mean of t])), on logits alone.
+class MEALV2(WithDiscriminators):
+    """MEAL of all teachers at once, on logits alone (Shen, Savvides 2020).
 
-    All teachers are used in every step and labels are not (their cross entropy is logged). One
-    discriminator a student, d -> d/8 -> d/64 -> 2, tells its logits from the mean of the teachers'; there
-    is no reversal: as published, the student minimizes this loss, too. It should be trained already: pass
-    the folder of a student as `model.initial_weights`, which student 1 begins with.
+        L = H(mean over teachers of softmax(t), softmax(s)) + BCE(D([s; mean over teachers of t]))
 
-    Attributes:
-        teachers: as of `Taught`; in evaluation mode.
-        discriminator_learning_rate_scale: on the discriminators. The official code asks for 1e-4 against
-            .01, but sets every rate to the network's at each epoch: 1.
+    Labels are not used (their cross entropy is logged). One discriminator per student, d -> d/8 -> d/64 ->
+    2, tells its logits from the mean of the teachers'; no gradient is reversed: as published, the student
+    minimizes this loss, too. The student should be trained already: name its directory in
+    `model.initial_weights`. Teachers are in evaluation mode.
+
+    The official code asks for a learning rate of 1e-4 for the discriminators and .01 for the network, but
+    then sets all rates to the network's at each epoch, hence the factor 1.
     """
 
     def setup(self) -> None:
         self.discriminators = Discriminators(shrink=8)
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
-        _, terms = label_terms(outputs, batch.labels)
+        _, terms = cross_entropy_terms(outputs, batch.labels)
         teachers_TxBxK = lax.stop_gradient(jnp.stack([teacher.logits for teacher in batch.teachers]))
         target_BxK = jax.nn.softmax(teachers_TxBxK).mean(0)
         similarity_S = losses.cross_entropy(outputs.logits_SxBxK, target_BxK)
@@ -248,6 +279,12 @@ class MealV2(Adversarial):
         return similarity_S.sum() + discriminator_S.sum(), terms
 
 
-def drawn(key: Any, number: int) -> Array | int:
-    """One of so many, each as likely as any other, by the key of the step."""
-    return jax.random.randint(jax.random.fold_in(key, DRAW), (), 0, number) if number > 1 else 0
+def draw_index(key: Array | None, number: int) -> Array | int:
+    """Return an integer below `number`, drawn uniformly with the random key of a step.
+
+    The key may be None if there is only one choice.
+    """
+    if number == 1:
+        return 0
+    assert key is not None, "drawing needs Batch.key"
+    return jax.random.randint(jax.random.fold_in(key, DRAW), (), 0, number)

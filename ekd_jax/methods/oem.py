@@ -1,7 +1,12 @@
-"""Online ensemble model compression using knowledge distillation.
+"""Online ensemble model compression using knowledge distillation, the main method.
 
-Walawalkar, Shen, Savvides, ECCV 2020 (arXiv 2011.07449); formulas as in the official code,
-utils/Losses.py, which METHODS.md 1.2 and 1.9 hold against the paper.
+Branches of decreasing width share a base block. They learn from the labels, from the ensemble of all of
+them (the ensemble teacher) and from the feature maps of student 1 (the pseudo teacher).
+
+References:
+    Walawalkar, Shen, Savvides, "Online Ensemble Model Compression using Knowledge Distillation", ECCV 2020,
+    arXiv 2011.07449. Formulas are those of the official code, utils/Losses.py; METHODS.md 1.2 and 1.9
+    compare it with the paper.
 """
 
 from collections.abc import Callable
@@ -11,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ekd_jax.common.knob import NOT_NEGATIVE, one_of
 from ekd_jax.methods import losses
-from ekd_jax.methods.base import Batch, Terms, check_choice, check_not_negative, label_terms, per_student
-from ekd_jax.methods.distilling import Distilling
+from ekd_jax.methods.base import Batch, Terms, cross_entropy_terms, knob, per_student
+from ekd_jax.methods.distilling import WithKDLoss
 from ekd_jax.methods.gate import Gate
 from ekd_jax.models.ensemble import Features, Outputs
 from ekd_jax.models.initializers import constant, torch_default
@@ -23,88 +29,89 @@ Array = jax.Array
 
 
 class Adaptation(nn.Module):
-    """1x1 convolutions with bias that bring students' maps to the pseudo teacher's channels, and how far
-    they are from its then."""
+    """1x1 convolutions with bias, from each student's feature maps to the pseudo teacher's channels."""
 
     @nn.compact
     def __call__(self, features: Features) -> Array:
-        """(blocks, S): mean squared errors."""
+        """Return the mean squared errors of the adapted maps, (blocks, S)."""
 
         def error(b: int, i: int, x: Array, target: Array) -> Array:
             linear = Linear(target.shape[-1], torch_default, name=f"block{b}_student{i}")
-            return losses.adapted_error(x, *linear.parameters(x.shape[-1]), target)
+            return losses.adapted_mean_squared_error(x, *linear.parameters(x.shape[-1]), target)
 
         return _errors(features, error)
 
 
 class UniformWeights(nn.Module):
-    """1/S for every student."""
+    """Equal weights, 1/S for each student."""
 
     def __call__(self, outputs: Outputs, train: bool) -> Array:
-        """(S, 1)"""
+        """Return the weights, (S, 1)."""
         students = len(outputs.logits_SxBxK)
         return jnp.full((students, 1), 1 / students, outputs.logits_SxBxK.dtype)
 
 
 class LearnedWeights(nn.Module):
-    """softmax of one trained number a student, 1/S to begin with."""
+    """Trained weights, the softmax of one number per student; 1/S at the start."""
 
     @nn.compact
     def __call__(self, outputs: Outputs, train: bool) -> Array:
-        """(S, 1)"""
+        """Return the weights, (S, 1)."""
         shape = (len(outputs.logits_SxBxK),)
         return nn.softmax(self.param("logits", constant(0.0), shape, jnp.float32))[:, None]
 
 
 WEIGHTINGS = {"uniform": UniformWeights, "learned": LearnedWeights, "gated": Gate}
-CHOICES: dict[str, tuple[str, ...]] = {
-    "adaptation": ("conv", "channel_mean"),
-    "ensemble_weights": tuple(WEIGHTINGS),
-    "base_gradient": ("all", "pseudo_teacher"),
-}
 
 
-class Oem(Distilling):
-    """L = alpha * sum_i CE_i + beta * sum_b sum_{i>1} MSE_bi + gamma * sum_i T^2 KL(ensemble || i).
+class OEM(WithKDLoss):
+    """Online ensemble model compression (Walawalkar, Shen, Savvides, ECCV 2020).
 
-    Attributes:
-        alpha: weight of the students' cross entropy (paper: .7).
-        beta: weight of the intermediate loss (paper: .15).
-        gamma: weight of the KD loss (paper: .15).
-        adaptation: how maps of unequal width are compared: "conv", a trained 1x1 convolution to the
-            pseudo teacher's channels, or "channel_mean" of both (official Adaptation_use=False).
-        adaptation_learning_rate_scale: on the adaptation layers (official code: .5; the paper does
-            not say).
-        ensemble_weights: of the students' logits in the ensemble teacher: "uniform" (paper and
-            code: the mean), "learned" (one weight a student) or "gated" (a weight a student and
-            image, from the base block's map, by ONE's gate). The last two are ours: the weights,
-            and they alone, are trained by the ensemble teacher's own cross entropy.
-        base_gradient: who trains the base block: "all" students or the "pseudo_teacher" alone.
+        L = alpha sum_i CE(z_i) + beta sum_b sum_{i>1} MSE(A_bi(F_bi), sg F_b1)
+            + gamma sum_i T^2 KL(sg z_T || z_i),    z_T = sum_i w_i z_i
 
-    The KD loss has the knobs of `Distilling`; T is 2 (paper), the factor T^2 the official code's.
+    z_i are the logits of student i and F_bi its feature map of block b, A_bi a trained 1x1 convolution, sg
+    stops the gradient. alpha, beta, gamma = .7, .15, .15 and T = 2 are the paper's; T^2 is the official
+    code's.
+
+    The weights w_i are 1/S in paper and code. Learned and gated weights are ours: they, and they alone, are
+    trained by the ensemble teacher's own cross entropy, CE(z_T).
     """
 
     temperature: float = 2.0
-    alpha: float = 0.7
-    beta: float = 0.15
-    gamma: float = 0.15
-    adaptation: str = "conv"
-    adaptation_learning_rate_scale: float = 0.5
-    ensemble_weights: str = "uniform"
-    base_gradient: str = "all"
-
-    def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            check_choice(self, name, choices)
-        check_not_negative(self, "alpha", "beta", "gamma", "adaptation_learning_rate_scale")
-        super().__post_init__()
+    alpha: float = knob(0.7, "Weight of the students' cross entropy.", NOT_NEGATIVE)
+    beta: float = knob(0.15, "Weight of the intermediate loss, on feature maps.", NOT_NEGATIVE)
+    gamma: float = knob(0.15, "Weight of the KD loss.", NOT_NEGATIVE)
+    adaptation: str = knob(
+        "conv",
+        "How feature maps of unequal width are compared: after a trained 1x1 convolution to the pseudo "
+        "teacher's channels (conv), or as means over the channels (channel_mean, the official code's "
+        "Adaptation_use=False).",
+        one_of(("conv", "channel_mean")),
+    )
+    adaptation_learning_rate_scale: float = knob(
+        0.5,
+        "Factor on the learning rate of the adaptation layers, .5 in the official code.",
+        NOT_NEGATIVE,
+    )
+    ensemble_weights: str = knob(
+        "uniform",
+        "Weights of the students in the ensemble teacher: equal (uniform), one trained weight per student "
+        "(learned), or per student and image by ONE's gate (gated).",
+        one_of(WEIGHTINGS),
+    )
+    base_gradient: str = knob(
+        "all",
+        "Who trains the base block: all students, or the pseudo_teacher alone.",
+        one_of(("all", "pseudo_teacher")),
+    )
 
     def setup(self) -> None:
         self.adaptation_layers = Adaptation()
         self.weighting = WEIGHTINGS[self.ensemble_weights]()
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
-        ce, terms = label_terms(outputs, batch.labels)
+        ce, terms = cross_entropy_terms(outputs, batch.labels)
 
         intermediate_bxS = self._intermediate(outputs)
         terms |= per_student("loss_intermediate", intermediate_bxS.sum(0))
@@ -113,7 +120,7 @@ class Oem(Distilling):
 
         # Students and base block enter as constants: only the ensemble weights can learn from this.
         teacher_BxK = self._combine(jax.tree.map(lax.stop_gradient, outputs), train=True)
-        kd_S = self.distil(outputs.logits_SxBxK, teacher_BxK, batch)
+        kd_S = self.distillation_loss(outputs.logits_SxBxK, teacher_BxK, batch)
         terms |= per_student("loss_kd", kd_S)
 
         loss = self.alpha * ce + self.beta * intermediate_bxS.sum() + self.gamma * kd_S.sum()
@@ -134,12 +141,12 @@ class Oem(Distilling):
         return {"adaptation_layers": self.adaptation_learning_rate_scale}
 
     def _combine(self, outputs: Outputs, train: bool) -> Array:
-        """z_T = sum_i w_i z_i, (B, K); METHODS.md 1.1 and D1."""
+        """Return the ensemble teacher's logits, (B, K); METHODS.md 1.1 and D1."""
         weights_SxB = self.weighting(outputs, train)
         return (weights_SxB[..., None] * outputs.logits_SxBxK).sum(0)
 
     def _intermediate(self, outputs: Outputs) -> Array:
-        """(blocks, S): MSE of every map against the stopped pseudo teacher's; 0 for student 1."""
+        """Return the errors of all feature maps, (blocks, S); 0 for student 1."""
         if self.adaptation == "conv":
             errors: Array = self.adaptation_layers(outputs.features)
             return errors
@@ -148,7 +155,12 @@ class Oem(Distilling):
 
 
 def _errors(maps: Features, error: Callable[[int, int, Array, Array], Array]) -> Array:
-    """(blocks, S): error(block, student, its map, the stopped pseudo teacher's); 0 for student 1."""
+    """Return `error` of every feature map, (blocks, S); 0 for student 1, the target.
+
+    Args:
+        maps: `maps[b][s]` of block b and student s.
+        error: (block, student, its map, the pseudo teacher's map as a constant) -> scalar.
+    """
     rows = []
     for b, (first, *others) in enumerate(maps, 1):
         target = lax.stop_gradient(first)

@@ -1,7 +1,9 @@
-"""OKDDip: online knowledge distillation with diverse peers.
+"""Online knowledge distillation with diverse peers.
 
-Chen, Mei, Wang, Feng, Chen, AAAI 2020 (arXiv 1912.00350); as in the official code, train_GL.py,
-models/model_cifar/resnet_GL.py and utils.KL_Loss (METHODS.md 12.1).
+References:
+    Chen, Mei, Wang, Feng, Chen, "Online Knowledge Distillation with Diverse Peers", AAAI 2020, arXiv
+    1912.00350; official code DefangChen/OKDDip-AAAI2020, train_GL.py, models/model_cifar/resnet_GL.py and
+    utils.KL_Loss (METHODS.md 12.1).
 """
 
 from collections.abc import Sequence
@@ -12,26 +14,30 @@ import jax.numpy as jnp
 
 from ekd_jax.common.errors import UserError
 from ekd_jax.methods import losses
-from ekd_jax.methods.base import Batch, Terms, label_terms, per_student
-from ekd_jax.methods.distilling import Ramped
+from ekd_jax.methods.base import Batch, Terms, cross_entropy_terms, knob, per_student
+from ekd_jax.methods.distilling import WithRampUp
 from ekd_jax.models.ensemble import Outputs
 from ekd_jax.models.initializers import torch_default
 from ekd_jax.models.layers import global_pool
 
 Array = jax.Array
-FACTOR = 8  # queries and keys are so many times smaller than the features
+FACTOR = 8  # features divided by the size of queries and keys
 
 
 class Attention(nn.Module):
-    """softmax_b(W_q h_a . W_k h_b): how much peer a attends to peer b, an image at a time.
+    """How much each peer attends to each other peer, per image: softmax_b((W_q h_a) . (W_k h_b)).
 
-    All peers have W_q and W_k in common; peers of unequal width, which the paper does not have, only with
-    those of their own width.
+    All peers share W_q and W_k. Peers of unequal width, which the paper does not have, share them with
+    those of their own width only.
     """
 
     @nn.compact
     def __call__(self, features: Sequence[Array]) -> Array:
-        """P features (B, C) -> (P, P, B); sums over the second axis are 1."""
+        """Return the attention of peer a to peer b, (P, P, B); sums over b are 1.
+
+        Args:
+            features: (B, C) of each of the P peers.
+        """
         size = max(1, features[0].shape[-1] // FACTOR)
 
         def projected(name: str) -> Array:
@@ -43,54 +49,55 @@ class Attention(nn.Module):
         return nn.softmax((query_PxBxD[:, None] * key_PxBxD).sum(-1), 1)
 
 
-class Okddip(Ramped):
-    """L = sum_i CE_i + ramp * (sum_a T^2 KL(t_a || a) + T^2 KL(mean_a z_a || leader)).
+class OKDDip(WithRampUp):
+    """Online distillation with diverse peers and a leader (Chen, Mei, Wang, Feng, Chen, AAAI 2020).
 
-    The last student is the group leader, the one to deploy; the others are its peers, a. Each peer has a
-    target of its own, t_a = sum_b A_ab z_b, over peers b and itself, with weights A from the features that
-    the peers' classifiers see. The official code adds 1e-7 to the targets' probabilities; here both sides
-    are log-softmaxes.
+        L = sum_i CE(z_i) + ramp (sum_a T^2 KL(t_a || z_a) + T^2 KL(mean_a z_a || z_leader)),
+        t_a = sum_b A_ab z_b
 
-    The ensemble is the mean of all students. (The official code reports that of the peers, the re-runs of
-    winycg/MCL-OKD that of all.)
+    The last student is the group leader, the one to deploy; the others are its peers, a and b. Each peer
+    has a target of its own, t_a, over all peers and itself, with weights A by `Attention` from the pooled
+    features of the peers. T = 3, R = 80 epochs and the weight 1 are the official code's.
 
-    Attributes:
-        detach_targets: the KD loss does not move its targets. The official code lets it: gradients flow
-            into targets and attention, which learns by that alone. With True the attention stays as it was
-            drawn.
-
-    T is 3, R 80 epochs and the weight 1, as in the official code. The KD losses of `Distilling` other than
-    "kl", and `standardize`, stop the target's gradient, and so need `detach_targets`.
+    The official code adds 1e-7 to the targets' probabilities; here both sides are log-softmaxes, and
+    nothing is added. The ensemble is the mean of all students, as in the re-runs of winycg/MCL-OKD; the
+    official code reports the mean of the peers.
     """
 
     own_stages = 1
 
-    detach_targets: bool = False
+    detach_targets: bool = knob(
+        False,
+        "Stop the gradient of the KD loss's targets. The official code does not: gradients flow into "
+        "targets and attention, which learns by them alone. If they are stopped, the attention keeps its "
+        "initial values.",
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.detach_targets and (self.kd_loss != "kl" or self.standardize):
             raise UserError(
-                "method.detach_targets=False goes with method.kd_loss=kl and method.standardize=False alone"
+                "method.detach_targets=False needs method.kd_loss=kl and method.standardize=False; other KD "
+                "losses stop their targets' gradients: set method.detach_targets=True for them"
             )
-        super().__post_init__()
 
     def setup(self) -> None:
         self.attention = Attention()
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
         if len(outputs.pooled) < 2:
-            raise UserError("okddip takes a group leader and its peers: model.students must be 2 or more")
-        ce, terms = label_terms(outputs, batch.labels)
+            raise UserError("okddip needs a group leader and its peers: set model.students to 2 or more")
+        ce, terms = cross_entropy_terms(outputs, batch.labels)
         peers_PxBxK, leader_BxK = outputs.logits_SxBxK[:-1], outputs.logits_SxBxK[-1]
         weights_PxPxB = self.attention([global_pool(x) for x in outputs.pooled[:-1]])
         targets_PxBxK = (weights_PxPxB[..., None] * peers_PxBxK).sum(1)
-        kd_P = self._agree(peers_PxBxK, targets_PxBxK, batch)
-        kd_S = jnp.append(kd_P, self._agree(leader_BxK, peers_PxBxK.mean(0), batch))
+        kd_P = self._kd(peers_PxBxK, targets_PxBxK, batch)
+        kd_S = jnp.append(kd_P, self._kd(leader_BxK, peers_PxBxK.mean(0), batch))
         terms |= per_student("loss_kd", kd_S)
         return ce + self.ramp(batch) * kd_S.sum(), terms
 
-    def _agree(self, logits: Array, targets: Array, batch: Batch) -> Array:
+    def _kd(self, logits: Array, targets: Array, batch: Batch) -> Array:
         if self.detach_targets:
-            return self.distil(logits, targets, batch)
+            return self.distillation_loss(logits, targets, batch)
         scale = self.scale_by_temperature
         return losses.knowledge_distillation(logits, targets, self.temperature, scale)

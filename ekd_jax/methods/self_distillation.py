@@ -1,33 +1,30 @@
-"""Ensemble and self-distillation: the protocol of Allen-Zhu & Li, "Towards Understanding Ensemble,
-Knowledge Distillation and Self-Distillation in Deep Learning" (ICLR 2023, arXiv 2012.09816; METHODS.md 10).
+"""Ensemble distillation and self-distillation, by the protocol of Allen-Zhu and Li.
 
-The authors published no code. That N networks differ in their seed alone, that the ensemble is the mean of
-their outputs and that a single network of the same kind learns from it is theirs; the KD loss's constants
-(T = 4, weights .1 and .9) are a reconstruction.
+References:
+    Allen-Zhu, Li, "Towards Understanding Ensemble, Knowledge Distillation and Self-Distillation in Deep
+    Learning", ICLR 2023, arXiv 2012.09816 (METHODS.md 10). The authors published no code. Theirs are that
+    the N networks differ in their seed alone, that the ensemble is the mean of their outputs, and that one
+    network of the same kind learns from it; the constants of the KD loss (T = 4, weights .1 and .9) are a
+    reconstruction.
 """
 
-from ekd_jax.methods.base import EARLIER, check_above
-from ekd_jax.methods.kd import FromTeachers
+from ekd_jax.common.knob import POSITIVE
+from ekd_jax.methods.base import EARLIER, knob
+from ekd_jax.methods.kd import Hinton
 
 
-class EnsembleDistillation(FromTeachers):
-    """N networks alone, seeds `seed` + 1, ..., `seed` + N; then one student, `seed`, from their mean.
+class EnsembleDistillation(Hinton):
+    """Distillation of an ensemble of equal networks into one of them (Allen-Zhu, Li, ICLR 2023).
 
-    All stages train the network of student 1, for `train.epochs` each. The runs of the N networks are
-    `earlier/member1` ... of the run's folder; their mean is the paper's "ensemble" (`ekd_jax.evaluate` of
-    them gives the single networks).
-
-    Attributes:
-        members: N (paper: 10).
+    N networks are trained alone, with the seeds `seed` + 1 to `seed` + N; then one student, with `seed`,
+    learns from their mean by the loss of `Hinton`. All runs train the network of student 1 for
+    `train.epochs`. Those of the N networks are in `earlier/member1`, ... of the run's directory;
+    `ekd_jax.evaluate` of them gives the single networks. The paper has N = 10.
     """
 
     has_teachers = True
 
-    members: int = 10
-
-    def __post_init__(self) -> None:
-        check_above(self, "members")
-        super().__post_init__()
+    members: int = knob(10, "Number N of networks in the ensemble.", POSITIVE)
 
     @property
     def teacher_sources(self) -> tuple[str, ...]:
@@ -35,7 +32,10 @@ class EnsembleDistillation(FromTeachers):
 
 
 class SelfDistillation(EnsembleDistillation):
-    """The same with one network: a student learns from another of its kind."""
+    """Distillation of one network into another of its kind (Allen-Zhu, Li, ICLR 2023).
+
+    It is `EnsembleDistillation` with an ensemble of one.
+    """
 
     members: int = 1
 

@@ -29,7 +29,7 @@ def describe(
     costs = [trace.cost(number) for number in numbers]
     channels = [tuple(row[number - 1].shape[-1] for row in trace.outputs.features) for number in numbers]
     sizes = [count_parameters(ensemble.student_subtrees(params, number)) for number in numbers]
-    members = list(enumerate(ensemble.students)) * max(1, networks.method.copies)
+    members = list(enumerate(ensemble.students)) * max(1, networks.method.number_of_copies)
     extra = None
     if teachers is not None:
         extra = count_parameters(init_variables(networks, None, teachers)["params"]["method"])
@@ -111,7 +111,7 @@ def memory(
     parameters = in_networks + (description.method_parameters or 0)
     cost = networks.trace.total_cost()
     images = config.train.batch_size // (config.train.accumulation_steps * devices)
-    kept = (1 + slots) * parameters + networks.method.copies * in_networks
+    kept = (1 + slots) * parameters + networks.method.number_of_copies * in_networks
     gathered = parameters if config.train.fsdp > 1 else 0
     return {
         "state": 4 * (kept // config.train.fsdp + parameters + gathered),

@@ -154,7 +154,7 @@ class Run:
                 kind: ensemble.student_subtrees(trained[kind], member + 1)
                 for kind in ("params", "batch_stats")
             }
-            kept = bool(networks.method.copies)
+            kept = bool(networks.method.number_of_copies)
             where = {"copies": {str(copy + 1): like}} if kept else like
             restored, remembered = checkpoints.restore_variables(where, step)
         variables = restored["copies"][str(copy + 1)] if kept else restored

@@ -73,8 +73,8 @@ def joined_outputs(outputs: Sequence[Outputs]) -> Outputs:
 
 def predictor_names(networks: Networks) -> list[str]:
     """Return the names of everything that predicts when a run is evaluated: students, and last the ensemble."""
-    copies = max(1, networks.method.copies)
-    return networks.method.names(joined_outputs([networks.trace.outputs] * copies))
+    copies = max(1, networks.method.number_of_copies)
+    return networks.method.prediction_names(joined_outputs([networks.trace.outputs] * copies))
 
 
 def trainable(method: Method, params: Any) -> Any:
@@ -92,7 +92,7 @@ def batch_shapes(networks: Networks, teachers: Sequence[TeacherOutputs] = ()) ->
         epoch=epoch,
         key=jax.eval_shape(lambda: jax.random.key(0)),
         teachers=tuple(teachers),
-        copies=(outputs,) * method.copies if method.compares_copies else (),
+        copy_outputs=(outputs,) * method.number_of_copies if method.uses_copy_outputs else (),
         networks=networks.trace.init(None)["params"],
     )
 
@@ -112,7 +112,7 @@ def init_variables(
     """
     method, members = networks.method, networks.ensemble.students
     variables = networks.trace.init(seed)
-    if method.same_beginning:
+    if method.same_initial_values:
         first = [str(members.index(member) + 1) for member in members]
         for tree in variables.values():
             tree["students"] = {str(i): tree["students"][own] for i, own in enumerate(first, 1)}
@@ -132,7 +132,7 @@ def init_state(
     shapes = jax.eval_shape(optimizer.init, trainable(networks.method, variables["params"]))
     # every optimizer starts with zeros everywhere: there is nothing to compute
     opt_state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    copies: dict[str, Any] = {str(i + 1): {} for i in range(networks.method.copies)}
+    copies: dict[str, Any] = {str(i + 1): {} for i in range(networks.method.number_of_copies)}
     return _copied(TrainState(np.zeros((), np.int32), **variables, opt_state=opt_state, copies=copies))
 
 

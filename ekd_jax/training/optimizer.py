@@ -82,7 +82,8 @@ def make_optimizer(config: Any, method: Method, steps: int) -> optax.GradientTra
         steps: of the whole run.
     """
     knobs = config.optimizer
-    rate = method.learning_rate(config, steps) or learning_rate(config, steps)
+    own = method.learning_rate_schedule(knobs.learning_rate, steps, config.train.epochs)
+    rate = own or learning_rate(config, steps)
     if batch_scale(config) != 1 or warmup_epochs(config):
         rate = warmed_up(rate, config, steps)
     momentum = knobs.momentum or None

@@ -19,7 +19,7 @@ from ekd_jax.data.dataset import Source
 from ekd_jax.data.opening import facts
 from ekd_jax.methods.base import EARLIER
 from ekd_jax.methods.self_distillation import member_names
-from ekd_jax.methods.srm import DICTIONARIES, INITIALIZE, check_sizes
+from ekd_jax.methods.srm import DICTIONARIES, INITIALIZE, check_map_sizes
 from ekd_jax.models.members import parse_students
 from ekd_jax.runs import workdir
 from ekd_jax.runs.records import Summary
@@ -137,7 +137,7 @@ def _srm_earlier(config: Any, path: pathlib.Path) -> dict[str, Any]:
         [row[0] for row in build_networks(resolve(run), network.num_classes, shape).trace.outputs.features]
         for run in (first, second)
     )
-    check_sizes(learning, taught)
+    check_map_sizes(learning, taught)
     return {DICTIONARIES: first, INITIALIZE: second}
 
 

@@ -65,7 +65,7 @@ class Setup:
     @cached_property
     def trained_names(self) -> list[str]:
         """Names of everything whose training accuracy is recorded."""
-        return self.networks.method.names(self.networks.trace.outputs)
+        return self.networks.method.prediction_names(self.networks.trace.outputs)
 
     def epochs(self, step: int) -> float:
         """Return how many epochs have passed after `step` steps."""

@@ -46,7 +46,7 @@ def objective(
     predictions: Any = method.apply({**own, **updated}, outputs, method="predictions")
     top1 = {
         f"{name}/top1": 100 * (logits.argmax(-1) == batch.classes).mean()
-        for name, logits in zip(method.names(outputs), predictions, strict=True)
+        for name, logits in zip(method.prediction_names(outputs), predictions, strict=True)
     }
     return loss, ({"loss": loss, **terms, **top1}, updated.get("batch_stats", {}))
 
@@ -90,7 +90,7 @@ def make_step(
     ) -> tuple[TrainState, Metrics]:
         learned = trainable(method, state.params)
         epoch = state.step * jnp.float32(epochs / steps)
-        compared = whole(tuple(state.copies.values()) if method.compares_copies else ())
+        compared = whole(tuple(state.copies.values()) if method.uses_copy_outputs else ())
 
         def gradients_of(part: Part, stats: Any) -> tuple[Gradients, Metrics, Any]:
             """Return gradients, metrics and the new batch statistics."""
@@ -120,10 +120,10 @@ def make_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, learned)
         params = {**state.params, **optax.apply_updates(learned, updates)}
         new = TrainState(state.step + 1, params, stats, opt_state, state.copies)
-        learners = method.learners(state.step, len(ensemble.students))
+        learners = method.learning_students(state.step, len(ensemble.students))
         if learners is not None:
             new = _keep_the_others(learners, new, state)
-        if method.copies:
+        if method.number_of_copies:
             trained = network_variables(new.variables)
             copies = method.update_copies(state.copies, trained, new.step, steps, epochs)
             new = dataclasses.replace(new, copies=copies)

@@ -8,7 +8,7 @@ import numpy as np
 from ekd_jax.common.errors import UserError
 from ekd_jax.config.build import build_networks
 from ekd_jax.config.resolve import resolve, to_dict
-from ekd_jax.methods.blockwise import scales_of
+from ekd_jax.methods.blockwise import batch_norm_scales
 from ekd_jax.models.cost import count_parameters
 from ekd_jax.runs.run import load_run
 
@@ -30,7 +30,9 @@ def widths_within(directory: pathlib.Path, budget: float, cost: str) -> tuple[fl
     run = load_run(directory)
     network = run.networks.ensemble.student_variables(run.checkpoint.variables, 1)["params"]
     stages = sorted(name for name in network if name.startswith("stage"))
-    scales = [np.concatenate([np.abs(s).ravel() for s in scales_of(network[name])]) for name in stages]
+    scales = [
+        np.concatenate([np.abs(s).ravel() for s in batch_norm_scales(network[name])]) for name in stages
+    ]
     order = np.sort(np.concatenate(scales))
 
     def widths(removed: int) -> tuple[float, ...]:
