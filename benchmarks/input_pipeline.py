@@ -9,6 +9,7 @@ spectrum of natural images. Random horizontal flips are left out, except in tf.d
 the device, elsewhere they are the host's.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -95,18 +96,16 @@ def ekd_jax(folder: str, pillow: bool = False) -> Iterator[np.ndarray]:
     from ekd_jax.data import decode as decoders
     from ekd_jax.data.decode import Reader
     from ekd_jax.data.folder import open_folder
-    from ekd_jax.data.opening import Data, Facts
-    from ekd_jax.data.stream import Part
+    from ekd_jax.data.opening import Data
+    from ekd_jax.data.stream import ProcessBatches
 
     if pillow:
         decoders.simplejpeg = decoders.cv2 = None  # type: ignore[assignment]
     source = open_folder(folder)
-    facts = Facts(
-        "folder", (SIZE, SIZE, 3), source.info.class_names, len(source.train), 0, len(source.test)
-    )
+    facts = dataclasses.replace(source.facts, image_shape=(SIZE, SIZE, 3))
     data = Data(facts, source.train, None, source.test, Reader(facts.input_shape, "crop"))
-    part = Part(data, data.train, BATCH, slice(0, BATCH), 0, 10_000, 0)
-    read = grain.MapDataset.source(part)
+    batches = ProcessBatches(data, data.train, BATCH, slice(0, BATCH), range(10_000), seed=0)
+    read = grain.MapDataset.source(batches)
     for images, _, _ in read.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)):
         yield images
 

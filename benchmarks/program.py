@@ -10,8 +10,10 @@ from ekd_jax.common import parallel
 from ekd_jax.config.build import make_ensemble, make_method
 from ekd_jax.config.knobs import default_config
 from ekd_jax.config.resolve import resolve
+from ekd_jax.data.arrays import ArrayExamples
+from ekd_jax.data.dataset import Facts
 from ekd_jax.data.decode import Reader
-from ekd_jax.data.opening import Data, Facts, Pixels
+from ekd_jax.data.opening import Data
 from ekd_jax.data.resident import Resident
 from ekd_jax.runs.state import init_state
 from ekd_jax.training.optimizer import make_optimizer
@@ -66,8 +68,8 @@ class Program:
         sums = zero_metrics(self.trace, self.method, self.state)
         generator = np.random.default_rng(0)
         images = generator.integers(0, 256, (examples, *shape), dtype=np.uint8)
-        noise = Pixels(images, generator.integers(0, classes, examples).astype(np.int32), "noise")
-        facts = Facts("noise", shape, tuple(map(str, range(classes))), examples, 0, 0)
+        noise = ArrayExamples(images, generator.integers(0, classes, examples).astype(np.int32), "noise")
+        facts = Facts("noise", shape, tuple(map(str, range(classes))), examples, 0)
         self.feed = Resident(config, Data(facts, noise, None, noise, Reader(shape)), mesh, placement)
         self._shardings = parallel.state_shardings(mesh, self.state)
         self.carry: Sequence[Any] = (
@@ -80,7 +82,7 @@ class Program:
     def arguments(self, steps: int = 1) -> tuple[Any, ...]:
         """Of the program, for so many steps from the first."""
         number = parallel.replicate(self.mesh, np.int32(steps))
-        return *self.carry, self.feed.at(0), number, self._frozen
+        return *self.carry, self.feed.load(0), number, self._frozen
 
     def lower(self) -> Any:
         """Traces; `.compile()` of what it gives compiles."""

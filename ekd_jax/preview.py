@@ -13,7 +13,7 @@ from absl import flags
 
 from ekd_jax import cli
 from ekd_jax.common.errors import UserError, reason
-from ekd_jax.data.grid import preview
+from ekd_jax.data.grid import draw_preview
 from ekd_jax.data.opening import open_data
 
 FLAGS = flags.FLAGS
@@ -34,7 +34,7 @@ def main() -> None:
     if output.suffix.lower() != ".png":
         raise UserError(f"--output={output} must end in .png")
     data = open_data(config)
-    grid = preview(config, data, min(FLAGS.examples, len(data.train)), FLAGS.epochs)
+    grid = draw_preview(config, data, min(FLAGS.examples, len(data.train)), FLAGS.epochs)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         grid.save(output)

@@ -2,6 +2,7 @@
 something is wrong."""
 
 import io
+import logging
 import os
 import pathlib
 import pickle
@@ -16,13 +17,15 @@ from conftest import ROOT, command, one_device, plain_environment, tiny_config
 from PIL import Image
 
 from ekd_jax.common import parallel
+from ekd_jax.common.cache import Cache
 from ekd_jax.common.errors import UserError
+from ekd_jax.common.log import logger
 from ekd_jax.data import decode as images
 from ekd_jax.data import order, resident, stream
-from ekd_jax.data.dataset import Example
+from ekd_jax.data.dataset import Example, Subset
 from ekd_jax.data.decode import CorruptImageError, Reader
 from ekd_jax.data.feed import evaluation_set, placements, training_feed
-from ekd_jax.data.opening import DIGITS, Chosen, facts, known_facts, open_data, read_one
+from ekd_jax.data.opening import DIGITS, facts, known_facts, open_data, read_example
 from ekd_jax.runs.metrics import read_metrics
 from ekd_jax.training import loop
 
@@ -38,15 +41,17 @@ def test_every_example_once_an_epoch_in_a_fresh_order():
 def test_the_order_is_the_same_for_ever():
     """A run goes on after an upgrade: the order is fixed, not only a function of its arguments."""
     assert order.epoch_order(7, 2, 10).tolist() == [6, 7, 8, 4, 0, 1, 5, 3, 9, 2]
-    assert order.held_out_last(10).tolist() == [7, 9, 8, 5, 0, 2, 4, 3, 6, 1]
+    assert order.holdout_order(10).tolist() == [7, 9, 8, 5, 0, 2, 4, 3, 6, 1]
 
 
 def test_draws_differ_by_seed_and_place():
-    draws = np.array([order.draws(seed, place) for seed in range(3) for place in (*range(100), 10**12)])
+    draws = np.array(
+        [order.crop_draws(seed, place) for seed in range(3) for place in (*range(100), 10**12)]
+    )
     assert len(np.unique(draws)) == draws.size
     assert 0 <= draws.min() < 0.001 < 0.999 < draws.max() < 1
     assert abs(draws.mean() - 0.5) < 0.01
-    assert order.draws(3, 1000)[:2] == pytest.approx([0.017808506364409338, 0.44281142770993964])
+    assert order.crop_draws(3, 1000)[:2] == pytest.approx([0.017808506364409338, 0.44281142770993964])
 
 
 # --- feeds -----------------------------------------------------------------------------------
@@ -56,10 +61,10 @@ def batches(config, steps, mesh=None, start=0):
     """Images, labels and numbers of the training batches, as numpy arrays."""
     mesh = mesh or one_device()
     feed = training_feed(config, open_data(config), mesh, start + steps)
-    pick = jax.jit(feed.pick)
+    pick = jax.jit(feed.select_batch)
     zero = parallel.replicate(mesh, np.int32(0))
     try:
-        return [jax.device_get(pick(feed.at(step), zero)) for step in range(start, start + steps)]
+        return [jax.device_get(pick(feed.load(step), zero)) for step in range(start, start + steps)]
     finally:
         feed.close()
 
@@ -119,9 +124,9 @@ sys.path.insert(0, "tests")
 from conftest import tiny_config
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
-from ekd_jax import parallel
+from ekd_jax.common import parallel
 from ekd_jax.data.feed import training_feed, evaluation_set
-from ekd_jax.data.sources import open_data
+from ekd_jax.data.opening import open_data
 config = tiny_config(train__batch_size=48, data__placement=placement, evaluate__batch_size=100)
 mesh, data = parallel.make_mesh(), open_data(config)
 opened = type(data.train).__getitem__
@@ -132,11 +137,11 @@ def remembering(self, index):
 type(data.train).__getitem__ = remembering
 feed = training_feed(config, data, mesh, 3)
 split = parallel.split(mesh)
-pick = jax.jit(lambda held: feed.pick(held, 0), out_shardings=(split,) * 3)
+pick = jax.jit(lambda held: feed.select_batch(held, 0), out_shardings=(split,) * 3)
 def own(array):
     shards = sorted(array.addressable_shards, key=lambda s: s.index[0].start)
     return np.concatenate([s.data for s in shards])
-found = [[own(x) for x in pick(feed.at(step))] for step in range(3)]
+found = [[own(x) for x in pick(feed.load(step))] for step in range(3)]
 tests = evaluation_set(config, data, mesh, "test")
 total = jax.jit(lambda labels, n: (labels * (jax.numpy.arange(len(labels)) < n)).sum())
 labels = sum(int(total(labels, n)) for _, labels, n in tests.chunks())
@@ -214,14 +219,14 @@ def test_streamed_and_resident_runs_are_the_same(finished, tmp_path):
 
 def test_waiting_for_images_is_told_from_training(tmp_path, monkeypatch):
     """Reading at a twentieth of a second an image takes .4 s a batch; a step of this network some .05 s."""
-    read = stream.read_one
+    read = stream.read_example
     changes = {"data__placement": "stream", "data__threads": 1}
     changes |= {"train__batch_size": 8, "train__epochs": 0.56, "train__log_every_steps": 7}
     waited = {}
     for name, seconds in (("quick", 0.0), ("slow", 0.05)):
         # a training image comes with its draws
         pause = lambda *a, seconds=seconds: time.sleep(0 if a[-1] is None else seconds) or read(*a)
-        monkeypatch.setattr(stream, "read_one", pause)
+        monkeypatch.setattr(stream, "read_example", pause)
         loop.run(tiny_config(**changes), tmp_path / name, one_device())
         waited[name] = [r["input_wait"] for r in read_metrics(tmp_path / name) if r["split"] == "train"]
     assert waited["slow"][-1] > 60, "the first batches were read while the program was compiled"
@@ -243,7 +248,7 @@ def test_images_live_where_they_fit(monkeypatch, share, fit, expected):
     monkeypatch.setattr(parallel, "device_memory", lambda mesh: 16 * 10**9)
     config = tiny_config(data__device_share=share, data__fit=fit, data__image_size=8, data__name="digits")
     chosen = placements(config, known_facts(config), parallel.make_mesh(jax.devices()[:4]))
-    assert (chosen["train"], chosen["evaluation"]) == expected
+    assert chosen == expected
 
 
 def test_what_is_cut_anew_cannot_stay_on_the_device():
@@ -304,7 +309,10 @@ def test_a_run_with_validation_chooses_by_it_and_tests_once(tmp_path):
     ("changes", "message"),
     [
         ({"data__train_examples": 5000}, "digits has 899 training examples"),
-        ({"data__train_examples": 800, "data__validation_examples": 100}, "digits has 799 .* beside those"),
+        (
+            {"data__train_examples": 800, "data__validation_examples": 100},
+            "digits has 799 .* besides those",
+        ),
         ({"data__validation_examples": 899}, "leaves nothing to train on"),
         ({"data__mean": (0.1, 0.2, 0.3)}, "one value or 1"),
         ({"data__image_size": 16}, "fit=stretch or crop"),
@@ -510,7 +518,7 @@ def test_the_middle_of_an_image_is_what_torchvision_takes():
 
 
 def test_random_parts_have_the_area_and_proportions_of_the_recipe():
-    parts = np.array([images.part(375, 500, order.draws(0, i)) for i in range(4000)])
+    parts = np.array([images.part(375, 500, order.crop_draws(0, i)) for i in range(4000)])
     top, left, height, width = parts.T
     assert (top >= 0).all()
     assert (left >= 0).all()
@@ -529,7 +537,7 @@ def test_random_parts_have_the_area_and_proportions_of_the_recipe():
     )
     fits = (areas * 375 * 500 * ratios <= 500**2) & (areas * 375 * 500 / ratios <= 375**2)
     assert abs(area.mean() - areas[fits].mean()) < 0.01
-    assert images.part(10, 1000, order.draws(0, 0))[2:] == (10, 13), "the middle of a long image"
+    assert images.part(10, 1000, order.crop_draws(0, 0))[2:] == (10, 13), "the middle of a long image"
 
 
 @pytest.mark.parametrize("pillow_only", [False, True])
@@ -542,12 +550,12 @@ def test_a_random_part_is_cut_and_resized(pillow_only, monkeypatch):
     file = encoded(pixels, quality=95)
     factors = set()
     for place in range(12):
-        top, left, h, w = images.part(700, 900, order.draws(0, place))
+        top, left, h, w = images.part(700, 900, order.crop_draws(0, place))
         factors.add(min(h, w) // 128)
         cut = Image.fromarray(pixels).crop((left, top, left + w, top + h))
         expected = np.asarray(cut.resize((128, 128), Image.Resampling.BILINEAR))
         for image in (file, pixels):
-            found = Reader((128, 128, 3), "crop")(Example(image, 0, ""), order.draws(0, place))
+            found = Reader((128, 128, 3), "crop")(Example(image, 0, ""), order.crop_draws(0, place))
             assert np.abs(found.astype(int) - expected).mean() < 2.5
     assert max(factors) >= 4, "some were decoded at a fraction of their size"
 
@@ -572,14 +580,15 @@ def test_a_jpeg_cut_short_decodes_to_the_same_pixels(options):
 )
 @pytest.mark.parametrize("fit", ["native", "stretch", "crop"])
 def test_corrupt_images_are_named(file, fit):
-    for draws in (None, order.draws(0, 0)):
+    for draws in (None, order.crop_draws(0, 0)):
         with pytest.raises(CorruptImageError, match=r"owl/3.jpg cannot be read .*corrupt=skip") as error:
             Reader((40, 60, 3), fit)(Example(file, 0, "owl/3.jpg"), draws)
         assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("placement", ["replicated", "stream"])
-def test_a_corrupt_image_ends_the_run_or_is_left_out(folder, placement, monkeypatch, tmp_path, capfd):
+def test_a_corrupt_image_ends_the_run_or_is_left_out(folder, placement, monkeypatch, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger.name)
     config = folder_config(folder, data__placement=placement)
     victims = [pathlib.Path(open_data(config).train[i].name) for i in (3, 11)]
     for victim in victims:
@@ -591,9 +600,9 @@ def test_a_corrupt_image_ends_the_run_or_is_left_out(folder, placement, monkeypa
     for _ in range(2):  # found, and remembered
         numbers = np.concatenate([n for *_, n in batches(config, 11)])  # 88 = 4 x 22
         assert np.bincount(numbers).tolist() == [4] * 22
-        said = capfd.readouterr().err
-        assert "left out 2 of 24 images" in said
-        assert all(str(victim) in said for victim in victims)
+        assert "left out 2 of 24 images" in caplog.text
+        assert all(f"left out: the image {victim} cannot be read" in caplog.text for victim in victims)
+        caplog.clear()
 
 
 def test_a_corrupt_image_in_a_worker_is_one_line(folder):
@@ -614,7 +623,7 @@ def test_labels_out_of_range_are_named(placement, monkeypatch):
         example = read(self, index)
         return Example(example.image, 10, example.name) if index == 5 else example
 
-    monkeypatch.setattr(Chosen, "__getitem__", wrong)
+    monkeypatch.setattr(Subset, "__getitem__", wrong)
     with pytest.raises(UserError, match=r"label of digits train\[5\] is 10, but digits has 10 classes"):
         batches(config, 7)
 
@@ -634,7 +643,7 @@ def test_workers_are_as_many_as_pay(cores, asked, expected, monkeypatch):
 
 def test_preview_draws_what_the_model_sees(tmp_path):
     config = f"--config={ROOT}/configs/digits.py"
-    done = command("data.preview", config, f"--output={tmp_path}/grid.png", "--examples=3", "--epochs=2")
+    done = command("preview", config, f"--output={tmp_path}/grid.png", "--examples=3", "--epochs=2")
     assert done.returncode == 0, done.stderr
     grid = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
     data = open_data(tiny_config(data__train_examples=0))
@@ -645,14 +654,12 @@ def test_preview_draws_what_the_model_sees(tmp_path):
         # moved by at most one place, so most of the ink is still there
         seen = grid[top : top + 128, 140:268]
         assert seen.sum() > 0.7 * stored.sum()
-    done = command("data.preview", config, f"--output={tmp_path}/grid.jpg")
+    done = command("preview", config, f"--output={tmp_path}/grid.jpg")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
 def test_prepare_says_what_is_ready():
-    done = command(
-        "data.prepare", f"--config={ROOT}/configs/digits.py", "--config.data.validation_examples=100"
-    )
+    done = command("prepare", f"--config={ROOT}/configs/digits.py", "--config.data.validation_examples=100")
     assert done.returncode == 0, done.stderr
     assert "799 images to train on, 100 for validation, 898 to test on, 10 classes" in done.stdout
 
@@ -663,14 +670,14 @@ def test_pixels_that_took_long_to_read_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(resident, "CACHE_SECONDS", 0.0)
     data = open_data(tiny_config())
     numbers = range(20, 60)
-    first = resident.read_all(data.train, data, numbers)
+    first = resident.read_pixels(data.train, data, numbers)
     (kept,) = (tmp_path / "cache/ekd_jax").glob("pixels-*.npz")
     read = []
-    monkeypatch.setattr(resident, "read_one", lambda *args: read.append(args) or read_one(*args))
+    monkeypatch.setattr(resident, "read_example", lambda *args: read.append(args) or read_example(*args))
 
     def again(numbers):
         read.clear()
-        return resident.read_all(data.train, data, numbers)
+        return resident.read_pixels(data.train, data, numbers)
 
     for a, b in zip(again(numbers), first, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -683,7 +690,7 @@ def test_pixels_that_took_long_to_read_are_kept(tmp_path, monkeypatch):
     assert len(read) == 40
     again(range(5))
     assert len(read) == 5
-    monkeypatch.setattr(resident, "CACHE_BYTES", 2 * kept.stat().st_size - 1)
+    monkeypatch.setattr(resident, "PIXELS", Cache("pixels", 2 * kept.stat().st_size - 1))
     again(range(100, 130))
     left = list((tmp_path / "cache/ekd_jax").glob("pixels-*.npz"))
     assert sum(path.stat().st_size for path in left) < 2 * len(content), "the oldest gave way"

@@ -168,7 +168,7 @@ def small_shards(monkeypatch):
 
 
 def open_set(name, data_dir, manual="", extra=False, test_split=""):
-    return prepared.open(name, str(data_dir), str(manual), extra, test_split)
+    return prepared.open_set(name, str(data_dir), str(manual), extra, test_split)
 
 
 def as_set(pairs):
@@ -196,7 +196,7 @@ def versions(data_dir, name):
 
 def test_from_archives_and_from_what_was_prepared(made, tmp_path):
     name, folder, contents = made
-    assert prepared.info(name, str(tmp_path / "tfds"), False, "") is None
+    assert prepared.facts(name, str(tmp_path / "tfds"), False, "") is None
     extra = "extra" in contents
     for manual in (folder, ""):  # the second time nothing but the prepared set is there
         source = open_set(name, tmp_path / "tfds", manual, extra)
@@ -207,11 +207,11 @@ def test_from_archives_and_from_what_was_prepared(made, tmp_path):
         names = {example.name for example in source.train}
         assert len(names) == len(labels)
         assert all(text.startswith(name) for text in names)
-        assert (source.info.train_examples, source.info.test_examples) == (len(labels), len(source.test))
-        assert prepared.info(name, str(tmp_path / "tfds"), extra, "") == source.info
-        nominal = prepared.nominal(name)
-        assert (nominal.name, nominal.image_shape) == (name, source.info.image_shape)
-        assert len(nominal.class_names) == len(source.info.class_names)
+        assert (source.facts.train_examples, source.facts.test_examples) == (len(labels), len(source.test))
+        assert prepared.facts(name, str(tmp_path / "tfds"), extra, "") == source.facts
+        published = prepared.published_facts(name)
+        assert (published.name, published.image_shape) == (name, source.facts.image_shape)
+        assert len(published.class_names) == len(source.facts.class_names)
     assert source.train.fingerprint != source.test.fingerprint
 
 
@@ -229,8 +229,8 @@ def test_tensorflow_is_not_needed(manual, tmp_path):
     vouch(manual)
     code = (
         "import sys\n"
-        "from ekd_jax.data import prepared\n"
-        "source = prepared.open('svhn_cropped', sys.argv[1], sys.argv[2], True, '')\n"
+        "from ekd_jax.data.tfds import records as prepared\n"
+        "source = prepared.open_set('svhn_cropped', sys.argv[1], sys.argv[2], True, '')\n"
         "print(len(source.train), source.train[5].name, 'tensorflow' in sys.modules)"
     )
     done = subprocess.run(
@@ -243,19 +243,19 @@ def test_names_and_shapes(manual, tmp_path):
     make_cifar(manual, np.random.default_rng(0))
     make_imagenet(manual, np.random.default_rng(0))
     vouch(manual)
-    info = open_set("cifar10", tmp_path, manual).info
-    assert info.class_names == tuple(f"class{i}" for i in range(10))
-    assert info.image_shape == (32, 32, 3)
+    facts = open_set("cifar10", tmp_path, manual).facts
+    assert facts.class_names == tuple(f"class{i}" for i in range(10))
+    assert facts.image_shape == (32, 32, 3)
     source = open_set("imagenet2012", tmp_path, manual)
-    assert source.info.image_shape == (None, None, 3)
-    assert source.info.class_names[0] == "n01440764"
+    assert source.facts.image_shape == (None, None, 3)
+    assert source.facts.class_names[0] == "n01440764"
     assert re.fullmatch(r"imagenet2012 validation ILSVRC2012_val_\d{8}\.JPEG", source.test[0].name)
 
 
 def test_nominal_sizes():
-    assert prepared.nominal("svhn_cropped", extra=True).train_examples == 73_257 + 531_131
-    assert prepared.nominal("imagenet2012").test_examples == 50_000
-    assert prepared.nominal("beans") is None
+    assert prepared.published_facts("svhn_cropped", extra=True).train_examples == 73_257 + 531_131
+    assert prepared.published_facts("imagenet2012").test_examples == 50_000
+    assert prepared.published_facts("beans") is None
 
 
 # --- archives that are not what they should be ------------------------------------------------
@@ -426,7 +426,8 @@ PREPARE = """
 import os, signal, sys
 from tensorflow_datasets.core.utils import shard_utils
 shard_utils.ShardConfig.min_shard_size = 4096
-from ekd_jax.data import imagenet, prepared
+from ekd_jax.data.tfds import imagenet
+from ekd_jax.data.tfds import records as prepared
 
 data_dir, manual_dir, images = sys.argv[1:]
 left = int(images)
@@ -437,8 +438,8 @@ def add(self, amount):
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 
-imagenet.TaskProgress.add = add
-print(len(prepared.open("imagenet2012", data_dir, manual_dir, False, "").train))
+imagenet.Progress.add = add
+print(len(prepared.open_set("imagenet2012", data_dir, manual_dir, False, "").train))
 """
 
 
@@ -470,7 +471,7 @@ def test_killed_and_resumed_is_the_same_as_in_one_go(
     shards = []
     for images in (3, 30, 34):
         assert prepare_imagenet(killed, folder, images).wait() == -signal.SIGKILL
-        assert prepared.info("imagenet2012", str(killed), False, "") is None
+        assert prepared.facts("imagenet2012", str(killed), False, "") is None
         assert not versions(killed, "imagenet2012")
         shards.append(len(list(killed.rglob("*-of-?????"))))
     assert shards[0] == 0 < shards[1] < shards[2], "complete shards are kept"
@@ -543,15 +544,16 @@ def test_another_set_is_killed_and_prepared_again(manual, tmp_path):
     vouch(manual)
     code = (
         "import os, signal, sys\n"
-        "from ekd_jax.data import builders, prepared\n"
+        "from ekd_jax.data.tfds import builders\n"
+        "from ekd_jax.data.tfds import records as prepared\n"
         "encode, left = builders._png, iter(range(35))\n"
         "builders._png = lambda i: encode(i) if next(left, None) is not None else os.kill(os.getpid(), 9)\n"
-        "prepared.open('cifar10', *sys.argv[1:], False, '')"
+        "prepared.open_set('cifar10', *sys.argv[1:], False, '')"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "tfds", manual], cwd=ROOT, check=False)
     assert done.returncode == -signal.SIGKILL
     assert list((tmp_path / "tfds").rglob("cifar10-train*")), "killed with one split written"
-    assert prepared.info("cifar10", str(tmp_path / "tfds"), False, "") is None
+    assert prepared.facts("cifar10", str(tmp_path / "tfds"), False, "") is None
     assert len(open_set("cifar10", tmp_path / "tfds", manual).test) == 10
 
 
@@ -597,8 +599,8 @@ def test_sets_that_tfds_does_not_shuffle_are_shuffled(svhn):
 def test_sets_that_cannot_be_used(svhn):
     data_dir, version = svhn
     with pytest.raises(UserError, match=r"data.test_split=tset: .* no split tset; did you mean 'test'"):
-        prepared.info("svhn_cropped", str(data_dir), False, "tset")
-    assert prepared.info("svhn_cropped", str(data_dir), False, "extra").test_examples == 20
+        prepared.facts("svhn_cropped", str(data_dir), False, "tset")
+    assert prepared.facts("svhn_cropped", str(data_dir), False, "extra").test_examples == 20
     shard = next(version.glob("*-test.*"))
     shard.rename(version / "away")
     with pytest.raises(UserError, match=f"1 of 1 files of test are missing, {shard.name}"):
@@ -614,7 +616,7 @@ def test_sets_that_cannot_be_used(svhn):
         supervisedKeys={"tuple": {"items": [{"featureKey": "image"}, {"featureKey": "id"}]}},
     )
     with pytest.raises(UserError, match="not a set of 8-bit images with one class"):
-        prepared.info("svhn_cropped", str(data_dir), False, "")
+        prepared.facts("svhn_cropped", str(data_dir), False, "")
     (version / "features.json").unlink()
     with pytest.raises(UserError, match="holds no complete set .* delete it"):
         open_set("svhn_cropped", data_dir)
@@ -711,9 +713,9 @@ def test_a_set_in_a_bucket(svhn):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
     code = (
-        "from ekd_jax.data import prepared\n"
-        "source = prepared.open('svhn_cropped', 'gs://bucket/tfds', '', True, '')\n"
-        "print(sorted(source.train[i].label for i in range(40)), source.info.test_examples)"
+        "from ekd_jax.data.tfds import records as prepared\n"
+        "source = prepared.open_set('svhn_cropped', 'gs://bucket/tfds', '', True, '')\n"
+        "print(sorted(source.train[i].label for i in range(40)), source.facts.test_examples)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -733,7 +735,7 @@ def test_a_bucket_without_gcsfs(monkeypatch):
 
     monkeypatch.setattr(prepared.read_only_builder, "builder_from_files", fails)
     with pytest.raises(UserError, match="gs://bucket cannot be read .*: pip install gcsfs"):
-        prepared.info("cifar10", "gs://bucket", False, "")
+        prepared.facts("cifar10", "gs://bucket", False, "")
 
 
 # --- the full sets, where they are ------------------------------------------------------------
@@ -770,19 +772,19 @@ def test_the_whole_of_svhn(tmp_path_factory):
         labels = scipy.io.loadmat(f"{FULL}/{split}_32x32.mat", variable_names="y")["y"]
         expected += np.bincount(labels.reshape(-1) % 10, minlength=10)
     assert np.bincount([e.label for e in source.train]).tolist() == expected.tolist()
-    assert source.info.train_examples == len(source.train) == expected.sum()
+    assert source.facts.train_examples == len(source.train) == expected.sum()
 
 
 @pytest.mark.skipif(not FULL, reason="EKD_JAX_MANUAL_DIR names no folder of archives")
 def test_the_whole_of_imagenet(tmp_path_factory):
     source = whole("imagenet2012", tmp_path_factory)
-    assert len(source.info.class_names) == 1000
+    assert len(source.facts.class_names) == 1000
     counts: dict[str, int] = {}
     with tarfile.open(f"{FULL}/ILSVRC2012_img_train.tar") as tar:
         for part in tar:
             with tarfile.open(fileobj=tar.extractfile(part)) as inner:
                 counts[part.name.removesuffix(".tar")] = len(inner.getnames())
     found = np.bincount([example.label for example in source.train], minlength=1000)
-    assert {source.info.class_names[i]: n for i, n in enumerate(found) if n} == counts
+    assert {source.facts.class_names[i]: n for i, n in enumerate(found) if n} == counts
     numbers = np.linspace(0, len(source.test) - 1, 100).astype(int)
     assert all(Image.open(io.BytesIO(source.test[int(i)].image)).width for i in numbers)

@@ -1,4 +1,4 @@
-"""What a run writes while it goes on: console, metrics.jsonl, TensorBoard; and whole files safely."""
+"""Files that are written as a whole or not at all, and the user's cache directory."""
 
 import json
 import os
@@ -7,17 +7,18 @@ from typing import Any
 
 
 def user_cache() -> pathlib.Path:
-    """Where things are kept that can be made again: ~/.cache/ekd_jax, or below $XDG_CACHE_HOME."""
+    """Return the directory of results that can be computed again: ~/.cache/ekd_jax or, if $XDG_CACHE_HOME
+    is set, ekd_jax below it."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ekd_jax"
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes the file whole or not at all."""
+    """Write a value as JSON, the whole file or nothing."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """Writes the file whole or not at all."""
+    """Write the whole file or nothing: readers see the old content or the new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(data)

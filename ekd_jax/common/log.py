@@ -16,6 +16,11 @@ class _Stderr(logging.Handler):
         sys.stderr.flush()
 
 
+def on_terminal() -> bool:
+    """Return whether the package's lines are shown on standard error, and that is a terminal."""
+    return sys.stderr.isatty() and any(isinstance(handler, _Stderr) for handler in logger.handlers)
+
+
 @contextlib.contextmanager
 def shown() -> Iterator[None]:
     """Show the package's lines on standard error, unless the program has given the logger handlers."""

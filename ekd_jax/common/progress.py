@@ -1,94 +1,95 @@
-"""TODO: common.progress."""
+"""How far a long task is, and when it will be done."""
 
+import shutil
 import sys
 import time
-from typing import TextIO
 
+from ekd_jax.common.log import logger, on_terminal
 from ekd_jax.common.text import clock, megabytes
+
+TERMINAL_SECONDS, LOG_SECONDS = 0.5, 60.0  # least time between two updates
 
 
 class Progress:
-    """Steps done, speed and time left: a line that renews itself on a terminal, none elsewhere.
+    """Reports how much of a task is done and how long the rest will take.
+
+    On a terminal it is one line that renews itself. Elsewhere, in a log file or a notebook, it is a plain line
+    once a minute, and none while the task itself logs lines more often.
 
     Args:
-        total: steps of the run.
-        start: step it goes on from.
-        stream: where to; standard error if not given.
+        task: what is done; the line begins with it.
+        total: amount of work.
+        done: amount that was done before.
+        unit: what is counted; "bytes" are shown in MB.
     """
 
-    def __init__(self, total: int, start: int, stream: TextIO | None = None):
-        self.total, self.start, self.stream = total, start, stream or sys.stderr
-        self._width = 0
-        self.begin()
+    def __init__(self, task: str, total: int, done: int = 0, unit: str = "steps"):
+        self.task, self.total, self.done, self.unit = task, total, done, unit
+        self._terminal = on_terminal()
+        self._width = 0  # of the line that renews itself
+        self._next_update = time.monotonic() + (TERMINAL_SECONDS if self._terminal else LOG_SECONDS)
+        self.restart_clock()
 
-    def begin(self) -> None:
-        """The time left is reckoned from now on."""
-        self._began = time.monotonic()
+    def restart_clock(self) -> None:
+        """Estimate the speed and the remaining time from now on."""
+        self._started, self._done_before = time.monotonic(), self.done
 
-    def remaining(self, step: int) -> str:
-        """Time left at the speed so far, as h:mm:ss."""
-        done = step - self.start
-        seconds = (time.monotonic() - self._began) / max(done, 1) * (self.total - step)
+    def remaining(self) -> str:
+        """Return the remaining time at the speed so far, as h:mm:ss."""
+        newly_done = self.done - self._done_before
+        seconds = (time.monotonic() - self._started) / max(newly_done, 1) * (self.total - self.done)
         return clock(seconds)
 
-    def update(self, step: int, text: str) -> None:
-        if self.stream.isatty():
-            left = f"  {self.remaining(step)} left" if step > self.start else ""
-            line = f"step {step:,}/{self.total:,}  {text}{left}"
-            self.stream.write("\r" + line.ljust(self._width))
-            self.stream.flush()
-            self._width = len(line)
+    def add(self, amount: int) -> None:
+        """Count an amount as done; cheap enough to be called for every item."""
+        self.done += amount
+        if time.monotonic() >= self._next_update:
+            self._update("")
+
+    def update(self, done: int, text: str) -> None:
+        """Set the amount that is done, and say what is going on; a terminal shows it at once."""
+        self.done = done
+        if self._terminal or time.monotonic() >= self._next_update:
+            self._update(text)
 
     def line(self, text: str) -> None:
-        """A line that stays."""
+        """Log a line that stays."""
         self.clear()
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        logger.info(text)
+        self._next_update = time.monotonic() + (0.0 if self._terminal else LOG_SECONDS)
 
     def clear(self) -> None:
-        """Wipes the line that renews itself."""
+        """Wipe the line that renews itself."""
         if self._width:
-            self.stream.write("\r" + " " * self._width + "\r")
-            self.stream.flush()
+            _write("\r" + " " * self._width + "\r")
             self._width = 0
 
+    def finish(self) -> None:
+        """Log the final count, as a line that stays."""
+        self.line(self._count())
 
-class TaskProgress:
-    """How much of some work is done: a line that renews itself on a terminal, one a minute elsewhere.
-
-    Args:
-        what: is done.
-        total: how much there is.
-        start: how much was done before.
-        unit: what is counted; "bytes" are shown as MB.
-    """
-
-    def __init__(self, what: str, total: int, start: int, unit: str):
-        self.what, self.total, self.start, self.unit = what, total, start, unit
-        self.done, self.began = start, time.monotonic()
-        self.terminal = sys.stderr.isatty()
-        self.next = self.began + 1
-
-    def add(self, amount: int) -> None:
-        self.done += amount
-        now = time.monotonic()
-        if now >= self.next:
-            self.next = now + (0.5 if self.terminal else 60)
-            speed = max(self.done - self.start, 1) / (now - self.began)
-            left = clock((self.total - self.done) / speed)
-            self._write(f"{self._count()}, {self._amount(speed)} a second, {left} left")
-
-    def end(self) -> None:
-        self._write(self._count(), "\n" if self.terminal else "")
+    def _update(self, text: str) -> None:
+        now, newly_done = time.monotonic(), self.done - self._done_before
+        if not text and newly_done:
+            text = f"{self._amount(newly_done / max(now - self._started, 1e-9))} a second"
+        left = f"{self.remaining()} left" if newly_done else ""
+        line = ", ".join(filter(None, (self._count(), text, left)))
+        if not self._terminal:
+            self.line(line)
+            return
+        line = line[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be renewed
+        _write("\r" + line.ljust(self._width))
+        self._width = len(line)
+        self._next_update = now + TERMINAL_SECONDS
 
     def _count(self) -> str:
         done = self._amount(self.done).removesuffix(f" {self.unit}")
-        return f"{self.what}: {done} of {self._amount(self.total)}"
+        return f"{self.task}: {done} of {self._amount(self.total)}"
 
     def _amount(self, value: float) -> str:
         return megabytes(value) if self.unit == "bytes" else f"{value:,.0f} {self.unit}"
 
-    def _write(self, text: str, after: str = "") -> None:
-        line = f"\r{text:<100}" if self.terminal else f"{text}\n"
-        sys.stderr.write(line + after)
-        sys.stderr.flush()
+
+def _write(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()

@@ -1,21 +1,27 @@
-"""What a data set is: facts that are known before it is read, and examples by number."""
+"""Data sets: facts that are known before an image is read, and examples by number."""
 
 import dataclasses
+import hashlib
 from typing import Protocol
 
 import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Info:
-    """What is known of a data set before its images are read.
+class Facts:
+    """The facts about a data set that are known before any of its images is read.
+
+    A source states them for the whole set; `ekd_jax.data.opening.facts` narrows them down to what a run on a
+    configuration reads.
 
     Attributes:
-        name: as in `data.name`.
-        image_shape: H, W, C of the images as they are stored; H and W are None where they differ.
-        class_names: one a class; a label is the place in it.
-        train_examples: that may be trained on.
-        test_examples: that results are measured on.
+        name: name of the set, as in the knob `data.name`.
+        image_shape: H, W, C of the images. In a source, as stored, where H and W are None if they vary from
+            image to image; for a run, as the network takes them.
+        class_names: name of each class; a label is an index into them.
+        train_examples: number of training examples.
+        test_examples: number of test examples.
+        validation_examples: number of training images that a run holds out; 0 in a source.
     """
 
     name: str
@@ -23,6 +29,20 @@ class Info:
     class_names: tuple[str, ...]
     train_examples: int
     test_examples: int
+    validation_examples: int = 0
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """H, W, C of the network's input; known for a run, and for a source whose images have one size."""
+        height, width, channels = self.image_shape
+        assert height is not None, "images vary in size"
+        assert width is not None, "images vary in size"
+        return height, width, channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +50,9 @@ class Example:
     """One image as it is stored.
 
     Attributes:
-        image: a file's bytes (JPEG, PNG, ...), or pixels (H, W, C) uint8.
-        label: a number, not checked yet.
-        name: of the file or record, for messages.
+        image: the bytes of an image file (JPEG, PNG, ...), or pixels (H, W, C) uint8.
+        label: index of the class; not checked yet.
+        name: name of the file or record, for messages.
     """
 
     image: bytes | np.ndarray
@@ -41,26 +61,55 @@ class Example:
 
 
 class Examples(Protocol):
-    """Examples by number, in an order that has nothing to do with their classes.
+    """Examples by number, in an order that is unrelated to their classes.
 
-    May be read from several threads at once, and pickled for worker processes.
+    They are read from several threads at once, and pickled for worker processes.
     """
 
     def __len__(self) -> int:
-        """How many."""
+        """Return the number of examples."""
 
     def __getitem__(self, index: int) -> Example:
-        """Example number `index`, from 0."""
+        """Return the example with a number, counted from 0."""
 
     @property
     def fingerprint(self) -> str:
-        """Another one if the examples are others; nothing is read for it."""
+        """A text that differs if the examples differ; no image file is read for it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A data set that can be read."""
 
-    info: Info
+    facts: Facts
     train: Examples
     test: Examples
+
+    @property
+    def name(self) -> str:
+        """The name of the set, as in the knob `data.name`."""
+        return self.facts.name
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that differ if any example or class differs."""
+        parts = (self.train.fingerprint, self.test.fingerprint, *self.facts.class_names)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+class Subset:
+    """Some of the examples of a set, given by their numbers (N,)."""
+
+    def __init__(self, examples: Examples, numbers: np.ndarray):
+        self.examples, self._numbers = examples, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[int(self._numbers[index])]
+
+    @property
+    def fingerprint(self) -> str:
+        numbers = hashlib.sha256(self._numbers.astype(np.int64).tobytes()).hexdigest()
+        return f"{self.examples.fingerprint} {numbers}"

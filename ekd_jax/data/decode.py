@@ -30,7 +30,19 @@ CROP_AREA, CROP_RATIO, CROP_ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
 
 
 class CorruptImageError(UserError):
-    """An image that cannot be read."""
+    """An image that cannot be read.
+
+    Args:
+        why: which image, and the reason.
+        advice: what the user can do.
+    """
+
+    def __init__(self, why: str, advice: str):
+        super().__init__(why, advice)
+        self.why = why
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +82,8 @@ class Reader:
             Image.DecompressionBombError,
         ) as error:
             raise CorruptImageError(
-                f"the image {example.name} cannot be read ({reason(error)}): mend or remove it, or leave "
-                f"such images out with --config.data.corrupt=skip"
+                f"the image {example.name} cannot be read ({reason(error)})",
+                "repair or remove it, or leave such images out with --config.data.corrupt=skip",
             ) from error
         if self.fit == "crop":
             return middle(pixels, height, width)
@@ -80,8 +92,8 @@ class Reader:
         if pixels.shape != self.shape:
             found, wanted = ("x".join(map(str, s)) for s in (pixels.shape, self.shape))
             raise CorruptImageError(
-                f"the image {example.name} is {found}, not {wanted} like the others: "
-                f"pass --config.data.fit=stretch or crop, and --config.data.image_size"
+                f"the image {example.name} is {found}, not {wanted} like the others",
+                "pass --config.data.fit=stretch or crop, and --config.data.image_size",
             )
         return pixels
 

@@ -5,7 +5,7 @@ import os
 import pathlib
 
 from ekd_jax.common.errors import UserError
-from ekd_jax.data.dataset import Example, Info, Source
+from ekd_jax.data.dataset import Example, Facts, Source
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 TEST_NAMES = ("test", "val", "validation")
@@ -71,8 +71,8 @@ def open_folder(folder: str) -> Source:
         train = [file for i, file in enumerate(files) if i % TEST_SHARE != TEST_SHARE - 1]
     if not test:
         raise UserError(f"{root} has too few images to test on: at least {TEST_SHARE}, or a folder test")
-    info = Info("folder", (None, None, 3), tuple(classes), len(train), len(test))
-    return Source(info, Files(train), Files(test))
+    facts = Facts("folder", (None, None, 3), tuple(classes), len(train), len(test))
+    return Source(facts, Files(train), Files(test))
 
 
 def _classes(folder: pathlib.Path) -> list[str]:

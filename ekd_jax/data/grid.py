@@ -10,13 +10,13 @@ from PIL import Image, ImageDraw, ImageFont
 from ekd_jax.data import order
 from ekd_jax.data.augment import training_batch
 from ekd_jax.data.decode import Reader
-from ekd_jax.data.opening import Data, read_one
+from ekd_jax.data.opening import Data, read_example
 
 SIDE = 128  # pixels that a small image is enlarged to, at least
 MARGIN, LINE, FONT_SIZE = 6, 15, 12
 
 
-def preview(config: Any, data: Data, examples: int, epochs: int) -> Image.Image:
+def draw_preview(config: Any, data: Data, examples: int, epochs: int) -> Image.Image:
     """The grid.
 
     Args:
@@ -30,7 +30,7 @@ def preview(config: Any, data: Data, examples: int, epochs: int) -> Image.Image:
     names = data.facts.class_names
     cells = [[] for _ in numbers]  # type: list[list[tuple[np.ndarray, str]]]
     for row, number in enumerate(numbers):
-        image, label = read_one(data.train, as_stored, data.facts, int(number))
+        image, label = read_example(data.train, as_stored, data.facts, int(number))
         cells[row].append((image, names[label]))
     prepare = jax.jit(
         functools.partial(training_batch, num_classes=data.facts.num_classes, data=config.data)
@@ -38,12 +38,12 @@ def preview(config: Any, data: Data, examples: int, epochs: int) -> Image.Image:
     for epoch in range(epochs):
         # As in training, but that these examples come first in every epoch.
         read = [
-            read_one(
+            read_example(
                 data.train,
                 data.reader,
                 data.facts,
                 int(number),
-                order.draws(config.seed, epoch * len(data.train) + row),
+                order.crop_draws(config.seed, epoch * len(data.train) + row),
             )
             for row, number in enumerate(numbers)
         ]

@@ -1,58 +1,43 @@
 """Which data set a configuration names, and which of its examples a run reads.
 
-The embedded digits, a folder of class folders, or any image classification set of TFDS; training
-examples, those held out for validation, and those to test on.
+A set is the embedded digits, a directory of class directories, arrays in memory, a set that the user
+registered, or any image classification set of TFDS. A run reads training examples, examples held out for
+validation, and test examples.
 """
 
 import concurrent.futures
 import dataclasses
-import hashlib
-import json
 import os
 import pathlib
-import sys
 from typing import Any
 
 import numpy as np
 
+from ekd_jax.common.cache import Cache
 from ekd_jax.common.errors import UserError
-from ekd_jax.common.files import user_cache, write_json
-from ekd_jax.common.progress import TaskProgress
-from ekd_jax.data import folder, order
-from ekd_jax.data.dataset import Example, Examples, Info, Source
+from ekd_jax.common.log import logger
+from ekd_jax.common.progress import Progress
+from ekd_jax.data import folder, order, registry
+from ekd_jax.data.arrays import ARRAYS, ArrayExamples
+from ekd_jax.data.dataset import Examples, Facts, Source, Subset
 from ekd_jax.data.decode import CorruptImageError, Reader
 
-DIGITS = Info(
+DIGITS = Facts(
     "digits", (8, 8, 1), tuple("zero one two three four five six seven eight nine".split()), 899, 898
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """What a run on a configuration reads, known before any image is.
-
-    Attributes:
-        input_shape: H, W, C of what the network takes.
-    """
-
-    name: str
-    input_shape: tuple[int, int, int]
-    class_names: tuple[str, ...]
-    train_examples: int
-    validation_examples: int
-    test_examples: int
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
+CORRUPT = Cache("corrupt")
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The examples of a run, and what makes pixels of them.
+    """The examples of a run, and the reader that turns them into pixels.
 
     Attributes:
-        validation: None if nothing is held out.
+        facts: what the run reads.
+        train: examples to train on.
+        validation: examples held out for validation, or None.
+        test: examples to test on.
+        reader: decodes and resizes an example.
     """
 
     facts: Facts
@@ -62,176 +47,187 @@ class Data:
     reader: Reader
 
 
-class Pixels:
-    """Examples in memory.
+def facts(config: Any, source: Source | None = None) -> Facts | None:
+    """Return what a run on `config` will read, or None for a set that has to be prepared first.
+
+    No image file is read and nothing is prepared.
 
     Args:
-        images: (N, H, W, C) uint8.
-        labels: (N,) integers.
-        name: of the set, for messages.
-    """
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, name: str):
-        self._images, self._labels, self._name = images, labels, name
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> Example:
-        return Example(self._images[index], int(self._labels[index]), f"{self._name}[{index}]")
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self._images.tobytes() + self._labels.tobytes()).hexdigest()
-
-
-class Chosen:
-    """Some of the examples, by their numbers."""
-
-    def __init__(self, examples: Examples, numbers: np.ndarray):
-        self._examples, self._numbers = examples, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: int) -> Example:
-        return self._examples[int(self._numbers[index])]
-
-    @property
-    def fingerprint(self) -> str:
-        numbers = hashlib.sha256(self._numbers.astype(np.int64).tobytes()).hexdigest()
-        return f"{self._examples.fingerprint} {numbers}"
-
-
-def facts(config: Any) -> Facts | None:
-    """What a run on `config` will read; reads no image and prepares nothing.
-
-    Returns:
-        None for a set that must be prepared before anything is known of it.
+        config: resolved configuration.
+        source: the set itself, where it was passed from Python instead of being found by its name.
 
     Raises:
-        UserError: the configuration asks for what the set does not have.
+        UserError: the configuration asks for something that the set does not have.
     """
-    data = config.data
-    if data.name == "digits":
-        return _facts(config, DIGITS)
-    if data.name == "folder":
-        return _facts(config, folder.open_folder(data.data_dir).info)
-    from ekd_jax.data.tfds import records  # TFDS takes half a second to import
-
-    info = records.info(data.name, data.data_dir, data.extra, data.test_split)
-    info = info or records.nominal(data.name, data.extra)
-    return _facts(config, info) if info else None
+    found = _facts_of_source(config.data, source)
+    return _facts_of_run(config.data, found) if found else None
 
 
-def known_facts(config: Any) -> Facts:
-    """As `facts`, for those who cannot go on without.
+def known_facts(config: Any, source: Source | None = None) -> Facts:
+    """Return what a run on `config` will read, like `facts`.
 
     Raises:
-        UserError: also for a set that must be prepared first.
+        UserError: also if the set has to be prepared first.
     """
-    known = facts(config)
+    known = facts(config, source)
     if known is None:
         raise UserError(
             f"{config.data.name} is not prepared in data.data_dir={config.data.data_dir!r}, so nothing is "
-            f"known of it: prepare it first with python -m ekd_jax.prepare --config=..."
+            f"known about it: prepare it first with python -m ekd_jax.prepare --config=..."
         )
     return known
 
 
-def open_data(config: Any) -> Data:
-    """Opens the data set that `config.data` names, preparing it first if need be; reads no image,
-    unless data.corrupt=skip: then each is decoded once to know which ones to leave out.
+def open_data(config: Any, source: Source | None = None) -> Data:
+    """Open the data set that `config.data` names, and prepare it first if necessary.
+
+    No image is read, except with data.corrupt=skip: then each one is decoded once to find those to leave out.
+
+    Args:
+        config: resolved configuration.
+        source: the set itself, where it was passed from Python instead of being found by its name.
 
     Raises:
-        UserError: it is not there and cannot be had, its archive is damaged, or the configuration
-            asks for what it does not have.
+        UserError: the set is missing and cannot be obtained, its archive is damaged, or the configuration
+            asks for something that the set does not have.
     """
-    data = config.data
-    source = _open(data)
-    known = _facts(config, source.info)
-    reader = Reader(known.input_shape, data.fit)
+    section = config.data
+    source = _open_source(section, source)
+    known = _facts_of_run(section, source.facts)
+    reader = Reader(known.input_shape, section.fit)
     train, test = source.train, source.test
-    if data.corrupt == "skip":
+    if section.corrupt == "skip":
         train, test = (without_corrupt(examples, reader) for examples in (train, test))
-        changed = dataclasses.replace(source.info, train_examples=len(train), test_examples=len(test))
-        known = _facts(config, changed)
+        left = dataclasses.replace(source.facts, train_examples=len(train), test_examples=len(test))
+        known = _facts_of_run(section, left)
     validation = None
     if known.validation_examples:
-        mixed = order.held_out_last(len(train))
-        kept, held_out = np.split(mixed, [len(train) - known.validation_examples])
-        train, validation = Chosen(train, np.sort(kept)), Chosen(train, np.sort(held_out))
+        shuffled = order.holdout_order(len(train))
+        kept, held_out = np.split(shuffled, [len(train) - known.validation_examples])
+        train, validation = Subset(train, np.sort(kept)), Subset(train, np.sort(held_out))
     if known.train_examples < len(train):
-        train = Chosen(train, np.arange(known.train_examples))
+        train = Subset(train, np.arange(known.train_examples))
     return Data(known, train, validation, test, reader)
 
 
-def _open(data: Any) -> Source:
-    if data.name == "digits":
+def _facts_of_source(section: Any, source: Source | None) -> Facts | None:
+    """Return the facts about the whole set that `data` names; None if it has to be prepared first."""
+    if source is not None or section.name == ARRAYS or registry.is_registered(section.name):
+        return _open_source(section, source).facts
+    if section.name == "digits":
+        return DIGITS
+    if section.name == "folder":
+        return folder.open_folder(section.data_dir).facts
+    from ekd_jax.data.tfds import records  # TFDS takes half a second to import
+
+    name, extra, test_split = section.name, section.extra, section.test_split
+    return records.facts(name, section.data_dir, extra, test_split) or records.published_facts(
+        name, extra, test_split
+    )
+
+
+def _open_source(section: Any, source: Source | None) -> Source:
+    """Return the set that `data` names, prepared if necessary, or the one that was passed."""
+    if source is not None:
+        if section.name != source.name:
+            raise UserError(
+                f"data.name={section.name}, but the set that was passed is named {source.name}: "
+                f"set config.data.name to that"
+            )
+        return source
+    if section.name == "digits":
         return _digits()
-    if data.name == "folder":
-        return folder.open_folder(data.data_dir)
+    if section.name == "folder":
+        return folder.open_folder(section.data_dir)
+    if registry.is_registered(section.name):
+        return registry.load_registered(section.name)
+    if section.name == ARRAYS:
+        raise UserError(
+            "data.name=arrays: this run was trained on arrays that were passed in Python: pass data=..., or "
+            "register the set with ekd_jax.data.register_dataset and name its module in imports"
+        )
     from ekd_jax.data.tfds import records
 
-    return records.open(data.name, data.data_dir, data.manual_dir, data.extra, data.test_split)
+    return records.open_set(
+        section.name, section.data_dir, section.manual_dir, section.extra, section.test_split
+    )
 
 
 def _digits() -> Source:
-    """The UCI handwritten digits (digits.LICENSE): even images for training, odd ones for testing."""
+    """Return the UCI handwritten digits (digits.LICENSE): even images for training, odd ones for testing."""
     with np.load(pathlib.Path(__file__).with_name("digits.npz")) as file:
         images = np.round(file["images"][..., None] * (255 / 16)).astype(np.uint8)
         labels = file["labels"].astype(np.int32)
     train, test = (
-        Pixels(images[i::2], labels[i::2], f"digits {n}") for i, n in enumerate(("train", "test"))
+        ArrayExamples(images[i::2], labels[i::2], f"digits {split}")
+        for i, split in enumerate(("train", "test"))
     )
     return Source(DIGITS, train, test)
 
 
-def _facts(config: Any, info: Info) -> Facts:
-    data = config.data
-    if data.extra and info.name != "svhn_cropped":
-        raise UserError(f"data.extra=True: {info.name} has no extra images; svhn_cropped does")
-    left = info.train_examples - data.validation_examples
-    if left < 1:
-        raise UserError(
-            f"data.validation_examples={data.validation_examples} leaves nothing to train on: "
-            f"{info.name} has {info.train_examples} training examples"
-        )
-    if data.train_examples > left:
-        raise UserError(
-            f"data.train_examples={data.train_examples}: {info.name} has {left} training examples"
-            + (" beside those for validation" if data.validation_examples else "")
-        )
-    height, width, channels = info.image_shape
-    size = data.image_size
-    if not size and (height is None or width is None):
-        raise UserError(
-            f"images of {info.name} may differ in size: say what the network takes, for example "
-            f"--config.data.image_size=224 --config.data.fit=crop (or stretch)"
-        )
-    stored = (height or size, width or size)
-    if size and stored != (size, size) and data.fit == "native":
-        raise UserError(
-            f"data.image_size={size}: images of {info.name} are {height}x{width}; "
-            f"pass --config.data.fit=stretch or crop to change their size"
-        )
-    for name, values in (("mean", data.mean), ("std", data.std)):
+def _facts_of_run(section: Any, stored: Facts) -> Facts:
+    """Return what a run with this section `data` reads from a set.
+
+    Raises:
+        UserError: the section asks for something that the set does not have.
+    """
+    if section.extra and stored.name != "svhn_cropped":
+        raise UserError(f"data.extra=True: {stored.name} has no extra images; svhn_cropped does")
+    channels = stored.image_shape[2]
+    for knob, values in (("mean", section.mean), ("std", section.std)):
         if len(values) not in (1, channels):
-            raise UserError(f"data.{name}={values} must have one value or {channels}, one a channel")
-    return Facts(
-        name=info.name,
-        input_shape=(size or stored[0], size or stored[1], channels),
-        class_names=info.class_names,
-        train_examples=data.train_examples or left,
-        validation_examples=data.validation_examples,
-        test_examples=info.test_examples,
+            raise UserError(f"data.{knob}={values} must have one value or {channels}, one per channel")
+    return dataclasses.replace(
+        stored,
+        image_shape=_input_shape(section, stored),
+        train_examples=_number_to_train_on(section, stored),
+        validation_examples=section.validation_examples,
     )
 
 
-def read_one(
+def _number_to_train_on(section: Any, stored: Facts) -> int:
+    remaining = stored.train_examples - section.validation_examples
+    if remaining < 1:
+        raise UserError(
+            f"data.validation_examples={section.validation_examples} leaves nothing to train on: "
+            f"{stored.name} has {stored.train_examples} training examples"
+        )
+    if section.train_examples > remaining:
+        raise UserError(
+            f"data.train_examples={section.train_examples}: {stored.name} has {remaining} training examples"
+            + (" besides those for validation" if section.validation_examples else "")
+        )
+    return section.train_examples or remaining
+
+
+def _input_shape(section: Any, stored: Facts) -> tuple[int, int, int]:
+    """Return H, W, C of the network's input."""
+    height, width, channels = stored.image_shape
+    size: int = section.image_size
+    if not size and (height is None or width is None):
+        raise UserError(
+            f"images of {stored.name} may differ in size: choose the size of the network's input, for example "
+            f"--config.data.image_size=224 --config.data.fit=crop (or stretch)"
+        )
+    if size and section.fit == "native" and (height or size, width or size) != (size, size):
+        raise UserError(
+            f"data.image_size={size}: images of {stored.name} are {height}x{width}; "
+            f"pass --config.data.fit=stretch or crop to change their size"
+        )
+    return (size, size, channels) if size else stored.input_shape
+
+
+def read_example(
     examples: Examples, reader: Reader, facts: Facts, number: int, draws: np.ndarray | None = None
 ) -> tuple[np.ndarray, int]:
-    """Pixels and label of an example.
+    """Return pixels (H, W, C) uint8 and label of an example.
+
+    Args:
+        examples: the set that it belongs to.
+        reader: decodes and resizes it.
+        facts: of the set; they say which labels there are.
+        number: its number in the set.
+        draws: random numbers of a crop, as for `Reader`.
 
     Raises:
         UserError: the image cannot be read, or the label is out of range.
@@ -240,49 +236,43 @@ def read_one(
     if not 0 <= example.label < facts.num_classes:
         raise UserError(
             f"the label of {example.name} is {example.label}, but {facts.name} has {facts.num_classes} "
-            f"classes, from 0: prepare the set again, or mend it"
+            f"classes, counted from 0: prepare the set again, or correct it"
         )
     return reader(example, draws), example.label
 
 
 def without_corrupt(examples: Examples, reader: Reader) -> Examples:
-    """The examples that can be read; says which ones cannot. What was found is remembered in the cache.
-
-    Args:
-        examples: all.
-        reader: tries each.
-    """
-    digest = hashlib.sha256(f"{examples.fingerprint} {reader}".encode()).hexdigest()[:24]
-    cache = user_cache()
-    remembered = cache / f"corrupt-{digest}.json"
-    if remembered.exists():
-        corrupt = {int(number): why for number, why in json.loads(remembered.read_text()).items()}
-    else:
-        corrupt = _find_corrupt(examples, reader)
-        cache.mkdir(parents=True, exist_ok=True)
-        write_json(remembered, corrupt)
-    for why in corrupt.values():
-        print(f"left out: {why}", file=sys.stderr)
-    if not corrupt:
+    """Return the examples that can be read, and log which ones cannot; the cache remembers them."""
+    key = f"{examples.fingerprint} {reader}"
+    found = CORRUPT.load(key)
+    if found is None:
+        found = _find_corrupt(examples, reader)
+        CORRUPT.store(key, found)
+    for why in found["reasons"]:
+        logger.info(f"left out: {why}")
+    corrupt = found["numbers"]
+    if not len(corrupt):
         return examples
-    print(f"left out {len(corrupt)} of {len(examples):,} images, which cannot be read", file=sys.stderr)
-    return Chosen(examples, np.setdiff1d(np.arange(len(examples)), list(corrupt)))
+    logger.warning(f"left out {len(corrupt)} of {len(examples):,} images, which cannot be read")
+    return Subset(examples, np.setdiff1d(np.arange(len(examples)), corrupt))
 
 
-def _find_corrupt(examples: Examples, reader: Reader) -> dict[int, str]:
-    def trouble(number: int) -> str:
+def _find_corrupt(examples: Examples, reader: Reader) -> dict[str, np.ndarray]:
+    """Return the numbers of the examples that cannot be read (N,) int64, and the reasons (N,) text."""
+
+    def reason_not_to_read(number: int) -> str:
         try:
             reader(examples[number])
         except CorruptImageError as error:
-            return str(error).partition(": mend")[0]
+            return error.why
         return ""
 
-    corrupt = {}
-    progress = TaskProgress("looking for images that cannot be read", len(examples), 0, "images")
+    progress = Progress("looking for images that cannot be read", len(examples), unit="images")
+    reasons = []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-        for number, why in enumerate(threads.map(trouble, range(len(examples)))):
+        for why in threads.map(reason_not_to_read, range(len(examples))):
+            reasons.append(why)
             progress.add(1)
-            if why:
-                corrupt[number] = why
-    progress.end()
-    return corrupt
+    progress.finish()
+    numbers = np.array([number for number, why in enumerate(reasons) if why], np.int64)
+    return {"numbers": numbers, "reasons": np.array([why for why in reasons if why], np.str_)}

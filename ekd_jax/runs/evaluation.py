@@ -17,7 +17,7 @@ from ekd_jax.data.augment import normalize
 from ekd_jax.data.dataset import Source
 from ekd_jax.data.feed import EvaluationSet, evaluation_set
 from ekd_jax.data.opening import open_data
-from ekd_jax.data.stream import evaluation_batch
+from ekd_jax.data.stream import evaluation_batch_size
 from ekd_jax.models.ensemble import Variables
 from ekd_jax.students.student import LoadedStudent
 
@@ -41,7 +41,7 @@ def make_evaluator(predict: Predict, config: Any, examples: int, mesh: Mesh) -> 
         The function. Its result is (3, P): the number of correct predictions, of labels among the five
         likeliest classes, and the sum of negative log likelihoods in nats.
     """
-    batch_size = evaluation_batch(config, examples, mesh)
+    batch_size = evaluation_batch_size(config, examples, mesh)
 
     def evaluate(variables: Variables, images: Array, labels: Array, number: Array) -> Array:
         variables = parallel.whole(mesh, variables)

@@ -1,9 +1,7 @@
 """The fastest execution mode of the branches on the device at hand: measured once, and kept."""
 
 import dataclasses
-import hashlib
 import json
-import pathlib
 import statistics
 import time
 from typing import Any
@@ -13,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from ekd_jax.common import parallel
-from ekd_jax.common.files import user_cache, write_json
+from ekd_jax.common.cache import Cache
 from ekd_jax.config.build import Networks
 from ekd_jax.config.resolve import to_dict
 from ekd_jax.methods.base import TeacherOutputs
@@ -24,6 +22,7 @@ from ekd_jax.version import __version__
 
 ROUNDS = 3  # per execution mode; the median counts
 ROUND_SECONDS = 0.1  # a round takes at least this long
+MEASURED = Cache("execution")  # seconds per step of each mode
 
 
 def choose_execution(
@@ -52,16 +51,16 @@ def choose_execution(
         return networks, ""
     if before or not measured or len(modes) == 1:
         return networks.with_execution(before or "separate"), ""
-    kept = user_cache() / f"execution-{_key(setup, device)}.json"
+    key = _cache_key(setup, device)
     # Zeros if process 0 has no measurement yet: then all measure at the same time, and its figures count.
-    seconds = parallel.from_main(np.array(_recall(kept, modes), np.float32))
+    seconds = parallel.from_main(np.array(_load_seconds(key, modes), np.float32))
     when = "measured before"
     if not seconds.all():
         when = "measured"
         found = [_seconds_per_step(setup, state, mode, device) for mode in modes]
         seconds = parallel.from_main(np.array(found, np.float32))
         if parallel.is_main() and np.isfinite(seconds).all():
-            _keep(kept, {mode: float(value) for mode, value in zip(modes, seconds, strict=True)})
+            MEASURED.store(key, dict(zip(modes, seconds, strict=True)))
     best = int(seconds.argmin())
     times = list(zip(modes, seconds, strict=True))
     others = ", ".join(f"{mode} {1e3 * s:.3g}" for mode, s in times if mode != modes[best])
@@ -72,33 +71,23 @@ def choose_execution(
     return networks.with_execution(modes[best]), said
 
 
-def _key(setup: Setup, device: jax.Device) -> str:
-    """Return a name that two runs share if their steps take equally long."""
+def _cache_key(setup: Setup, device: jax.Device) -> str:
+    """Return a text that two runs share if their steps take equally long."""
     config = to_dict(setup.config)
     knobs = ("batch_size", "accumulation_steps", "rematerialize", "dtype")
     train = {name: config["train"][name] for name in knobs}
     versions = [__version__, jax.__version__, device.device_kind, setup.mesh.size]
     data = [setup.networks.input_shape, setup.data.facts.num_classes]
     what = [*versions, *data, config["model"], config["method"], config["optimizer"]["name"], train]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
+    return json.dumps(what)
 
 
-def _recall(path: pathlib.Path, modes: list[str]) -> list[float]:
+def _load_seconds(key: str, modes: list[str]) -> list[float]:
     """Return the seconds per step of each mode; zeros if they are not known."""
-    try:
-        kept = json.loads(path.read_text())
-        seconds = [float(kept[mode]) for mode in modes]
-    except (OSError, ValueError, KeyError, TypeError):
+    found = MEASURED.load(key)
+    if found is None or found.keys() != set(modes):
         return [0.0] * len(modes)
-    return seconds if min(seconds) > 0 and np.isfinite(seconds).all() else [0.0] * len(modes)
-
-
-def _keep(path: pathlib.Path, seconds: dict[str, float]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, seconds)
-    except OSError:
-        pass  # it can be measured again
+    return [float(found[mode]) for mode in modes]
 
 
 def _seconds_per_step(setup: Setup, state: TrainState, mode: str, device: jax.Device) -> float:

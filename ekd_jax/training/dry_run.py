@@ -58,8 +58,8 @@ def _describe_run(config: Any, directory: pathlib.Path, path: pathlib.Path, late
         f"{steps:,} steps of {config.train.batch_size} images, {config.train.epochs:g} epochs "
         f"of {known.train_examples:,}, on {mesh.size} x {mesh.devices.flat[0].device_kind}",
         *filter(None, [rate_in_words(config)]),
-        f"images: training set {where['train']}; {held_out}{known.test_examples:,} to test on, "
-        f"{where['evaluation']}",
+        f"images: training set {where.train}; {held_out}{known.test_examples:,} to test on, "
+        f"{where.evaluation}",
     ]
     if taught is not None:
         image_bytes = resident_bytes(config, known, mesh)

@@ -148,7 +148,7 @@ def _train(setup: Setup, path: pathlib.Path) -> Summary:
         stack.callback(writer.close)
         interrupt = Interrupt()
         stack.callback(interrupt.restore)
-        progress = Progress(setup.steps, int(state.step))
+        progress = Progress("training", setup.steps, int(state.step))
         stack.callback(progress.clear)
         record = Record(path, checkpoints, writer, progress, interrupt)
 
@@ -196,7 +196,7 @@ def _through_the_loop(setup: Setup, state: TrainState, log: Log, record: "Record
     watched = evaluation_set(setup.config, setup.data, setup.mesh, setup.watched)
     with contextlib.closing(training_feed(setup.config, setup.data, setup.mesh, setup.steps)) as feed:
         if step < setup.steps:
-            feed.at(step)
+            feed.load(step)
         log.seconds["read"] += time.monotonic() - started
         return Loop(setup, feed, watched, state, log, record).train()
 
@@ -261,7 +261,7 @@ class Loop:
         """Train; return the step reached, which is saved."""
         setup, interrupt = self.setup, self.record.interrupt
         number, stop = 1, 0
-        self.record.progress.begin()
+        self.record.progress.restart_clock()
         with jax.transfer_guard("disallow"):
             while self.step < setup.steps and not stop:
                 due = self._next_event()
@@ -298,11 +298,11 @@ class Loop:
         began, last, waited = time.monotonic(), self.step + number, 0.0
         in_flight: list[Any] = []  # dispatches that may not be done
         while self.step < last:
-            several = min(last - self.step, feed.most())
-            if not feed.ready(self.step):
+            several = min(last - self.step, feed.max_steps())
+            if not feed.is_ready(self.step):
                 jax.block_until_ready(in_flight)  # until then the devices are busy
             started = time.monotonic()
-            held = feed.at(self.step)
+            held = feed.load(self.step)
             waited += time.monotonic() - started
             count = parallel.replicate(mesh, np.int32(several))
             self.state, log.sums, done = self.train_steps(self.state, log.sums, held, count, self.frozen)

@@ -64,7 +64,7 @@ def train_line(setup: Setup, step: int, means: dict[str, float], progress: Progr
     top1 = " ".join(f"{means[f'{name}/top1']:.1f}" for name in setup.trained_names)
     return (
         f"step {step:,}/{setup.steps:,}  epoch {setup.epochs(step):.2f}  loss {means['loss']:.4f}  "
-        f"train top-1 {top1}  {means['images/s']:,.0f} images/s  {progress.remaining(step)} left"
+        f"train top-1 {top1}  {means['images/s']:,.0f} images/s  {progress.remaining()} left"
     )
 
 

@@ -232,7 +232,7 @@ def make_train_steps(setup: Setup, feed: Feed, teach: Teach, shardings: Any = No
         def body(i: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, sums = carry
             key = jax.random.fold_in(jax.random.wrap_key_data(frozen["key"]), state.step)
-            picked = feed.pick(held, i)
+            picked = feed.select_batch(held, i)
             images: Any
             images, targets = training_batch(key, *picked, classes, config.data)
             teachers = teach(frozen, images, picked[2])

@@ -11,7 +11,7 @@ from jax import lax
 from ekd_jax.common import parallel
 from ekd_jax.data.augment import normalize
 from ekd_jax.data.feed import Feed
-from ekd_jax.data.resident import Resident, read_all
+from ekd_jax.data.resident import Resident, read_pixels
 from ekd_jax.methods.base import TeacherOutputs
 from ekd_jax.runs.teachers import Teacher
 from ekd_jax.training.setup import Setup
@@ -53,7 +53,7 @@ def _all_logits(setup: Setup) -> np.ndarray:
             outputs.append(teacher(own, normalize(images, given.mean, given.std)))
         return jnp.stack([given.logits for given in outputs], 1)
 
-    images, _ = read_all(setup.data.train, setup.data, range(number))
+    images, _ = read_pixels(setup.data.train, setup.data, range(number))
     parts = []
     with jax.transfer_guard("allow"):
         frozen = jax.device_put([teacher.frozen for teacher in teachers])

@@ -24,7 +24,7 @@ from tensorflow_datasets.core import example_serializer, file_adapters, hashing,
 from tensorflow_datasets.core.utils import shard_utils
 
 from ekd_jax.common.errors import UserError, reason
-from ekd_jax.common.progress import TaskProgress
+from ekd_jax.common.progress import Progress
 from ekd_jax.common.text import megabytes
 from ekd_jax.data.tfds import archives
 
@@ -105,14 +105,14 @@ class _SplitWriter:
         """Writes all shards that are not there yet."""
         lengths = [end - begin for begin, end in zip(self.begins, self.ends, strict=True)]
         there = [length for shard, length in zip(self.shards, lengths, strict=True) if shard.exists()]
-        self.progress = TaskProgress(f"imagenet2012 {self.split}", len(self.order), sum(there), "images")
+        self.progress = Progress(f"imagenet2012 {self.split}", len(self.order), sum(there), "images")
         with open(self.archive, "rb") as archive:
             for shard, begin, end in zip(self.shards, self.begins, self.ends, strict=True):
                 if not shard.exists():
                     partial = shard.with_name(f"{shard.name}.partial")
                     self._write_shard(partial, archive, begin, end)
                     partial.rename(shard)
-        self.progress.end()
+        self.progress.finish()
         return splits.SplitInfo(
             name=self.split,
             shard_lengths=lengths,
@@ -172,7 +172,7 @@ class _SplitWriter:
         found: list[Found] = []
         record_bytes = 0
         with open(self.archive, "rb") as file:
-            once = _Once(file, TaskProgress(f"verifying {self.archive.name}", stamp[0], 0, "bytes"))
+            once = _Once(file, Progress(f"verifying {self.archive.name}", stamp[0], unit="bytes"))
             try:
                 for name, label, offset, size in members(once, self.archive, classes):
                     found.append((name, label, offset, size))
@@ -269,7 +269,7 @@ def _members(file: "_Once") -> Iterator[tarfile.TarInfo]:
 class _Once:
     """Reads a file once, from start to end, and hashes all of it; to seek is to read on."""
 
-    def __init__(self, file: BinaryIO, progress: TaskProgress):
+    def __init__(self, file: BinaryIO, progress: Progress):
         self.file, self.progress = file, progress
         self.digest = hashlib.sha256()
 
@@ -292,7 +292,7 @@ class _Once:
         """The SHA-256 of the whole file."""
         while self.read(CHUNK):
             pass
-        self.progress.end()
+        self.progress.finish()
         return self.digest.hexdigest()
 
 

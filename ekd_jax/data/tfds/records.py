@@ -26,7 +26,9 @@ from tensorflow_datasets.core import file_adapters, naming, read_only_builder, r
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
 from ekd_jax.common.errors import UserError, nearest, reason
-from ekd_jax.data.dataset import Example, Info, Source
+from ekd_jax.common.log import logger
+from ekd_jax.data import registry
+from ekd_jax.data.dataset import Example, Facts, Source
 from ekd_jax.data.dataset import Examples as ExamplesLike
 from ekd_jax.data.tfds import imagenet
 from ekd_jax.data.tfds.builders import BUILDERS
@@ -55,7 +57,7 @@ UNLABELLED_TEST = (
 RECORD_NAMES = ("file_name", "id", "image/filename")
 
 
-def nominal(name: str, extra: bool = False, test_split: str = "") -> Info | None:
+def published_facts(name: str, extra: bool = False, test_split: str = "") -> Facts | None:
     """What is published about a well-known set; reads nothing. None for other sets.
 
     Raises:
@@ -65,10 +67,10 @@ def nominal(name: str, extra: bool = False, test_split: str = "") -> Info | None
         _check_known(name, _parse(name)[0], "")
         return None
     builder = BUILDERS[name](data_dir=os.devnull)  # for its features alone
-    return _info(builder, name, SIZES[name], f"the published {name}", extra, test_split)
+    return _facts(builder, name, SIZES[name], f"the published {name}", extra, test_split)
 
 
-def info(name: str, data_dir: str, extra: bool, test_split: str) -> Info | None:
+def facts(name: str, data_dir: str, extra: bool, test_split: str) -> Facts | None:
     """What the metadata of a prepared set say, None if it is not prepared; reads no images.
 
     Args:
@@ -81,10 +83,10 @@ def info(name: str, data_dir: str, extra: bool, test_split: str) -> Info | None:
         UserError: it is no set of classified images, not in array_record, or has no such split.
     """
     builder = _find(name, data_dir)
-    return builder and _info(builder, name, _sizes(builder), builder.data_dir, extra, test_split)
+    return builder and _facts(builder, name, _sizes(builder), builder.data_dir, extra, test_split)
 
 
-def open(name: str, data_dir: str, manual_dir: str, extra: bool, test_split: str) -> Source:
+def open_set(name: str, data_dir: str, manual_dir: str, extra: bool, test_split: str) -> Source:
     """A set to read from; it is prepared first if need be.
 
     Args:
@@ -99,7 +101,7 @@ def open(name: str, data_dir: str, manual_dir: str, extra: bool, test_split: str
         prepare(name, data_dir, manual_dir)
         builder = _find(name, data_dir)
     assert builder is not None
-    found = _info(builder, name, _sizes(builder), builder.data_dir, extra, test_split)
+    found = _facts(builder, name, _sizes(builder), builder.data_dir, extra, test_split)
     train: ExamplesLike = _Records(builder, name, "train")
     if extra:
         train = _Joined([train, _Records(builder, name, "extra")])
@@ -218,7 +220,7 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that prepares {folder}", file=sys.stderr)
+            logger.info(f"waiting for another process that prepares {folder}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -233,18 +235,17 @@ def _parse(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _check_known(name: str, base: str, data_dir: str) -> None:
-    if base not in _names():
+    if base not in tfds.list_builders(with_community_datasets=False):
         raise _unknown(name, base, f"; nor is it prepared in {data_dir}" if data_dir else "")
 
 
-def _names() -> list[str]:
-    return ["digits", "folder", *tfds.list_builders(with_community_datasets=False)]
-
-
 def _unknown(name: str, base: str, more: str = "") -> UserError:
-    alike = difflib.get_close_matches(base.lower(), _names(), cutoff=0.5)
-    hint = nearest(base.lower(), alike or ["digits", "folder", *BUILDERS])
-    return UserError(f"data.name={name}: TFDS has no such set{more}{hint}")
+    listed = registry.list_datasets()
+    names = [*listed, *tfds.list_builders(with_community_datasets=False)]
+    similar = difflib.get_close_matches(base.lower(), names, cutoff=0.5)
+    return UserError(
+        f"data.name={name}: TFDS has no such set{more}{nearest(base.lower(), similar or listed)}"
+    )
 
 
 def _local(data_dir: str) -> str | None:
@@ -286,7 +287,9 @@ def _sizes(builder: Any) -> dict[str, int]:
     return {split: found.num_examples for split, found in builder.info.splits.items()}
 
 
-def _info(builder: Any, name: str, sizes: dict[str, int], where: str, extra: bool, test_split: str) -> Info:
+def _facts(
+    builder: Any, name: str, sizes: dict[str, int], where: str, extra: bool, test_split: str
+) -> Facts:
     image, label = _keys(builder, name)
     test = _test_split(name, sizes, test_split)
     for split in ("train", *(["extra"] if extra else []), test):
@@ -296,7 +299,7 @@ def _info(builder: Any, name: str, sizes: dict[str, int], where: str, extra: boo
             hint = again if split == "extra" else nearest(split, sizes)
             raise UserError(f"{knob}{where} has no split {split}{hint}")
     features = builder.info.features
-    return Info(
+    return Facts(
         name=name,
         image_shape=tuple(features[image].shape),  # type: ignore[arg-type]
         class_names=tuple(features[label].names),
