@@ -138,7 +138,8 @@ def methods_of(page: str) -> list[str]:
 
 
 def test_the_reference_has_a_row_for_every_method():
-    assert sorted(methods_of("")) == sorted(METHODS)
+    own = [name for name, method in METHODS.items() if method.__module__.startswith("ekd_jax.")]
+    assert sorted(methods_of("")) == sorted(own)  # other tests may have registered methods of theirs
 
 
 @pytest.mark.parametrize("page", [path.name for path in sorted(REFERENCE.glob("*.md"))])
