@@ -15,7 +15,7 @@ from PIL import Image
 from ekd_jax import load_student, models
 from ekd_jax.common.errors import UserError
 from ekd_jax.runs.checkpoint import Checkpoints
-from ekd_jax.students.convert import _names, _stacked, convert
+from ekd_jax.students.convert import block_names, convert, is_stacked
 from ekd_jax.students.torch_names import SOURCES, torch_name
 from ekd_jax.training import loop
 
@@ -47,7 +47,7 @@ def torch_state(name, library, classes=5, width=1):
     state = {"num_batches_tracked": np.zeros((), np.int64)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         for (ours, _), value in zip(
-            _names(path, leaf.shape), leaf if _stacked(path) else [leaf], strict=True
+            block_names(path, leaf.shape), leaf if is_stacked(path) else [leaf], strict=True
         ):
             theirs = torch_name(ours, rules)
             assert theirs not in state, f"two of ours are their {theirs}"
@@ -63,13 +63,12 @@ def torch_matches(source, name):
 @pytest.mark.parametrize(("name", "library"), CONVERTED)
 def test_every_value_finds_its_place(name, library):
     state, variables = torch_state(name, library)
-    found, description = convert(name, state, (32, 32, 3), {})
-    jax.tree.map(np.testing.assert_array_equal, found, variables)
-    architecture = description["architecture"]
-    assert architecture["num_classes"] == 5
+    found = convert(name, state, (32, 32, 3), {})
+    jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
+    assert found.network.num_classes == 5
     even = "efficientnet" in name
-    assert architecture["options"].get("padding") == ("even" if even else None)
-    epsilon = architecture["options"].get("batch_norm_epsilon")
+    assert found.network.options.get("padding") == ("even" if even else None)
+    epsilon = found.network.options.get("batch_norm_epsilon")
     assert epsilon == (1e-3 if name == "efficientnet_b5" else None), "as torchvision has it from B5 on"
 
 
@@ -147,7 +146,7 @@ def test_the_command_writes_a_student(converted, tmp_path):
     folder, variables = converted
     student = load_student(folder / "student")
     jax.tree.map(np.testing.assert_array_equal, student.variables, variables)
-    assert student.class_names == list("abcde")
+    assert student.description.class_names == tuple("abcde")
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     np.testing.assert_allclose(student.predict(images).sum(-1), 1, rtol=1e-5)
     Image.fromarray(images[0]).resize((50, 40)).save(tmp_path / "image.png")
@@ -159,7 +158,7 @@ def test_the_command_writes_a_student(converted, tmp_path):
     ("flags", "message"),
     [
         (["--model=resnet8x5", "--weights=w.safetensors"], "did you mean 'resnet8x4'"),
-        (["--model=resnet8x4", "--weights=w.bin"], "a .safetensors, .pt or .pth file is wanted"),
+        (["--model=resnet8x4", "--weights=w.bin"], "must be a .safetensors, .pt or .pth file"),
         (["--model=resnet8x4", "--weights=nowhere.safetensors"], "cannot be read"),
         (["--model=resnet18", "--weights={folder}/weights.safetensors"], "the weights do not fit"),
         ([*FITTING, "--class_names=nowhere.txt"], "--class_names=nowhere.txt cannot be read"),
@@ -207,7 +206,7 @@ def test_training_begins_with_a_students_values(converted, tmp_path):
     # A run that goes on needs the folder no more.
     shutil.move(folder / "student", tmp_path / "moved")
     (tmp_path / "run/summary.json").unlink()
-    assert loop.run(config, tmp_path / "run", one_device())["students"]
+    assert loop.run(config, tmp_path / "run", one_device()).students
     shutil.move(tmp_path / "moved", folder / "student")
-    with pytest.raises(UserError, match="is of another network"):
+    with pytest.raises(UserError, match="is another network"):
         loop.run(tiny_config(**{**changes, "model__name": "resnet14"}), tmp_path / "other", one_device())

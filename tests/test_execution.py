@@ -12,13 +12,13 @@ from jax.extend.core import jaxprs_in_params
 from test_processes import STEADY, assert_same_run
 
 from ekd_jax import models
-from ekd_jax.common.errors import UserError
+from ekd_jax.common.errors import Interrupted, UserError
 from ekd_jax.common.files import user_cache
 from ekd_jax.config.resolve import fingerprint, resolve
 from ekd_jax.models import resnet
 from ekd_jax.models.family import Family
-from ekd_jax.runs import workdir
 from ekd_jax.runs.metrics import MetricWriter, read_metrics
+from ekd_jax.runs.run import load_run
 from ekd_jax.runs.state import init_state
 from ekd_jax.training import loop
 from ekd_jax.training.autotune import choose_execution
@@ -218,18 +218,18 @@ def test_a_run_may_go_on_in_another_way(tmp_path, monkeypatch, capsys):
     assert "branches run" not in capsys.readouterr().err
     with monkeypatch.context() as patched:
         patched.setattr(MetricWriter, "write", interrupted)
-        with pytest.raises(SystemExit):
+        with pytest.raises(Interrupted):
             loop.run(tiny_config(**RUN, train__execution="packed"), tmp_path / "run", one_device())
     assert 1 < max(r["step"] for r in read_metrics(tmp_path / "run")) < 6
     loop.run(tiny_config(**RUN, train__execution="stacked"), tmp_path / "run", one_device())
     assert_same_run(tmp_path / "run", tmp_path / "separate", rtol=1e-5)
-    configs = [workdir.read(tmp_path / name).config for name in ("run", "separate")]
+    configs = [load_run(tmp_path / name).config for name in ("run", "separate")]
     assert fingerprint(configs[0]) == fingerprint(configs[1])
 
 
-def job_of(method="oem", **changes):
-    job = prepare(tiny_config(method, **RUN | {"train__batch_size": 4} | changes), one_device())
-    return job, init_state(job.trace, job.method, job.optimizer, 0, job.taught)
+def setup_of(method="oem", **changes):
+    setup = prepare(tiny_config(method, **RUN | {"train__batch_size": 4} | changes), one_device())
+    return setup, init_state(setup.networks, setup.optimizer, 0, setup.taught)
 
 
 @pytest.fixture
@@ -244,38 +244,41 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_the_fastest_way_is_measured_and_kept(cache):
-    job, state = job_of()
-    ensemble, said = choose_execution(job, state, measured=True)
-    assert said.startswith(f"branches run {ensemble.execution} (")
+    setup, state = setup_of()
+    networks, said = choose_execution(setup, state, measured=True)
+    chosen = networks.ensemble.execution
+    assert said.startswith(f"branches run {chosen} (")
     assert "measured on cpu" in said
     (kept,) = cache.glob("*")
     seconds = dict(np.load(kept))
     assert seconds.keys() == {"separate", "stacked", "packed"}
-    assert ensemble.execution == min(seconds, key=seconds.get)
+    assert chosen == min(seconds, key=seconds.get)
     # What is kept decides from now on, for whoever trains the same, whatever the seed.
-    job, state = job_of(seed=1)
+    setup, state = setup_of(seed=1)
     for fast in seconds:
         np.savez(kept, **{way: 0.001 if way == fast else 0.02 for way in seconds})
-        ensemble, said = choose_execution(job, state, measured=True)
-        assert ensemble.execution == fast
+        networks, said = choose_execution(setup, state, measured=True)
+        assert networks.ensemble.execution == fast
         assert said.startswith(f"branches run {fast} (1 ms a step; ")
         assert said.endswith(" 20; measured before on cpu)")
 
 
 def test_a_damaged_cache_is_measured_again_and_an_unwritable_one_done_without(cache):
-    job, state = job_of("baseline", model__students=(1, 0.5), model__shared_stages=2, model__sharing="base")
+    setup, state = setup_of(
+        "baseline", model__students=(1, 0.5), model__shared_stages=2, model__sharing="base"
+    )
     for damaged in (False, True):
         if damaged:
             (kept,) = cache.glob("*")
             kept.write_bytes(kept.read_bytes()[:200])
-        _, said = choose_execution(job, state, measured=True)
+        _, said = choose_execution(setup, state, measured=True)
         assert "measured on cpu" in said
         (kept,) = cache.glob("*")
         assert dict(np.load(kept)).keys() == {"separate", "packed"}
     kept.unlink()
     cache.rmdir()
     cache.write_text("a file where the folder would be")
-    assert "measured on cpu" in choose_execution(job, state, measured=True)[1]
+    assert "measured on cpu" in choose_execution(setup, state, measured=True)[1]
 
 
 @pytest.mark.slow
@@ -285,18 +288,18 @@ def test_what_methods_need_is_there_to_measure(cache, method, finished):
     changes = (
         {"train__accumulation_steps": 2} if method == "pcl" else {"method__teachers": (str(finished[0]),)}
     )
-    job, state = job_of(method, **changes)
-    assert "measured on cpu" in choose_execution(job, state, measured=True)[1]
+    setup, state = setup_of(method, **changes)
+    assert "measured on cpu" in choose_execution(setup, state, measured=True)[1]
 
 
 def test_what_is_asked_for_is_what_runs(cache):
     for way in ("separate", "stacked", "packed"):
-        job, state = job_of(train__execution=way)
-        ensemble, said = choose_execution(job, state, measured=True)
-        assert (ensemble.execution, said) == (way, "")
-    job, state = job_of()
-    ensemble, said = choose_execution(job, state)
-    assert (ensemble.execution, said) == ("separate", ""), "on CPU nothing is measured"
-    ensemble, said = choose_execution(job, state, before="packed", measured=True)
-    assert (ensemble.execution, said) == ("packed", ""), "a run that goes on keeps to its way"
+        setup, state = setup_of(train__execution=way)
+        networks, said = choose_execution(setup, state, measured=True)
+        assert (networks.ensemble.execution, said) == (way, "")
+    setup, state = setup_of()
+    networks, said = choose_execution(setup, state)
+    assert (networks.ensemble.execution, said) == ("separate", ""), "on CPU nothing is measured"
+    networks, said = choose_execution(setup, state, before="packed", measured=True)
+    assert (networks.ensemble.execution, said) == ("packed", ""), "a run that goes on keeps to its way"
     assert not list(cache.glob("execution-*"))

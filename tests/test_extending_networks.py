@@ -10,7 +10,7 @@ from conftest import tiny_config
 
 from ekd_jax import models
 from ekd_jax.common.errors import UserError
-from ekd_jax.config.build import make_ensemble, make_method
+from ekd_jax.config.build import build_networks
 from ekd_jax.config.resolve import resolve
 from ekd_jax.models import registry
 from ekd_jax.models.blocks import Stage, Stem
@@ -68,8 +68,8 @@ def plain_network(dropout=0.0, **changes):
 
 
 @pytest.fixture(autouse=True)
-def networks(monkeypatch):
-    """What a test registers is forgotten after it."""
+def registered():
+    """Forget the networks that a test registers."""
     known = dict(registry.MODELS)
     yield
     for name in set(registry.MODELS) - set(known):
@@ -118,10 +118,9 @@ def test_students_learn_and_keep_statistics():
     """Every method gets what it needs: here the adaptation layers of the paper's."""
     models.register_network("plain", plain_network(dropout=0.2))
     config = tiny_config(model__name="plain")
-    ensemble, method = make_ensemble(config, 10), make_method(config)
-    sgd = optax.sgd(0.1)
-    state = init_state(ensemble.trace(SHAPE), method, sgd, 0)
-    step = jax.jit(make_step(ensemble, method, sgd))
+    networks, sgd = build_networks(config, 10, SHAPE), optax.sgd(0.1)
+    state = init_state(networks, sgd, 0)
+    step = jax.jit(make_step(networks, sgd))
     labels = np.arange(6) % 10
     after, metrics = step(state, images_of(), labels, jax.random.key(0))
     again, _ = step(state, images_of(), labels, jax.random.key(0))

@@ -14,7 +14,7 @@ from conftest import REFERENCE, ROOT, tiny_config
 from ekd_jax import models
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
-from ekd_jax.config.build import make_ensemble
+from ekd_jax.config.build import build_networks
 from ekd_jax.models import registry
 from ekd_jax.models.cost import count_parameters
 from ekd_jax.models.layers import BatchNorm, Dropout, Mode
@@ -118,7 +118,7 @@ def test_the_cut_can_be_moved(shared):
     stages = [name for name in params["base"] if name.startswith("stage")]
     assert stages == [f"stage{i}" for i in range(1, shared + 1)]
     assert count_parameters(ensemble.student_subtrees(params, 3)) == 472_756
-    if shared == 2:  # METHODS.md 2: ONE's ResNet-32 has 1,193,189 with its gate of 32 x 3 + 3 + 2 x 3
+    if shared == 2:  # ONE's ResNet-32 has 1,193,189 with its gate (docs/reference/one.md)
         assert count_parameters(params) + 32 * 3 + 3 + 2 * 3 == 1_193_189
 
 
@@ -142,7 +142,7 @@ def test_which_map_of_an_efficientnet_is_matched(last_map, channels):
 
 
 def test_channels_of_efficientnet_students():
-    """METHODS.md 1.5 e, B2 and B4; the last of each stage."""
+    """B2 and B4 of docs/reference/networks.md#efficientnet; the last map of each stage."""
     expected = {
         "efficientnet_b2": [(48, 120, 1408), (32, 96, 1128), (24, 72, 848), (16, 48, 560), (8, 24, 280)],
         "efficientnet_b4": [(56, 160, 1792), (48, 128, 1432), (32, 96, 1072), (24, 64, 720), (16, 32, 360)],
@@ -240,8 +240,8 @@ def test_only_global_batch_norm_waits_for_other_devices(batch_norm):
     """All-reduces in the compiled forward pass of a batch that lies on eight devices."""
     config = tiny_config(model__batch_norm=batch_norm)
     mesh = parallel.make_mesh()
-    ensemble = make_ensemble(config, 10, mesh.size)
-    variables = parallel.replicate(mesh, ensemble.trace((8, 8, 1)).init(0))
+    networks = build_networks(config, 10, (8, 8, 1), mesh.size)
+    ensemble, variables = networks.ensemble, parallel.replicate(mesh, networks.trace.init(0))
     images = jax.device_put(np.zeros((16, 8, 8, 1), np.float32), parallel.split(mesh))
     forward = lambda variables, images: ensemble.apply(variables, images, train=True)[0].logits_SxBxK
     program = jax.jit(forward).lower(variables, images).compile().as_text()

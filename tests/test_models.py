@@ -35,7 +35,7 @@ def variables_of(ensemble, shape=(16, 16, 3), seed=0):
 def test_convolution_and_its_gradient_are_those_of_xla(size, stride, kernel, devices, monkeypatch):
     """The weight gradient of all images at once, and, on one device, of some at a time."""
     monkeypatch.setattr(jax, "device_count", lambda: devices)
-    monkeypatch.setattr(CONVOLUTION, "CACHE", 1)
+    monkeypatch.setattr(CONVOLUTION, "CACHE_BYTES", 1)
     generator = np.random.default_rng(0)
     with jax.enable_x64(True):
         x = jnp.asarray(generator.normal(size=(2, size, size + 1, 3)))

@@ -1,5 +1,7 @@
 """A five-student ResNet-20 with the official weights computes what the official code computed."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,11 @@ import pytest
 from conftest import REFERENCE, tiny_config
 
 from ekd_jax import models
-from ekd_jax.common.errors import UserError
-from ekd_jax.config.build import make_method
+from ekd_jax.config.build import Networks, build_method
 from ekd_jax.methods.base import Batch
-from ekd_jax.runs.state import init_variables, of_method, of_networks
-from ekd_jax.students.convert import official_variables
+from ekd_jax.runs.state import init_variables, method_variables, network_variables
+from ekd_jax.students.convert import student_from_torch
+from ekd_jax.students.torch_names import sources
 from ekd_jax.training.step import objective
 
 STUDENTS = range(5)
@@ -32,16 +34,26 @@ def part(reference, prefix):
 @pytest.fixture(scope="module")
 def network():
     ensemble = models.build_ensemble("resnet20", 5, 100)
-    method = make_method(tiny_config())
-    return ensemble, method, init_variables(ensemble.trace((32, 32, 3)), method, 0)
+    method = build_method(tiny_config())
+    return ensemble, method, init_variables(Networks(method, ensemble, (32, 32, 3)), 0)
 
 
 def official_at(reference, network, when):
     """The official variables: "init", or "after1" training step's statistics."""
     ensemble, _, variables = network
     state = lambda who: part(reference, f"init/{who}/") | part(reference, f"{when}/{who}/")
-    students = [state(f"student{i}") for i in STUDENTS]
-    return official_variables(ensemble, variables, state("base"), students, part(reference, "adapt/"))
+    rules = sources("resnet20")[0].rules
+    variables = jax.tree.map(np.asarray, variables)
+    for i in STUDENTS:
+        like = ensemble.student_variables(variables, i + 1)
+        own = student_from_torch(like, state("base") | state(f"student{i}"), rules)
+        variables = ensemble.with_student_variables(variables, i + 1, own)
+    adaptation = part(reference, "adapt/")
+    for name, layer in variables["params"]["method"]["adaptation_layers"].items():
+        block, student = (int(number) - 1 for number in re.findall(r"\d+", name))
+        layer["kernel"] = adaptation[f"b{block}_s{student}/w"].T
+        layer["bias"] = adaptation[f"b{block}_s{student}/b"]
+    return variables
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +65,9 @@ def trained(reference, network):
     def loss(params):
         full = variables | {"params": params}
         images = reference["x"].transpose(0, 2, 3, 1)
-        outputs, stats = ensemble.apply(of_networks(full), images, train=True)
+        outputs, stats = ensemble.apply(network_variables(full), images, train=True)
         batch = Batch(reference["y"], jnp.zeros(()))
-        value, (metrics, _) = objective(method, of_method(full), outputs, batch)
+        value, (metrics, _) = objective(method, method_variables(full), outputs, batch)
         return value, (outputs, stats, metrics)
 
     (value, found), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
@@ -118,19 +130,3 @@ def test_evaluation_mode(reference, network):
     variables = official_at(reference, network, "after1")
     outputs, _ = network[0].apply(variables, reference["x"].transpose(0, 2, 3, 1), train=False)
     np.testing.assert_allclose(outputs.logits_SxBxK, reference["eval_true/student_logits"], atol=1e-4)
-
-
-def test_converter_names_everything_that_does_not_fit(reference, network):
-    ensemble, _, variables = network
-    students = [part(reference, f"init/student{i}/") for i in STUDENTS]
-    del students[2]["linear.bias"]
-    students[3]["linear.weight"] = students[3]["linear.weight"][:10]
-    students[4]["extra.weight"] = np.zeros(3)
-    with pytest.raises(UserError) as error:
-        official_variables(ensemble, variables, part(reference, "init/base/"), students)
-    for expected in (
-        "student 3: linear.bias is missing",
-        "student 4: linear.weight becomes",
-        "extra.weight has no place",
-    ):
-        assert expected in str(error.value)

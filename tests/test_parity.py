@@ -194,10 +194,10 @@ def test_pth_files_become_students(tmp_path, wrap):
     network = randomize(theirs.NETWORKS["resnet8x4"](num_classes=CLASSES)).float().eval()
     state = {f"module.{name}": value for name, value in network.state_dict().items()}
     torch.save(wrap(state), tmp_path / "network.pth")
-    found, description = convert("resnet8x4", read_state_dict(tmp_path / "network.pth"), (32, 32, 3), {})
-    assert description["architecture"]["num_classes"] == CLASSES
+    found = convert("resnet8x4", read_state_dict(tmp_path / "network.pth"), (32, 32, 3), {})
+    assert found.network.num_classes == CLASSES
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
-    ours = models.build_ensemble("resnet8x4", 1, CLASSES).student(1).logits(found, images)
+    ours = models.build_ensemble("resnet8x4", 1, CLASSES).student(1).logits(found.variables, images)
     with torch.no_grad():
         expected = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,7 @@
-"""What several families are built of: stems, heads, stages of equal blocks, and the blocks themselves.
+"""The parts that several families share: stems, heads, stages of equal blocks, and the blocks.
 
-A `Part` is a module without its name: whoever puts parts together names them, and so the variables.
+A `Part` makes a module when it is given a name. Whoever combines parts names them, and thereby their
+variables.
 """
 
 from collections.abc import Callable
@@ -25,19 +26,20 @@ from ekd_jax.models.layers import (
     relu,
 )
 
-WRITTEN_OUT = 4  # equal blocks that are put one after the other, not in a loop: docs/performance.md
-Part = Callable[..., nn.Module]
-Block = Callable[..., nn.Module]  # a part that takes stride=
+UNROLLED_BLOCKS = 4  # up to this many equal blocks run without a loop: docs/performance.md
+Part = Callable[..., nn.Module]  # takes name=
+Block = Callable[..., nn.Module]  # takes name= and stride=
 
 
-def call(module: nn.Module, x: Array, mode: Mode, in_loop: bool = False) -> Array:
-    """`module(x, mode)`; with `mode.rematerialize` the backward pass keeps, of a block, `x` alone.
+def run_part(module: nn.Module, x: Array, mode: Mode, in_loop: bool = False) -> Array:
+    """Return `module(x, mode)`. With `mode.rematerialize` the backward pass keeps only x of a block.
 
     Args:
-        module: a stage (`Chain`, `Stage`), which keeps what its blocks do, or a block.
+        module: a block, or a stage (`Chain`, `Stage`) that calls this function for its blocks.
         x: (B, H, W, C).
-        mode: of the network.
-        in_loop: of a scan, where XLA needs no barriers to keep what is computed again apart.
+        mode: how layers compute.
+        in_loop: whether this is the body of a scan, where XLA needs no barriers that prevent it from
+            merging the recomputation with the forward pass.
     """
     if not mode.rematerialize or isinstance(module, Chain | Stage):
         return module(x, mode)
@@ -45,36 +47,45 @@ def call(module: nn.Module, x: Array, mode: Mode, in_loop: bool = False) -> Arra
 
 
 class Chain(nn.Module):
-    """Parts one after the other."""
+    """Parts that run one after the other."""
 
     parts: tuple[tuple[str, Part], ...]
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
         for name, part in self.parts:
-            x = call(part(name=name), x, mode)
+            x = run_part(part(name=name), x, mode)
         return x
 
 
 class Stage(nn.Module):
-    """Blocks of one width. `first` may change width and resolution; the equal ones after it are stored
-    stacked in `rest`, (blocks - 1, ...) a leaf, and scanned: one block to trace and to compile. A few
-    are written out, as a loop has to copy everything that the backward pass wants."""
+    """A stage of blocks of one width.
+
+    The block `first` may change width and resolution. The equal blocks after it are stored stacked in
+    `rest`, every leaf (blocks - 1, ...), and scanned, so that one block is traced and compiled. A few
+    blocks are unrolled, because a loop has to copy everything that the backward pass needs.
+
+    Attributes:
+        block: the block.
+        blocks: number of blocks.
+        stride: stride of the first block.
+        parts: which of "first" and "rest" to run.
+    """
 
     block: Block
     blocks: int
     stride: int = 1
-    parts: tuple[str, ...] = ("first", "rest")  # what of it runs
+    parts: tuple[str, ...] = ("first", "rest")
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
         if "first" in self.parts:
-            x = call(self.block(stride=self.stride, name="first"), x, mode)
+            x = run_part(self.block(stride=self.stride, name="first"), x, mode)
         if "rest" in self.parts and self.blocks > 1:
             equal = self.blocks - 1
-            in_loop = equal > WRITTEN_OUT
+            in_loop = equal > UNROLLED_BLOCKS
             x, _ = nn.scan(
-                lambda block, x, _: (call(block, x, mode, in_loop), None),
+                lambda block, x, _: (run_part(block, x, mode, in_loop), None),
                 variable_axes={"params": 0, "batch_stats": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=equal,
@@ -84,7 +95,7 @@ class Stage(nn.Module):
 
 
 class Stem(ConvNorm):
-    """(B, H, W, C) images -> convolution, batch norm, activation and, if asked for, 3x3/2 max pooling."""
+    """A convolution, batch norm and an activation, with pool=True followed by 3x3/2 max pooling."""
 
     pool: bool = False
 
@@ -93,8 +104,8 @@ class Stem(ConvNorm):
         return max_pool(x, 3, 2) if self.pool else x
 
 
-class Norm(nn.Module):
-    """Batch norm and ReLU: what networks of pre-activation blocks end with."""
+class NormRelu(nn.Module):
+    """Batch norm and ReLU, with which networks of pre-activation blocks end."""
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
@@ -102,7 +113,14 @@ class Norm(nn.Module):
 
 
 class Head(nn.Module):
-    """(B, H, W, C) -> logits (B, K) float32, and the map (B, H, W, C') that is pooled for them."""
+    """A classifier from (B, H, W, C) to logits (B, K) float32 and the map (B, H, W, C') that it pools.
+
+    Attributes:
+        num_classes: number of classes K.
+        before: a part to run before pooling.
+        dropout: dropout rate after pooling.
+        kernel_init, bias_init: initializers of the linear layer.
+    """
 
     num_classes: int
     before: Part | None = None
@@ -119,11 +137,11 @@ class Head(nn.Module):
 
 
 class Residual(nn.Module):
-    """ReLU(body(x) + shortcut(x)) after He et al. 2015 (arXiv 1512.03385).
+    """A residual block, ReLU(body(x) + shortcut(x)), of He et al. 2015 (arXiv 1512.03385).
 
-    The shortcut is x where shapes agree. Otherwise it is a 1x1 convolution with batch norm (option B),
-    or, with shortcut="pad", every stride-th pixel, with channels of zeros added on both sides
-    (option A) or, for a narrower block, outer channels left out.
+    The shortcut is x where shapes agree. Otherwise it is a 1x1 convolution with batch norm (option B).
+    With shortcut="pad" it is every stride-th pixel, with zero channels added on both sides (option A) or,
+    for a narrower block, the outer channels removed.
     """
 
     features: int
@@ -132,7 +150,7 @@ class Residual(nn.Module):
     kernel_init: Initializer = kaiming_fan_out
 
     def body(self, x: Array, mode: Mode) -> Array:
-        """What is added to the shortcut."""
+        """Return the residual that is added to the shortcut."""
         raise NotImplementedError
 
     @nn.compact
@@ -152,7 +170,7 @@ class Residual(nn.Module):
 
 
 class BasicBlock(Residual):
-    """Two 3x3 convolutions of `features` channels."""
+    """A residual block of two 3x3 convolutions with `features` channels."""
 
     def body(self, x: Array, mode: Mode) -> Array:
         y = Conv(self.features, 3, self.stride, kernel_init=self.kernel_init, name="conv1")(x, mode)
@@ -162,11 +180,11 @@ class BasicBlock(Residual):
 
 
 class Bottleneck(Residual):
-    """1x1, 3x3 with the stride and `groups`, 1x1 to 4 * features channels.
+    """A residual block of a 1x1, a 3x3 (with stride and groups) and a 1x1 convolution.
 
-    The middle is int(features * base_width / 64) * groups wide: `features` for a ResNet, twice that for
-    Wide-ResNet-2 (Zagoruyko, Komodakis 2016) and, as in the official code, a constant number of ever
-    narrower groups for ResNeXt (Xie et al. 2017) students.
+    It has 4 * features channels outside and int(features * base_width / 64) * groups in the middle. That is
+    `features` for a ResNet, twice as many for Wide-ResNet-2 (Zagoruyko, Komodakis 2016) and, as in the
+    official code, a constant number of narrower groups for the students of a ResNeXt (Xie et al. 2017).
     """
 
     groups: int = 1
@@ -183,9 +201,9 @@ class Bottleneck(Residual):
 
 
 class SqueezeExcite(nn.Module):
-    """x times a gate for each channel, from the mean over the image (Hu et al. 2018)."""
+    """Multiply each channel by a gate computed from the mean over pixels (Hu et al. 2018)."""
 
-    features: int  # of the layer between
+    features: int  # channels of the hidden layer
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
@@ -197,14 +215,19 @@ class SqueezeExcite(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to `expand` times the channels, depthwise, squeeze and excite, 1x1 to `features` (linear).
+    """A 1x1 convolution to `expand` times the channels, a depthwise one, and a linear 1x1 to `features`.
 
-    MobileNetV2 (Sandler et al. 2018); with squeeze and excite MnasNet's and EfficientNet's MBConv. The
-    input is added where shapes agree, after stochastic depth.
+    It is the block of MobileNetV2 (Sandler et al. 2018) and, with squeeze and excite, the MBConv of MnasNet
+    and EfficientNet. Where shapes agree the input is added, after stochastic depth.
 
     Attributes:
-        squeeze: the layer between of squeeze and excite has max(1, inputs // squeeze) channels; 0: none.
-        always_expand: also for expand=1, as some implementations do.
+        features, stride, expand, size: channels, stride, expansion and kernel size.
+        squeeze: squeeze and excite has max(1, inputs // squeeze) hidden channels; 0 means none.
+        activation: the activation, not used after the last convolution.
+        padding: padding of the depthwise convolution, see `convolution`.
+        stochastic_depth: rate at which an example skips the block.
+        always_expand: whether the first convolution exists for expand=1, too, as in some implementations.
+        kernel_init: initializer of the convolutions.
     """
 
     features: int
@@ -243,4 +266,4 @@ class InvertedResidual(nn.Module):
         )(y, mode)
         if x.shape != y.shape:
             return y
-        return x + Dropout(self.stochastic_depth, whole=True, name="drop")(y, mode)
+        return x + Dropout(self.stochastic_depth, whole_examples=True, name="drop")(y, mode)

@@ -1,8 +1,8 @@
-"""2-D convolution as PyTorch pads it, in the form that each backend is fast at.
+"""2-D convolution with PyTorch's padding, in the form that is fast on each backend.
 
-On CPU XLA brings convolutions to its fast layout outside of loops only, where steps would take 15 to
-30 times longer, and its gradient of grouped convolutions is slower still; gradients are therefore
-written out, and grouped convolutions, too (docs/decisions.md has the measurements).
+XLA for CPUs uses its fast layout only outside of loops; inside, steps take 15 to 30 times longer, and the
+gradient of grouped convolutions is slower still. Gradients and grouped convolutions are therefore written
+out for CPUs. The measurements are in docs/decisions.md.
 """
 
 import math
@@ -14,24 +14,26 @@ from jax import lax
 
 Array = jax.Array
 
+Pads = tuple[tuple[int, int], tuple[int, int]]  # zeros above and below, left and right
+
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 def convolution(x: Array, kernel: Array, stride: int = 1, groups: int = 1, padding: str = "even") -> Array:
-    """2-D convolution with zeros around the image.
+    """Convolve x, padded with zeros, with a kernel.
 
     Args:
         x: (B, H, W, C).
         kernel: (h, w, C // groups, K), h and w odd.
-        stride: of both axes.
-        groups: channels are cut into so many parts that do not see each other.
-        padding: "even": (k - 1) // 2 on every side, as PyTorch networks pad; "same": k - stride in
-            all, the odd one right and below, as TensorFlow's do where the stride divides the size.
+        stride: stride of both axes.
+        groups: number of groups of channels that are convolved separately.
+        padding: "even" pads (k - 1) // 2 on every side, as PyTorch networks do. "same" pads k - stride in
+            total, the odd pixel right and below, as TensorFlow does where the stride divides the size.
 
     Returns:
         (B, ceil(H / stride), ceil(W / stride), K) in x's dtype.
     """
-    pads = tuple(_pads(k, stride, padding) for k in kernel.shape[:2])
+    pads = _pads(kernel.shape[0], stride, padding), _pads(kernel.shape[1], stride, padding)
     if jax.default_backend() != "cpu":
         return _convolution(x, kernel, stride, groups, pads)
     if groups == 1:
@@ -46,7 +48,7 @@ def _pads(size: int, stride: int, padding: str) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def _convolution(x: Array, kernel: Array, stride: int, groups: int, pads: tuple) -> Array:
+def _convolution(x: Array, kernel: Array, stride: int, groups: int, pads: Pads) -> Array:
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), pads, dimension_numbers=_LAYOUT, feature_group_count=groups
     )
@@ -54,87 +56,96 @@ def _convolution(x: Array, kernel: Array, stride: int, groups: int, pads: tuple)
 
 # --- one group: sizes that are fast, the gradient as a convolution and as matrix products --------
 
-UNEVEN = {*range(25, 32), *range(49, 64)}  # features that take longer than the next multiple of 32 of them
-CACHE = 2**21  # bytes that the weight gradient works on at a time: about a core's second-level cache
+SLOW_FEATURES = {*range(25, 32), *range(49, 64)}  # slower than the next multiple of 32
+CACHE_BYTES = 2**21  # working set of the weight gradient: about a core's second-level cache
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _canonical_convolution(x: Array, kernel: Array, stride: int, pads: tuple) -> Array:
+def _canonical_convolution(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
     _, width, channels, features = kernel.shape
-    together = 1
+    pixels = 1
     if stride == 1 and width > 1 and sum(pads[1]) == width - 1:  # images keep their width
-        together = 4 if features <= 4 else 2 if features <= 12 and channels % 2 == 0 else 1
-    return fitted_convolution(x, kernel, stride, pads, math.gcd(together, x.shape[2]))
+        pixels = 4 if features <= 4 else 2 if features <= 12 and channels % 2 == 0 else 1
+    return fitted_convolution(x, kernel, stride, pads, math.gcd(pixels, x.shape[2]))
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
-def fitted_convolution(x: Array, kernel: Array, stride: int, pads: tuple, together: int) -> Array:
-    """The same in sizes that XLA's CPU kernels are fast at (docs/performance.md has the measurements).
+def fitted_convolution(x: Array, kernel: Array, stride: int, pads: Pads, pixels: int) -> Array:
+    """Convolve in sizes at which XLA's CPU kernels are fast (docs/performance.md has the measurements).
 
-    Few features leave most of a vector register empty. So those of `together` neighboring pixels are
-    computed as the features of one, by a kernel that is as many pixels wider, mostly zeros, and moves on by
-    as many. More than 12 channels are filled up to a multiple of 4, and features where they are `UNEVEN`.
+    Few features leave most of a vector register empty. Those of `pixels` neighboring pixels are therefore
+    computed as features of one pixel, by a kernel that is wider by pixels - 1, mostly zeros, and moves by
+    `pixels`. More than 12 channels are padded to a multiple of 4, and `SLOW_FEATURES` to one of 32.
 
-    A function of its own so that `describe` can tell it in a jaxpr.
+    It is a jitted function so that `cost` recognizes it in a jaxpr.
     """
     channels, features = kernel.shape[2:]
-    if together > 1:
-        spread = [(p, together - 1 - p) for p in range(together)]
+    if pixels > 1:
+        spread = [(p, pixels - 1 - p) for p in range(pixels)]
         kernel = jnp.concatenate([jnp.pad(kernel, ((0, 0), s, (0, 0), (0, 0))) for s in spread], -1)
-    outputs = together * features
-    more_in = -channels % 4 if channels > 12 else 0
-    more_out = -outputs % 32 if outputs in UNEVEN else 0
-    x = jnp.pad(x, (*[(0, 0)] * 3, (0, more_in)))
-    kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, more_in), (0, more_out)))
-    strides = (stride, stride * together)
+    outputs = pixels * features
+    extra_channels = -channels % 4 if channels > 12 else 0
+    extra_features = -outputs % 32 if outputs in SLOW_FEATURES else 0
+    x = jnp.pad(x, (*[(0, 0)] * 3, (0, extra_channels)))
+    kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, extra_channels), (0, extra_features)))
+    strides = (stride, stride * pixels)
     y = lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_LAYOUT)[..., :outputs]
     return y.reshape(*y.shape[:2], -1, features)
 
 
-def _forward(x: Array, kernel: Array, stride: int, pads: tuple) -> tuple[Array, tuple[Array, Array]]:
+def _forward(x: Array, kernel: Array, stride: int, pads: Pads) -> tuple[Array, tuple[Array, Array]]:
     return _canonical_convolution(x, kernel, stride, pads), (x, kernel)
 
 
-def _backward(stride: int, pads: tuple, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _backward(stride: int, pads: Pads, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = saved
     sizes = [
         (low, k, n, (m - 1) * stride + 1)
         for (low, _), k, n, m in zip(pads, kernel.shape, x.shape[1:3], g.shape[1:3], strict=False)
     ]
-    # d/dx: the gradient, spread by the stride, with the kernel turned round.
-    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    around = tuple((k - 1 - low, n + low - m) for low, k, n, m in sizes)
+    # d/dx: the gradient, dilated by the stride, convolved with the flipped kernel.
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    rows, columns = ((k - 1 - low, n + low - m) for low, k, n, m in sizes)
     if stride == 1:
-        dx = _canonical_convolution(g, turned, 1, around)
+        dx = _canonical_convolution(g, flipped, 1, (rows, columns))
     else:
         dx = lax.conv_general_dilated(
-            g, turned, (1, 1), around, lhs_dilation=(stride, stride), dimension_numbers=_LAYOUT
+            g,
+            flipped,
+            (1, 1),
+            (rows, columns),
+            lhs_dilation=(stride, stride),
+            dimension_numbers=_LAYOUT,
         )
     return dx, _kernel_gradient(x, kernel.shape, stride, pads, g)
 
 
-def _kernel_gradient(x: Array, shape: tuple[int, ...], stride: int, pads: tuple, g: Array) -> Array:
-    """d/dkernel, (h, w, C, K), a few images at a time: what is put side by side stays in the cache.
+def _kernel_gradient(x: Array, shape: tuple[int, ...], stride: int, pads: Pads, g: Array) -> Array:
+    """Return the gradient (h, w, C, K) of the kernel, computed a few images at a time to stay in the cache.
 
-    Where devices share a batch it is taken whole, or they would exchange every few images' gradient.
+    Where devices share a batch all images are taken at once. Otherwise the devices would exchange the
+    gradient of every few images.
     """
     batch, height, width, channels = x.shape
-    image = x.dtype.itemsize * height * width * (shape[1] * channels + shape[0] * shape[3])
-    some = math.gcd(batch, 2 ** int(math.log2(max(1, CACHE // image))))
-    if some == batch or shape[0] == shape[1] == 1 or jax.device_count() > 1:
+    image_bytes = x.dtype.itemsize * height * width * (shape[1] * channels + shape[0] * shape[3])
+    size = math.gcd(batch, 2 ** int(math.log2(max(1, CACHE_BYTES // image_bytes))))
+    if size == batch or shape[0] == shape[1] == 1 or jax.device_count() > 1:
         return _kernel_gradient_at_once(x, shape, stride, pads, g)
 
-    def body(total: Array, few: tuple[Array, ...]) -> tuple[Array, None]:
-        return total + _kernel_gradient_at_once(few[0], shape, stride, pads, few[1]), None
+    def body(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
+        return total + _kernel_gradient_at_once(chunk[0], shape, stride, pads, chunk[1]), None
 
-    parts = tuple(v.reshape(-1, some, *v.shape[1:]) for v in (x, g))
-    total, _ = lax.scan(body, jnp.zeros(shape, x.dtype), parts)
+    chunks = tuple(v.reshape(-1, size, *v.shape[1:]) for v in (x, g))
+    total, _ = lax.scan(body, jnp.zeros(shape, x.dtype), chunks)
     return total
 
 
-def _kernel_gradient_at_once(x: Array, shape: tuple[int, ...], stride: int, pads: tuple, g: Array) -> Array:
-    """As matrix products: for every pixel, the w columns of x that a row of the kernel sees side by side,
-    times the gradients of the h rows of pixels that see it."""
+def _kernel_gradient_at_once(x: Array, shape: tuple[int, ...], stride: int, pads: Pads, g: Array) -> Array:
+    """Return the gradient of the kernel as matrix products.
+
+    At every pixel the w columns of x that a row of the kernel covers are multiplied by the gradients of the
+    h output rows that this pixel contributes to.
+    """
     (h, w, channels, features), (_, rows, columns, _) = shape, g.shape
     (top, bottom), sides = pads
     if stride == 1:
@@ -144,7 +155,7 @@ def _kernel_gradient_at_once(x: Array, shape: tuple[int, ...], stride: int, pads
         given = jnp.concatenate([spread[:, h - 1 - i : h - 1 - i + x.shape[1]] for i in range(h)], -1)
         product = seen.reshape(-1, w * channels).T @ given.reshape(-1, h * features)
         return product.reshape(w, channels, h, features).transpose(2, 0, 1, 3)
-    # with a stride rows do not line up: one product for each row of the kernel
+    # with a stride rows do not line up, so every row of the kernel takes a product
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     last_row, last_column = (rows - 1) * stride + 1, (columns - 1) * stride + 1
     seen = jnp.concatenate([padded[:, :, j : j + last_column : stride] for j in range(w)], -1)
@@ -159,17 +170,17 @@ _canonical_convolution.defvjp(_forward, _backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _shifted_convolution(x: Array, kernel: Array, stride: int, groups: int, pads: tuple) -> Array:
+def _shifted_convolution(x: Array, kernel: Array, stride: int, groups: int, pads: Pads) -> Array:
     return _shifted_products(x, kernel, stride, groups, pads)
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
-def grouped_convolution(x: Array, kernel: Array, stride: int, groups: int, pads: tuple) -> Array:
-    """As `convolution`; a function of its own so that `describe` can tell it in a jaxpr."""
+def grouped_convolution(x: Array, kernel: Array, stride: int, groups: int, pads: Pads) -> Array:
+    """Convolve in groups. It is a jitted function so that `cost` recognizes it in a jaxpr."""
     return _shifted_convolution(x, kernel, stride, groups, pads)
 
 
-def _shifted_products(x: Array, kernel: Array, stride: int, groups: int, pads: tuple) -> Array:
+def _shifted_products(x: Array, kernel: Array, stride: int, groups: int, pads: Pads) -> Array:
     h, w, _, features = kernel.shape
     batch, channels = x.shape[0], x.shape[-1]
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
@@ -195,9 +206,9 @@ def _forward_shifted(
 
 
 def _backward_shifted(
-    stride: int, groups: int, pads: tuple, saved: tuple[Array, Array], g: Array
+    stride: int, groups: int, pads: Pads, saved: tuple[Array, Array], g: Array
 ) -> tuple[Array, Array]:
-    # From x again, so that its shifted copies need not be kept.
+    # Recomputed from x, so that its shifted copies need not be kept.
     _, gradient = jax.vjp(lambda x, k: _shifted_products(x, k, stride, groups, pads), *saved)
     dx, dkernel = gradient(g)
     return dx, dkernel

@@ -1,11 +1,10 @@
-"""EfficientNet-B0 to B7 (Tan, Le 2019, arXiv 1905.11946) as in the official code (models/EfficientNet.py,
-METHODS.md 1.5 e).
+"""EfficientNet-B0 to B7 (Tan, Le 2019, arXiv 1905.11946), as in the official code of the ensemble method.
 
-Base block: 3x3/2 stem. Branch: the inverted residuals up to 1/8, to 1/16 and to 1/32 of the image, channels
-scaled by the network's own width times the student's. The last map is the 1280-channel one that is pooled
-(official code); with model.last_map=stage the 320-channel one before (the paper's Figure 2a). Stochastic
-depth is .2 for every block, and padding "same", as there; torchvision's weights want "even" padding and,
-from B5 on, an epsilon of 1e-3 for batch norm.
+Details: docs/reference/networks.md#efficientnet. Base block: 3x3/2 stem. Branch: the inverted residuals down to
+1/8, 1/16 and 1/32 of the image, with channels scaled by the network's width times the student's. The last map is
+the 1280-channel one that is pooled; with model.last_map=stage it is the 320-channel map before it (the paper's
+Figure 2a). Stochastic depth is .2 for every block, and padding is "same". Weights of torchvision need "even"
+padding and, from B5 on, a batch norm epsilon of 1e-3.
 """
 
 import math
@@ -29,14 +28,14 @@ SETTINGS: Settings = (
 
 
 def channels(full: int, width: Fraction) -> int:
-    """`full` at width 1, whatever it is; else a multiple of 8."""
+    """Return `full` at width 1, whatever it is, and otherwise a multiple of 8."""
     return full if width == 1 else make_divisible(full * width)
 
 
 def efficientnet(
     widths: Sequence[Fraction], options: NetworkOptions, *, width: str, depth: str, dropout: float
 ) -> Architecture:
-    """Of so many times B0's channels and blocks."""
+    """Build a network with `width` times the channels and `depth` times the blocks of B0."""
     own, padding = Fraction(width), options.padding or "same"
     block = partial(
         InvertedResidual,

@@ -24,8 +24,8 @@ from ekd_jax.models.cost import Cost, count_cost
 from ekd_jax.models.execution import (
     EXECUTIONS,
     Branch,
-    Maps,
     Network,
+    NetworkOutputs,
     PackedNetwork,
     apply_module,
     group_equal,
@@ -68,14 +68,14 @@ class Student:
     network: nn.Module
     mode: Mode
 
-    def __call__(self, variables: Variables, images: Array) -> tuple[Array, Maps, Array]:
-        """Map images (B, H, W, C), normalized floats, to what `Network` returns, in evaluation mode."""
+    def __call__(self, variables: Variables, images: Array) -> NetworkOutputs:
+        """Run the network on images (B, H, W, C), normalized floats, in evaluation mode."""
         outputs: Any = self.network.apply(variables, images, self.mode)
-        return outputs
+        return NetworkOutputs(*outputs)
 
     def logits(self, variables: Variables, images: Array) -> Array:
-        """Map images (B, H, W, C), normalized floats, to logits (B, K) float32, in evaluation mode."""
-        return self(variables, images)[0]
+        """Return logits (B, K) float32 of images (B, H, W, C), normalized floats, in evaluation mode."""
+        return self(variables, images).logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Ensemble:
         matched: for each student the names of the stages whose maps are compared; "pooled" is the map
             that the classifier pools.
         base_gradients: who trains the shared parts: "all" students, the "pseudo_teacher" alone
-            (METHODS.md 1.3), or the "mean" of the gradients from either side of every parting
-            (METHODS.md 12.2).
+            (docs/reference/oem.md#base-gradients), or "all" with the gradients of the ways on from each
+            shared part averaged instead of summed, the "mean" (docs/reference/cl_ilr.md).
         mode: how layers compute in evaluation.
         execution: how branches run, a key of `execution.EXECUTIONS`; it changes only time and rounding.
         packed: all branches as one wide network, if they can be packed.
@@ -146,10 +146,11 @@ class Ensemble:
         trunk = [shared[way] for way in sorted(shared, key=lambda way: way[-1])]
         for traced in (*trunk, *seen.values()):
             _check_kinds(traced)
-        found = [traced.outputs for traced in branches]
-        logits: Any = jax.ShapeDtypeStruct((len(found), *found[0][0].shape), found[0][0].dtype)
+        of_branches = [traced.outputs for traced in branches]
+        one = of_branches[0].logits
+        logits: Any = jax.ShapeDtypeStruct((len(branches), *one.shape), one.dtype)
         base: Any = shared[self.routes[0]].outputs if self.routes[0] else image
-        outputs = self._outputs(logits, found, base)
+        outputs = self._outputs(logits, of_branches, base)
         return EnsembleTrace(self, tuple(input_shape), tuple(trunk), tuple(branches), outputs)
 
     def student_subtrees(self, tree: Any, student: int) -> Any:
@@ -183,30 +184,46 @@ class Ensemble:
         train: bool,
         key: Array | None = None,
     ) -> tuple[Outputs, Any]:
-        """Runs the shared parts in turn, and the branches as `execution` says.
+        """Run the shared parts in turn, and the branches in the way that `execution` names.
 
         Args:
-            variables: as `init` returns them.
-            images: (B, H, W, C) float, normalized; or as many views of them as there are students. Shared
-                parts then see one view after the other.
-            train: use the batch's statistics, update the running ones, drop out.
-            key: of what is dropped in this step; networks that drop nothing need none.
+            variables: as `EnsembleTrace.init` returns them.
+            images: (B, H, W, C) normalized floats, or one such view of them for each student. Shared
+                parts then process one view after the other.
+            train: whether batch norm uses the batch's statistics and updates the running ones, and
+                whether dropout drops.
+            key: key for dropout. Networks that drop nothing need none.
 
         Returns:
-            The outputs and the new batch statistics (the old ones unless `train`).
+            The outputs, and the new batch statistics (the old ones unless `train`).
         """
         mode = dataclasses.replace(self.mode, train=train)
         views: list[Any] = list(images) if isinstance(images, tuple | list) else [images]
-        stats = jax.tree.map(lambda leaf: leaf, variables["batch_stats"])
+        params, old = variables["params"], variables["batch_stats"]
+        stats = jax.tree.map(lambda leaf: leaf, old)  # new dicts, the same leaves
+        key = key if train else None
+        inputs = self._run_trunk(params, stats, views, mode, key)
+        branches = [
+            Branch(branch, _part_variables(params, stats, ("students", str(i))), x, _fold_in(key, i))
+            for i, (branch, x) in enumerate(zip(self.branches, inputs, strict=True), 1)
+        ]
+        execute = EXECUTIONS[self.execution if len(branches) > 1 else "separate"]
+        results = execute(branches, mode, self.packed)
+        for i, (_, new) in enumerate(results, 1):
+            _put(stats, ("students", str(i)), new)
+        outputs = [of_branch for of_branch, _ in results]
+        logits = jnp.stack([of_branch.logits for of_branch in outputs])
+        return self._outputs(logits, outputs, inputs[0]), stats if train else old
 
-        def own(path: Path) -> Variables:
-            return {"params": _at(variables["params"], path), "batch_stats": _at(stats, path)}
+    def _run_trunk(
+        self, params: Any, stats: Any, views: Sequence[Array], mode: Mode, key: Array | None
+    ) -> list[Array]:
+        """Return the map that each branch reads, and put the new batch statistics into `stats`.
 
-        def key_of(number: int) -> Array | None:
-            return None if key is None or not train else jax.random.fold_in(key, number)
-
+        Branches that read the same map get the same object.
+        """
         students = len(self.branches)
-        seen: dict[Any, Array] = {}  # way through the trunk -> what comes out, one object for all readers
+        seen: dict[Any, Array] = {}  # way through the trunk -> its map
         inputs = []
         for i, route in enumerate(self.routes):
             view = i % len(views)
@@ -214,42 +231,36 @@ class Ensemble:
             for depth, node in enumerate(route, 1):
                 way = (view, *route[:depth])
                 if way not in seen:
+                    # Numbers 1 to S are those of the branches.
                     number = 0 if node == 0 and view == 0 else students + node * len(views) + view + 1
                     path, part = self.trunk[node]
-                    x, new = apply_module(part, own(path), x, mode, key_of(number))
+                    own = _part_variables(params, stats, path)
+                    x, new = apply_module(part, own, x, mode, _fold_in(key, number))
                     _put(stats, path, new)
                     if self.base_gradients == "mean":
-                        x = scale_gradient(x, 1 / self._parts(route[:depth]))
+                        x = scale_gradient(x, 1 / self._ways_on(route[:depth]))
                     seen[way] = x
                 x = seen[way]
             if i > 0 and route and self.base_gradients == "pseudo_teacher":
-                x = seen.setdefault((view, *route, "held"), lax.stop_gradient(x))
+                x = seen.setdefault((view, *route, "stopped"), lax.stop_gradient(x))
             inputs.append(x)
-        branches = [
-            Branch(branch, own(("students", str(i))), x, key_of(i))
-            for i, (branch, x) in enumerate(zip(self.branches, inputs, strict=True), 1)
-        ]
-        results = EXECUTIONS[self.execution if students > 1 else "separate"](branches, mode, self.packed)
-        for i, (_, new) in enumerate(results, 1):
-            _put(stats, ("students", str(i)), new)
-        found = [given for given, _ in results]
-        logits = jnp.stack([logits for logits, _, _ in found])
-        return self._outputs(logits, found, inputs[0]), stats if train else variables["batch_stats"]
+        return inputs
 
-    def _outputs(self, logits: Array, found: Sequence[tuple[Array, Maps, Array]], base: Array) -> Outputs:
+    def _outputs(self, logits: Array, branches: Sequence[NetworkOutputs], base: Array) -> Outputs:
         rows = [
-            [{**maps, "pooled": pooled}[name] for name in names]
-            for (_, maps, pooled), names in zip(found, self.matched, strict=True)
+            [{**branch.maps, "pooled": branch.pooled}[name] for name in names]
+            for branch, names in zip(branches, self.matched, strict=True)
         ]
         features = tuple(zip(*rows, strict=True))
-        return Outputs(logits, features, tuple(pooled for _, _, pooled in found), base)
+        return Outputs(logits, features, tuple(branch.pooled for branch in branches), base)
 
     def _paths_of(self, student: int) -> list[Path]:
+        """Return the paths of a student's variables, counted from 1."""
         shared = [self.trunk[node][0] for node in self.routes[student - 1]]
         return [*shared, ("students", str(student))]
 
-    def _parts(self, way: tuple[int, ...]) -> int:
-        """How many ways lead on from the end of a way through the trunk."""
+    def _ways_on(self, way: tuple[int, ...]) -> int:
+        """Return how many ways lead on from the end of a way through the trunk."""
         depth = len(way)
         own = [(i, route) for i, route in enumerate(self.routes) if route[:depth] == way]
         return len({route[depth] if len(route) > depth else -1 - i for i, route in own})
@@ -314,6 +325,14 @@ def _at(tree: Any, path: Path) -> Any:
     return tree
 
 
+def _part_variables(params: Any, stats: Any, path: Path) -> Variables:
+    return {"params": _at(params, path), "batch_stats": _at(stats, path)}
+
+
+def _fold_in(key: Array | None, number: int) -> Array | None:
+    return None if key is None else jax.random.fold_in(key, number)
+
+
 def _put(tree: Any, path: Path, value: Any) -> None:
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
@@ -322,7 +341,7 @@ def _put(tree: Any, path: Path, value: Any) -> None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def scale_gradient(x: Array, factor: float) -> Array:
-    """x; what comes back is multiplied by `factor`."""
+    """Return x; its gradient is multiplied by `factor`."""
     return x
 
 

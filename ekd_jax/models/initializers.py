@@ -1,7 +1,7 @@
-"""Initial values, drawn on the host, one numpy generator a parameter (`Traced.init`).
+"""Initial values, drawn on the host with one numpy generator per parameter (`Traced.init`).
 
-Every parameter carries the rule that draws it as metadata, so that nothing has to be compiled to get a
-network: ResNet-110 x 5 takes a second instead of the 24 s of `jax.jit(module.init)`.
+Every parameter carries the rule that draws it as metadata, so that a network is initialized without
+compiling: ResNet-110 x 5 takes a second instead of the 24 s of `jax.jit(module.init)`.
 """
 
 import concurrent.futures
@@ -25,13 +25,18 @@ Initializer = Callable[[Any, tuple[int, ...], Any], Any]  # (unused key, shape, 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How the host draws a parameter: a constant, a centerd normal or a centerd uniform."""
+    """How the host draws a parameter.
+
+    Attributes:
+        kind: "constant", "normal" (mean 0) or "uniform" (mean 0).
+        size: the constant, the standard deviation or the bound.
+    """
 
     kind: str
     size: float
 
     def draw(self, generator: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """In pieces, as NumPy draws float64: a large kernel need not be there twice."""
+        """Draw an array, in pieces: NumPy draws float64, and a large kernel should not need that memory."""
         values = np.full(shape, self.size, dtype)
         flat = values.reshape(-1)
         for start in range(0, flat.size if self.kind != "constant" else 0, 2**18):
@@ -45,7 +50,7 @@ class Rule:
 
 @jax.tree_util.register_pytree_node_class
 class Ruled(meta.AxisMetadata[Any]):
-    """A parameter's shape boxed with its rule; exists only while shapes are evaluated."""
+    """A parameter's shape boxed with its rule, while shapes are evaluated."""
 
     def __init__(self, value: Any, rule: Rule):
         self.value, self.rule = value, rule
@@ -57,7 +62,7 @@ class Ruled(meta.AxisMetadata[Any]):
         return Ruled(val, self.rule)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "Ruled":
-        return self  # each slice of a stacked parameter is drawn by the same rule
+        return self  # each slice of a stacked parameter has the same rule
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "Ruled":
         return self
@@ -71,40 +76,42 @@ class Ruled(meta.AxisMetadata[Any]):
 
 
 def constant(value: float) -> Initializer:
-    """Every element `value`."""
+    """Return the initializer that sets every element to `value`."""
     return lambda key, shape, dtype: Ruled(lax.empty(shape, dtype), Rule("constant", value))
 
 
 def uniform(bound: float) -> Initializer:
-    """U(-bound, bound)."""
+    """Return the initializer U(-bound, bound)."""
     return lambda key, shape, dtype: Ruled(lax.empty(shape, dtype), Rule("uniform", bound))
 
 
 def xavier_normal(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
-    """N(0, 2 / (fan_in + fan_out)) for a kernel (..., I, O), as torch.nn.init.xavier_normal_."""
+    """Initialize a kernel (..., I, O) by N(0, 2 / (fan_in + fan_out)): torch.nn.init.xavier_normal_."""
     fans = math.prod(shape[:-2]) * (shape[-2] + shape[-1])
     return Ruled(lax.empty(shape, dtype), Rule("normal", math.sqrt(2 / fans)))
 
 
 def kaiming_fan_out(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
-    """N(0, 2 / (k k O)) for a kernel (k, k, I, O): PyTorch's kaiming_normal_(mode="fan_out"); also
-    written sqrt(2 / n) with n = k k O."""
+    """Initialize a kernel (k, k, I, O) by N(0, 2 / (k k O)): PyTorch's kaiming_normal_(mode="fan_out").
+
+    Papers write its standard deviation sqrt(2 / n) with n = k k O.
+    """
     fan_out = math.prod(shape[:-2]) * shape[-1]
     return Ruled(lax.empty(shape, dtype), Rule("normal", math.sqrt(2 / fan_out)))
 
 
 def kaiming_fan_in(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
-    """N(0, 2 / (k k I)) for a kernel (k, k, I, O): PyTorch's kaiming_normal_ as it is."""
+    """Initialize a kernel (k, k, I, O) by N(0, 2 / (k k I)): PyTorch's kaiming_normal_ by default."""
     return Ruled(lax.empty(shape, dtype), Rule("normal", math.sqrt(2 / math.prod(shape[:-1]))))
 
 
 def normal(std: float) -> Initializer:
-    """N(0, std^2)."""
+    """Return the initializer N(0, std^2)."""
     return lambda key, shape, dtype: Ruled(lax.empty(shape, dtype), Rule("normal", std))
 
 
 def torch_default(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
-    """U(-b, b), b = 1/sqrt(fan_in), for a kernel (..., I, O): PyTorch's default for conv and linear."""
+    """Initialize a kernel (..., I, O) by U(-b, b), b = 1/sqrt(fan_in): PyTorch's default for layers."""
     bound = 1 / math.sqrt(math.prod(shape[:-1]))
     return Ruled(lax.empty(shape, dtype), Rule("uniform", bound))
 

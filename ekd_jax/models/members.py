@@ -1,7 +1,6 @@
-"""TODO: models.members."""
+"""The students of an ensemble as they are asked for: networks and widths."""
 
 import dataclasses
-from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -13,8 +12,8 @@ class Member:
     """A student as it is asked for.
 
     Attributes:
-        network: a key of `models.MODELS`; "": the run's.
-        width: multiplier of the compressed stages, or one of each stage.
+        network: a key of `models.MODELS`; "" means the network of the run.
+        width: the width multiplier of the compressed stages, or one for each stage.
     """
 
     network: str
@@ -22,6 +21,7 @@ class Member:
 
     @property
     def widths(self) -> tuple[Fraction, ...]:
+        """The width as a tuple, of one or of one per stage."""
         return self.width if isinstance(self.width, tuple) else (self.width,)
 
     def __str__(self) -> str:
@@ -30,13 +30,14 @@ class Member:
 
 
 def parse_students(value: Any) -> tuple[Member, ...]:
-    """Students from `model.students`: a number S gives widths 1, (S-1)/S, ..., 1/S of the run's network.
+    """Return the students that a value of `model.students` stands for.
 
-    A tuple has one entry a student: a width multiplier (0.5); one of each stage ((1, 0.5, 0.5)); or the
-    name of another network ("wrn_16_2"), with a width ("wrn_16_2:0.5") if it is not 1.
+    A number S stands for the widths 1, (S-1)/S, ..., 1/S of the run's network. A tuple has one entry per
+    student: a width multiplier (0.5), a tuple of one per stage ((1, 0.5, 0.5)), or the name of another
+    network ("wrn_16_2"), with a width ("wrn_16_2:0.5") if it is not 1.
 
     Raises:
-        UserError: not a positive number of students or a list of positive widths.
+        UserError: the value is neither a positive number of students nor a list of positive widths.
     """
     problem = (
         f"model.students={value!r} must be a number (5) or a tuple of width multipliers (1, 0.5) or "
@@ -63,9 +64,4 @@ def _member(entry: Any) -> Member:
     if isinstance(entry, str) and entry[:1].isalpha():
         name, _, width = entry.partition(":")
         return Member(name, Fraction(width or "1"))
-    return Member("", Fraction(str(entry)))  # by its decimal digits: 0.7 * 10 is 7
-
-
-def parse_member(description: Mapping[str, Any]) -> Member:
-    """The member that student.json's `architecture` is."""
-    return Member(description["name"], tuple(Fraction(width) for width in description["widths"]))
+    return Member("", Fraction(str(entry)))  # exact decimals: 0.7 * 10 is 7

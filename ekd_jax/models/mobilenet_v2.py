@@ -1,10 +1,10 @@
 """MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381), and the stages that EfficientNet shares with it.
 
-`mobilenet_v2`: torchvision's, for ImageNet; widths are rounded to multiples of 8 as MobileNets are.
-`mobilenet_v2_cifar`: RepDistiller's for 32x32 images, at half the width (`mobile_half`).
-Base block: the stem. Branch: the inverted residuals up to 1/8, to 1/16 and to 1/32 of the image, and a 1x1
-convolution to 1280 channels before the classifier, which the width multiplies, too (ours: published
-MobileNets keep 1280 below width 1).
+`mobilenet_v2`: torchvision's network for ImageNet, with channels rounded to multiples of 8.
+`mobilenet_v2_cifar`: RepDistiller's network for 32x32 images, at half the width (`mobile_half`).
+Base block: the stem. Branch: the inverted residuals down to 1/8, 1/16 and 1/32 of the image, and a 1x1
+convolution to 1280 channels before the classifier. The width multiplies these, too, which is our choice:
+published MobileNets keep 1280 below width 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from ekd_jax.models.family import Architecture, Family, NetworkOptions, make_div
 from ekd_jax.models.initializers import constant, normal
 from ekd_jax.models.layers import ConvNorm, relu
 
-# Of each stage: expansion, channels, blocks, stride, kernel size.
+# For each stage: rows of expansion, channels, blocks, stride, kernel size.
 Settings = tuple[tuple[tuple[int, int, int, int, int], ...], ...]
 IMAGENET: Settings = (
     ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 32, 3, 2, 3)),
@@ -32,13 +32,13 @@ UNPACKABLE = "the width decides which of its inverted residuals add their input"
 def inverted_residual_stages(
     settings: Settings, widths: Sequence[Fraction], channels: Callable[[int, Fraction], int], block: Block
 ) -> list[Part]:
-    """Stages of inverted residuals.
+    """Return stages of inverted residuals.
 
     Args:
-        settings: of each stage.
-        widths: multiplier of each stage.
-        channels: (at full width, multiplier) -> how many channels.
-        block: an `InvertedResidual` without what `settings` say.
+        settings: the settings of each stage.
+        widths: the width multiplier of each stage.
+        channels: function of (channels at full width, multiplier) that returns the number of channels.
+        block: an `InvertedResidual` that lacks only what `settings` define.
     """
     stages: list[Part] = []
     number = 0
@@ -53,7 +53,7 @@ def inverted_residual_stages(
 
 
 def mobilenet_v2(widths: Sequence[Fraction], options: NetworkOptions) -> Architecture:
-    """As torchvision's at width 1."""
+    """Build a network for ImageNet, torchvision's at width 1."""
     block = partial(InvertedResidual, stochastic_depth=options.stochastic_depth_or(0.0))
     before = partial(ConvNorm, make_divisible(1280 * widths[-1]), 1, activation=nn.relu6)
     return Architecture(
@@ -74,7 +74,10 @@ def mobilenet_v2(widths: Sequence[Fraction], options: NetworkOptions) -> Archite
 
 
 def mobilenet_v2_cifar(widths: Sequence[Fraction], options: NetworkOptions) -> Architecture:
-    """RepDistiller's `mobile_half` at width 1: half the channels, ReLU, every block expands."""
+    """Build a network for 32x32 images, RepDistiller's `mobile_half` at width 1.
+
+    It has half the channels, ReLU, and blocks that all expand.
+    """
     block = partial(
         InvertedResidual,
         activation=relu,

@@ -1,8 +1,8 @@
 """ImageNet ResNets (He et al. 2015), ResNeXt (Xie et al. 2017), Wide-ResNet-2 (Zagoruyko et al. 2016).
 
-As torchvision's, which the official code starts from (models/Resnet.py, METHODS.md 1.5 b). Base block:
-7x7/2 convolution, 3x3/2 max pooling, stage 1. Branch: stages 2 to 4 of floor((128, 256, 512) * width)
-planes. The groups of a ResNeXt stay 32 for every student; their width shrinks.
+They are torchvision's, as in the official code of the ensemble method (docs/reference/networks.md#imagenet-resnets).
+Base block: 7x7/2 convolution, 3x3/2 max pooling, stage 1. Branch: stages 2 to 4 with floor((128, 256, 512) * width)
+planes. A ResNeXt keeps its 32 groups for every student; only their width shrinks.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def resnet(
     blocks: tuple[int, ...],
     unpackable: str = "",
 ) -> Architecture:
-    """Four stages of so many blocks."""
+    """Build a network of four stages with these numbers of blocks."""
     return Architecture(
         stem=partial(Stem, PLANES[0], size=7, stride=2, pool=True),
         stages=[

@@ -1,11 +1,12 @@
 """CIFAR ResNets (He et al. 2015): stem of one convolution, three stages, depths 6n + 2 or 9n + 2.
 
-`resnet20` ... `resnet110`: projection shortcuts (option B), Xavier-normal weights, as in the official
-    code of the ensemble method (models/ResNet_cifar.py) and in the usual distillation benchmark.
-`resnet20_a` ...: option A, the paper's own, without parameters (Snapshot Ensembles use it).
-`resnet8x4`, `resnet14x4`, `resnet32x4`: 32-64-128-256 channels (RepDistiller).
-`resnet110_one`: ONE's "ResNet-110", 18 bottleneck blocks a stage (METHODS.md 2).
-`resnet110_bottleneck`: 12 of them, the 110 layers of OKDDip and PCL (METHODS.md 12).
+`resnet20` ... `resnet110`: projection shortcuts (option B) and Xavier-normal weights, as in the official
+    code of the ensemble method (docs/reference/networks.md#cifar-resnets).
+`resnet20_a` ...: shortcuts without parameters (option A), as in the paper; Snapshot Ensembles use them.
+`resnet8x4`, `resnet14x4`, `resnet32x4`: 32-64-128-256 channels, as in RepDistiller.
+`resnet110_one`: ONE's "ResNet-110", with 18 bottleneck blocks per stage (docs/reference/one.md#networks).
+`resnet110_bottleneck`: 12 bottleneck blocks per stage, the 110 layers of OKDDip and PCL
+    (docs/reference/okddip.md#protocol).
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from ekd_jax.models.blocks import BasicBlock, Block, Bottleneck, Head, Stage, St
 from ekd_jax.models.family import Architecture, Family, NetworkOptions, scale_channels
 from ekd_jax.models.initializers import Initializer, kaiming_fan_out, torch_default, xavier_normal
 
-CHANNELS = (16, 16, 32, 64)  # of the stem and the three stages
+CHANNELS = (16, 16, 32, 64)  # stem and three stages
 
 
 def resnet(
@@ -30,7 +31,7 @@ def resnet(
     head_init: Initializer = torch_default,
     shortcut: str = "project",
 ) -> Architecture:
-    """Three stages of (depth - 2) / 6 blocks, with floor(channels * width) channels."""
+    """Build a network of three stages of (depth - 2) / 6 blocks with floor(channels * width) channels."""
     stem, *full = channels
     return Architecture(
         stem=partial(Stem, stem, kernel_init=kernel_init),
@@ -45,7 +46,7 @@ def resnet(
         ],
         head=partial(Head, options.num_classes, dropout=options.dropout_or(0.0), kernel_init=head_init),
         unpackable="",
-        first_blocks_separate=shortcut == "pad",  # where channels change it knows which student they are of
+        first_blocks_separate=shortcut == "pad",  # each student pads its own channels
     )
 
 

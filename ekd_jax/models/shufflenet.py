@@ -1,8 +1,9 @@
 """ShuffleNet V1 (Zhang et al. 2018, arXiv 1707.01083) and V2 (Ma et al. 2018, arXiv 1807.11164).
 
-`shufflenet_v2_x1_0` and its other sizes: torchvision's, for ImageNet. `shufflenet_v1_cifar` (3 groups) and
-`shufflenet_v2_cifar`: RepDistiller's for 32x32 images, a 1x1 convolution for a stem.
-Base block: the stem. Branch: three stages, each of a block with stride 2 and equal ones after it.
+`shufflenet_v2_x1_0` and its other sizes: torchvision's networks for ImageNet.
+`shufflenet_v1_cifar` (3 groups), `shufflenet_v2_cifar`: RepDistiller's networks for 32x32 images, whose stem is a
+1x1 convolution.
+Base block: the stem. Branch: three stages, each a block with stride 2 followed by equal blocks.
 """
 
 from collections.abc import Sequence
@@ -18,18 +19,19 @@ from ekd_jax.models.family import Architecture, Family, NetworkOptions, scale_ch
 from ekd_jax.models.layers import Array, BatchNorm, Conv, ConvNorm, Mode, average_pool, relu
 
 BLOCKS = (4, 8, 4)
-UNPACKABLE = "a ShuffleNet would shuffle packed students' channels among each other"
+UNPACKABLE = "a ShuffleNet would shuffle channels between packed students"
 
 
 def shuffle(x: Array, groups: int) -> Array:
-    """Channels of g groups in turn: the first of every group, the second of every group, ..."""
+    """Reorder channels: the first of every group, then the second of every group, and so on."""
     return x.reshape(*x.shape[:-1], groups, -1).swapaxes(-1, -2).reshape(x.shape)
 
 
 class BlockV1(nn.Module):
-    """Grouped 1x1, shuffle, depthwise, grouped 1x1; added to x, or with stride 2 appended to pooled x.
+    """A grouped 1x1 convolution, shuffle, a depthwise one, and a grouped 1x1 one.
 
-    The first convolution of the network's first block is not grouped.
+    The result is added to x, or with stride 2 appended to the pooled x. In the network's first block the
+    first convolution is not grouped.
     """
 
     features: int
@@ -52,7 +54,10 @@ class BlockV1(nn.Module):
 
 
 class BlockV2(nn.Module):
-    """1x1, depthwise, 1x1 on half of the channels; with stride 2 on all, beside depthwise, 1x1."""
+    """A 1x1, a depthwise and a 1x1 convolution on half of the channels.
+
+    With stride 2 they run on all channels, and a depthwise and a 1x1 convolution in parallel.
+    """
 
     features: int
     stride: int = 1
@@ -81,7 +86,10 @@ def _stages(blocks: Sequence[Block]) -> list[Part]:
 def shufflenet_v2(
     widths: Sequence[Fraction], options: NetworkOptions, *, channels: Sequence[int], stem: Part
 ) -> Architecture:
-    """Three stages and a 1x1 convolution of these channels times the width, even numbers."""
+    """Build a network of three stages and a 1x1 convolution.
+
+    Their numbers of channels are `channels` times the width, rounded down to even numbers.
+    """
     *stages, last = channels
     return Architecture(
         stem=stem,
@@ -99,7 +107,10 @@ def shufflenet_v2(
 
 
 def shufflenet_v1(widths: Sequence[Fraction], options: NetworkOptions) -> Architecture:
-    """3 groups; 240, 480, 960 channels times the width, multiples of 12 so that groups are equal."""
+    """Build a network of 3 groups and 240, 480, 960 channels times the width.
+
+    Channels are multiples of 12, so that all groups are equal.
+    """
     stem, groups = 24, 3
     numbers = [scale_channels(c, w, 4 * groups) for c, w in zip((240, 480, 960), widths, strict=True)]
     for before, after in zip((stem, *numbers), numbers, strict=False):

@@ -1,7 +1,7 @@
 """VGG for CIFAR (Simonyan, Zisserman 2015) with batch norm and one linear layer, as in RepDistiller.
 
-Base block: the first group of convolutions. Branch: the other four, 2x2 max pooling before each while the
-map is larger than 4x4.
+Base block: the first group of convolutions. Branch: the other four groups, with 2x2 max pooling before each as
+long as the map is larger than 4x4.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ CHANNELS = (64, 128, 256, 512, 512)
 
 
 class Group(nn.Module):
-    """Convolutions with bias, each with batch norm and ReLU, after pooling if the map is large."""
+    """Max pooling, if the map is large, and convolutions with bias, batch norm and ReLU."""
 
     features: int
     convolutions: int
@@ -38,7 +38,7 @@ class Group(nn.Module):
 def vgg(
     widths: Sequence[Fraction], options: NetworkOptions, *, convolutions: tuple[int, ...]
 ) -> Architecture:
-    """Five groups of so many convolutions, with floor(channels * width) channels."""
+    """Build a network of five groups of convolutions with floor(channels * width) channels."""
     groups = [
         partial(Group, scale_channels(channels, width), number)
         for channels, width, number in zip(CHANNELS, (Fraction(1), *widths), convolutions, strict=True)

@@ -1,7 +1,7 @@
 """Wide ResNets WRN-d-k for CIFAR (Zagoruyko, Komodakis 2016, arXiv 1605.07146), d = 6n + 4.
 
-Base block: 3x3 convolution to 16 channels. Branch: three stages of n pre-activation blocks with
-floor(k * (16, 32, 64) * width) channels, batch norm, ReLU, classifier.
+Base block: a 3x3 convolution to 16 channels. Branch: three stages of n pre-activation blocks with
+floor(k * (16, 32, 64) * width) channels, then batch norm, ReLU and the classifier.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,16 @@ from functools import partial
 
 import flax.linen as nn
 
-from ekd_jax.models.blocks import Head, Norm, Stage
+from ekd_jax.models.blocks import Head, NormRelu, Stage
 from ekd_jax.models.family import Architecture, Family, NetworkOptions, scale_channels
 from ekd_jax.models.layers import Array, BatchNorm, Conv, Dropout, Mode, relu
 
 
 class PreActivationBlock(nn.Module):
-    """BN-ReLU-conv-BN-ReLU-(dropout)-conv, plus x, or a 1x1 convolution of the activated x if the
-    number of channels changes."""
+    """A pre-activation residual block: BN, ReLU, conv, BN, ReLU, dropout, conv.
+
+    The shortcut is x or, where the shape changes, a 1x1 convolution of the activated x.
+    """
 
     features: int
     stride: int = 1
@@ -36,7 +38,7 @@ class PreActivationBlock(nn.Module):
 def wide_resnet(
     widths: Sequence[Fraction], options: NetworkOptions, *, depth: int, times: int
 ) -> Architecture:
-    """Three stages of (depth - 4) / 6 blocks, `times` as wide as a ResNet's."""
+    """Build a network of three stages of (depth - 4) / 6 blocks, `times` as wide as in a ResNet."""
     dropout = options.dropout_or(0.0)
     block = partial(PreActivationBlock, dropout=dropout)
     return Architecture(
@@ -45,10 +47,8 @@ def wide_resnet(
             partial(Stage, partial(block, scale_channels(times * c, width)), (depth - 4) // 6, stride)
             for c, width, stride in zip((16, 32, 64), widths, (1, 2, 2), strict=True)
         ],
-        head=partial(Head, options.num_classes, before=Norm),
-        unpackable="what is dropped between convolutions (model.dropout) is drawn per student"
-        if dropout
-        else "",
+        head=partial(Head, options.num_classes, before=NormRelu),
+        unpackable="dropout between convolutions (model.dropout) is drawn per student" if dropout else "",
     )
 
 

@@ -115,6 +115,6 @@ def memory(
     gathered = parameters if config.train.fsdp > 1 else 0
     return {
         "state": 4 * (kept // config.train.fsdp + parameters + gathered),
-        "activations": images * jnp.dtype(config.train.dtype).itemsize * (cost.kept + cost.again),
+        "activations": images * jnp.dtype(config.train.dtype).itemsize * (cost.kept + cost.recomputed),
         "data": image_bytes,
     }

@@ -1,7 +1,7 @@
-"""How PyTorch's libraries name what is ours.
+"""The names of our parameters in PyTorch libraries.
 
-A name of ours becomes one of theirs by substitutions, applied in turn: every family needs a few lines, and
-nothing is listed twice.
+One of our names becomes a library's name by substitutions that are applied in turn. Every family takes a few
+lines, and nothing is listed twice.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
-# Ours -> theirs, applied in turn to names such as "stage1.0.conv1.weight": blocks are numbered from 0.
+# Substitutions of our names, such as "stage1.0.conv1.kernel"; blocks are numbered from 0.
 _LEAVES: Rules = (
     (r"\.(kernel|scale)$", ".weight"),
     (r"\.mean$", ".running_mean"),
@@ -165,13 +165,13 @@ _SHUFFLENET_V2_CIFAR: Rules = (
 
 
 class Source(NamedTuple):
-    """Networks of a library.
+    """The networks of a library.
 
     Attributes:
-        models: pattern of our names of them.
-        library: whose they are.
-        rules: substitutions.
-        options: what `models.build` must be told to compute the same.
+        models: regular expression for our names of the networks.
+        library: name of the library.
+        rules: substitutions that turn our names of parameters into those of the library.
+        options: fields of `models.EnsembleSpec` that are needed to compute the same.
     """
 
     models: str
@@ -203,12 +203,12 @@ SOURCES = (
 
 
 def sources(model: str) -> list[Source]:
-    """Where weights of a network of ours may come from."""
+    """Return the libraries that weights of one of our networks may come from."""
     return [source for source in SOURCES if re.fullmatch(source.models, model)]
 
 
 def torch_name(name: str, rules: Rules) -> str:
-    """Theirs for a name of ours such as "stage1.0.conv1.kernel", blocks counted from 0."""
+    """Return the library's name for one of ours such as "stage1.0.conv1.kernel"."""
     for pattern, replacement in (*_LEAVES, *rules):
         name = re.sub(pattern, replacement, name)
     return name
