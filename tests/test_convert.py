@@ -1,4 +1,4 @@
-"""PyTorch weights as students: names of every library, the command, and what does not fit."""
+"""PyTorch weights become students: names of every library, the command, and error messages."""
 
 import json
 import re
@@ -40,7 +40,7 @@ CONVERTED = [
 
 
 def torch_state(name, library, classes=5, width=1):
-    """A state dict as the library would have it, and our variables that it was made of."""
+    """Return a state dict as the library would have it, and our variables that it was made of."""
     ensemble = models.build_ensemble(name, (width,), classes)
     variables = ensemble.student_variables(ensemble.trace((32, 32, 3)).init(0), 1)
     rules = next(s.rules for s in SOURCES if s.library == library and torch_matches(s, name))
@@ -124,7 +124,7 @@ FITTING = ["--model=resnet8x4", "--weights={folder}/weights.safetensors", "--ima
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """A folder that the command wrote, and the variables that should be in it."""
+    """Return a directory that the command wrote, and the variables that should be in it."""
     folder = tmp_path_factory.mktemp("convert")
     state, variables = torch_state("resnet8x4", "the official CIFAR code")
     safetensors.numpy.save_file(state, folder / "weights.safetensors")
@@ -177,11 +177,11 @@ def test_mistakes_get_one_line(converted, tmp_path, flags, message):
 
 
 def test_training_begins_with_a_students_values(converted, tmp_path):
-    """Base block and student 1; a classifier of other classes is not taken."""
+    """Base block and student 1 start with them, but not a classifier for other classes."""
     folder, variables = converted
     changes = {"model__name": "resnet8x4", "model__initial_weights": str(folder / "student")}
     frozen = {"optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0}
-    # Digits are gray: the first convolution differs, too.
+    # Digits are gray, so the first convolution differs, too.
     with pytest.raises(UserError, match=r"stem/conv/kernel has shape \(3, 3, 3, 32\), this network"):
         loop.run(tiny_config(**changes), tmp_path / "gray", one_device())
     rng = np.random.default_rng(0)
@@ -203,7 +203,7 @@ def test_training_begins_with_a_students_values(converted, tmp_path):
     flat = flatten_dict(restored["params"])
     for path, value in flatten_dict(like["params"]).items():
         np.testing.assert_allclose(flat[path], value, rtol=0, atol=1e-30)
-    # A run that goes on needs the folder no more.
+    # A run that is resumed no longer needs the directory.
     shutil.move(folder / "student", tmp_path / "moved")
     (tmp_path / "run/summary.json").unlink()
     assert loop.run(config, tmp_path / "run", one_device()).students

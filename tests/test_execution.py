@@ -1,4 +1,4 @@
-"""Separate, stacked and packed branches: one result; and how the way is chosen."""
+"""Separate, stacked and packed branches give one result, and the fastest mode is chosen."""
 
 import signal
 from functools import partial
@@ -29,7 +29,7 @@ BOTTLENECKS = Family(partial(resnet.resnet, block=resnet.wide, blocks=(1, 1, 1, 
 CASES = {
     # Student 1 has no projection in the first block of stage 1.
     "resnet8": ((1, 0.5), {"dropout": 0.5}),
-    # As many channels together as the base block has: packed, the shortcut would be the identity.
+    # Together the students have as many channels as the base block: packed, the shortcut would be the identity.
     "resnet14_a": ((0.5, 0.5), {}),
     "bottlenecks": ((0.125, 0.0625), {}),
     "wrn_16_1": ((1, 0.5), {"shared_stages": 2}),
@@ -42,24 +42,24 @@ CASES = {
 SLOW = ("bottlenecks", "wrn_16_1", "resnet14", "resnet8x4", "resnet18", "resnet110_bottleneck")
 
 
-def build(name, students, way, dtype="float64", **options):
-    return models.build_ensemble(name, students, 4, dtype=dtype, execution=way, **options)
+def build(name, students, mode, dtype="float64", **options):
+    return models.build_ensemble(name, students, 4, dtype=dtype, execution=mode, **options)
 
 
 def variables_of(ensemble, size=8, dtype=np.float64):
-    """Away from where training begins: no two channels are alike."""
+    """Return variables away from initial values, so that no two channels are equal."""
     generator = np.random.default_rng(0)
     moved = lambda x: x * generator.uniform(0.7, 1.3, x.shape) + generator.uniform(0, 0.1, x.shape)
     return jax.tree.map(lambda x: moved(x).astype(dtype), ensemble.trace((size, size, 3)).init(0))
 
 
 def everything(ensemble, variables, images):
-    """Outputs and new batch statistics in training, their gradients, and outputs in evaluation."""
+    """Return outputs, new batch statistics and gradients in training, and outputs in evaluation."""
 
     def loss(params):
         given = {**variables, "params": params}
         outputs, stats = ensemble.apply(given, images, train=True, key=jax.random.key(1))
-        generator = np.random.default_rng(1)  # a part of the loss for every number that comes out
+        generator = np.random.default_rng(1)  # every output is a term of the loss
         parts = [(x * generator.normal(size=x.shape)).sum() for x in jax.tree.leaves(outputs)]
         evaluated, same = ensemble.apply(given, images, train=False)
         assert jax.tree.structure(same) == jax.tree.structure(stats)
@@ -89,29 +89,29 @@ def assert_equal(found, expected, tolerance=1e-10):
         )
 
 
-def compare(name, students, *ways, images=None, **options):
+def compare(name, students, *modes, images=None, **options):
     with jax.enable_x64(True):
         images = images_of() if images is None else images
         reference = build(name, students, "separate", **options)
         variables = variables_of(reference)
         expected = everything(reference, variables, images)
-        for way in ways:
-            assert way in reference.executions
-            assert_equal(everything(build(name, students, way, **options), variables, images), expected)
+        for mode in modes:
+            assert mode in reference.executions
+            assert_equal(everything(build(name, students, mode, **options), variables, images), expected)
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES]
 )
-def test_packed_is_separate(name, monkeypatch):
-    """Outputs, gradients and statistics of every packable family, and what is dropped before heads."""
+def test_packed_computes_what_separate_does(name, monkeypatch):
+    """Outputs, gradients and statistics of every packable family agree, dropout before heads included."""
     monkeypatch.setitem(models.MODELS, "bottlenecks", BOTTLENECKS)
     students, options = CASES[name]
     compare(name, students, "packed", **options)
 
 
 def test_students_that_part_one_by_one():
-    """Branches that read different maps, some of them the same."""
+    """Some branches of a tree read the same map and others do not."""
     compare("resnet8", (1, 1, 1, 1), "stacked", "packed", sharing="tree", base_gradients="mean")
 
 
@@ -119,40 +119,40 @@ def test_students_that_share_nothing():
     compare("resnet8", (1, 0.5), "packed", sharing="none")
 
 
-def test_views_of_their_own_groups_of_batch_norm_and_rematerialized_blocks():
+def test_packed_with_a_view_per_student_batch_norm_groups_and_rematerialization():
     options = {"shared_stages": 2, "batch_norm_groups": 2, "rematerialize": True}
     options["base_gradients"] = "pseudo_teacher"
     compare("resnet14", (0.5, 0.5), "packed", images=images_of(views=2), **options)
 
 
-def test_equal_students_run_as_one_whatever_the_network():
-    """Stacked: also what cannot be packed, as it drops in the middle; and others in their turn."""
+def test_equal_students_of_any_network_run_stacked():
+    """This network cannot be packed, as it drops between convolutions. The other student runs in turn."""
     compare("wrn_10_1", (0.5, 1, 0.5), "stacked", shared_stages=2, dropout=0.5)
 
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [("float32", 1e-5), pytest.param("bfloat16", 0.05, marks=pytest.mark.slow)]
 )
-def test_in_less_precision(dtype, tolerance):
+def test_packed_in_lower_precision(dtype, tolerance):
     found = {}
-    for way in ("separate", "packed"):
-        ensemble = build("resnet8", (0.5, 0.5), way, dtype, shared_stages=2)
+    for mode in ("separate", "packed"):
+        ensemble = build("resnet8", (0.5, 0.5), mode, dtype, shared_stages=2)
         variables = variables_of(ensemble, dtype=np.float32)
         (_, aside), gradients = everything(ensemble, variables, images_of(dtype=np.float32))
         assert aside[0].features[0][1].dtype == dtype
-        found[way] = aside, gradients
+        found[mode] = aside, gradients
     assert_equal(found["packed"], found["separate"], tolerance)
 
 
-def test_fewer_convolutions():
-    """What they are for; and a unit that ran apart would go unnoticed."""
+def test_packed_and_stacked_need_fewer_convolutions():
+    """A unit that ran separately by mistake would go unnoticed otherwise."""
 
     def count(jaxpr):
         within = sum(count(inner) for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params))
         return within + sum(eqn.primitive.name == "conv_general_dilated" for eqn in jaxpr.eqns)
 
-    def convolutions(students, way):
-        ensemble = build("resnet14", students, way, "float32")
+    def convolutions(students, mode):
+        ensemble = build("resnet14", students, mode, "float32")
         variables = ensemble.trace((8, 8, 3)).init(0)
         run = lambda v, x: ensemble.apply(v, x, train=True)[0].logits_SxBxK
         return count(jax.make_jaxpr(run)(variables, images_of(dtype=np.float32)).jaxpr)
@@ -178,20 +178,20 @@ def test_fewer_convolutions():
     ],
 )
 def test_networks_that_cannot_be_packed(name, students, changes, message):
-    """Known from the configuration alone, before any data is looked for."""
+    """The error follows from the configuration alone, before any data is opened."""
     asked = {"model": {"name": name, "students": students, **changes.get("model", {})}}
     asked |= {"method": {"name": "dml"}}
-    for way in ("auto", "separate", "stacked"):
-        resolve(asked | {"train": {"execution": way}})
+    for mode in ("auto", "separate", "stacked"):
+        resolve(asked | {"train": {"execution": mode}})
     with pytest.raises(UserError, match=f"train.execution=packed: .*{message}") as error:
         resolve(asked | {"train": {"execution": "packed"}})
     assert "\n" not in str(error.value)
 
 
-def test_one_student_runs_as_it_is():
-    """Methods of several stages train single networks before."""
-    for way in ("stacked", "packed"):
-        assert build("densenet_bc_12_100", (1,), way).executions == ["separate"]
+def test_one_student_runs_separately():
+    """Earlier runs of a plan may train a single network with the same settings."""
+    for mode in ("stacked", "packed"):
+        assert build("densenet_bc_12_100", (1,), mode).executions == ["separate"]
 
 
 # --- training ---------------------------------------------------------------------------------------
@@ -205,8 +205,8 @@ RUN = {
 }
 
 
-def test_a_run_may_go_on_in_another_way(tmp_path, monkeypatch, capsys):
-    """Packed until it is interrupted, stacked then: the records and the checkpoint of a separate run."""
+def test_a_run_may_resume_in_another_mode(tmp_path, monkeypatch, capsys):
+    """Packed until it is interrupted, then stacked: records and checkpoint are those of a separate run."""
     write = MetricWriter.write
 
     def interrupted(self, step, epoch, split, values):
@@ -234,7 +234,7 @@ def setup_of(method="oem", **changes):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The user's, empty; and programs are compiled once."""
+    """Return the user's cache, empty. Programs are compiled once."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
     reset_cache()
@@ -243,7 +243,7 @@ def cache(tmp_path, monkeypatch):
     reset_cache()
 
 
-def test_the_fastest_way_is_measured_and_kept(cache):
+def test_the_fastest_mode_is_measured_and_kept(cache):
     setup, state = setup_of()
     networks, said = choose_execution(setup, state, measured=True)
     chosen = networks.ensemble.execution
@@ -253,17 +253,17 @@ def test_the_fastest_way_is_measured_and_kept(cache):
     seconds = dict(np.load(kept))
     assert seconds.keys() == {"separate", "stacked", "packed"}
     assert chosen == min(seconds, key=seconds.get)
-    # What is kept decides from now on, for whoever trains the same, whatever the seed.
+    # From now on the kept figures decide for every run that trains the same, with any seed.
     setup, state = setup_of(seed=1)
     for fast in seconds:
-        np.savez(kept, **{way: 0.001 if way == fast else 0.02 for way in seconds})
+        np.savez(kept, **{mode: 0.001 if mode == fast else 0.02 for mode in seconds})
         networks, said = choose_execution(setup, state, measured=True)
         assert networks.ensemble.execution == fast
         assert said.startswith(f"branches run {fast} (1 ms a step; ")
         assert said.endswith(" 20; measured before on cpu)")
 
 
-def test_a_damaged_cache_is_measured_again_and_an_unwritable_one_done_without(cache):
+def test_a_damaged_cache_is_measured_again_and_an_unwritable_one_is_no_error(cache):
     setup, state = setup_of(
         "baseline", model__students=(1, 0.5), model__shared_stages=2, model__sharing="base"
     )
@@ -283,8 +283,8 @@ def test_a_damaged_cache_is_measured_again_and_an_unwritable_one_done_without(ca
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["pcl", "dckd"])
-def test_what_methods_need_is_there_to_measure(cache, method, finished):
-    """Views of their own, copies of the networks, a batch in two parts; frozen teachers."""
+def test_every_method_can_be_measured(cache, method, finished):
+    """PCL has a view per student and copies of the networks, DCKD frozen teachers."""
     changes = (
         {"train__accumulation_steps": 2} if method == "pcl" else {"method__teachers": (str(finished[0]),)}
     )
@@ -292,14 +292,14 @@ def test_what_methods_need_is_there_to_measure(cache, method, finished):
     assert "measured on cpu" in choose_execution(setup, state, measured=True)[1]
 
 
-def test_what_is_asked_for_is_what_runs(cache):
-    for way in ("separate", "stacked", "packed"):
-        setup, state = setup_of(train__execution=way)
+def test_a_mode_that_is_asked_for_is_used(cache):
+    for mode in ("separate", "stacked", "packed"):
+        setup, state = setup_of(train__execution=mode)
         networks, said = choose_execution(setup, state, measured=True)
-        assert (networks.ensemble.execution, said) == (way, "")
+        assert (networks.ensemble.execution, said) == (mode, "")
     setup, state = setup_of()
     networks, said = choose_execution(setup, state)
     assert (networks.ensemble.execution, said) == ("separate", ""), "on CPU nothing is measured"
     networks, said = choose_execution(setup, state, before="packed", measured=True)
-    assert (networks.ensemble.execution, said) == ("packed", ""), "a run that goes on keeps to its way"
+    assert (networks.ensemble.execution, said) == ("packed", ""), "a run that is resumed keeps its mode"
     assert not list(cache.glob("execution-*"))

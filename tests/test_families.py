@@ -1,6 +1,7 @@
-"""Every family: sizes as published, what can be asked of it, and what is dropped."""
+"""Every family has the published sizes, its options work, and dropout is reproducible."""
 
 import dataclasses
+import doctest
 import json
 import math
 
@@ -71,15 +72,15 @@ def test_multiply_accumulates_are_the_published_ones(name):
 
 
 def test_activations_are_those_of_the_convolutions():
-    """ResNet-50 gives 11.1 million numbers at 224 (timm's benchmark tables, "MActs")."""
+    """ResNet-50 has 11.1 million activations at 224 pixels ("MActs" in timm's benchmark tables)."""
     ensemble = alone("resnet50", 1000)
     cost = ensemble.trace((224, 224, 3)).cost(1)
     assert cost.activations / 1e6 == pytest.approx(11.1, abs=0.05)
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_students_of_any_width_see_the_same_places(name):
-    """Three students, one very narrow: maps of equal height and width, fewer channels, full logits."""
+def test_maps_of_students_of_any_width_have_the_same_size(name):
+    """Maps of three students, one very narrow, have equal height and width and fewer channels."""
     size = size_of(name)
     ensemble = models.build_ensemble(name, (1, 0.55, 0.25), 7)
     trace = ensemble.trace((size, size, 3))
@@ -96,7 +97,7 @@ def test_students_of_any_width_see_the_same_places(name):
 
 
 @pytest.mark.parametrize("name", ["densenet_bc_12_100", "efficientnet_b0", "resnet18", "wrn_16_2", "vgg8"])
-def test_the_last_stages_alone_can_be_compressed(name):
+def test_only_the_last_stages_can_be_compressed(name):
     ensemble = models.build_ensemble(name, (1, 0.5), 7, compressed_stages=1)
     trace = ensemble.trace((64, 64, 3))
     assert len(trace.outputs.features) == 1
@@ -112,7 +113,7 @@ def test_the_last_stages_alone_can_be_compressed(name):
 
 @pytest.mark.parametrize("shared", [0, 1, 2])
 def test_the_cut_can_be_moved(shared):
-    """ONE shares two stages; parameters of a whole student stay the same."""
+    """ONE shares two stages. The parameters of a whole student stay the same."""
     ensemble = models.build_ensemble("resnet32", (1, 1, 1), 100, shared_stages=shared)
     params = ensemble.trace((32, 32, 3)).init(None)["params"]
     stages = [name for name in params["base"] if name.startswith("stage")]
@@ -156,7 +157,7 @@ def test_channels_of_efficientnet_students():
 
 @pytest.mark.parametrize("name", ["efficientnet_b7", "resnext101_32x8d", "densenet_bc_40_190"])
 def test_initial_values_follow_their_rules(name):
-    """Every kernel at width .2 has the deviation of its rule: kaiming over fan-out, or the classifier's."""
+    """Every convolution kernel at width .2 has the standard deviation sqrt(2 / fan_out)."""
     ensemble = models.build_ensemble(name, (0.2,), 10)
     params = ensemble.trace((64, 64, 3)).init(0)["params"]
     branch = params["students"]["1"]
@@ -168,7 +169,7 @@ def test_initial_values_follow_their_rules(name):
         assert kernel.std() == pytest.approx(math.sqrt(2 / fan_out), rel=0.06)
 
 
-def test_what_is_dropped_depends_on_key_and_student_alone():
+def test_dropout_depends_only_on_key_and_student():
     ensemble = models.build_ensemble("efficientnet_b0", (0.2, 0.2), 5, stochastic_depth=0.5, dropout=0.5)
     variables = ensemble.trace((32, 32, 3)).init(0)
     images = jax.random.normal(jax.random.key(1), (8, 32, 32, 3))
@@ -180,7 +181,7 @@ def test_what_is_dropped_depends_on_key_and_student_alone():
     assert not np.allclose(first[0], first[1], atol=1e-3)
 
 
-def test_what_is_dropped_does_not_depend_on_the_devices():
+def test_dropout_does_not_depend_on_the_devices():
     x = np.ones((16, 3, 3, 2), np.float32)
     run = jax.jit(
         lambda x: Dropout(0.5).apply({}, x, Mode(train=True), rngs={"dropout": jax.random.key(0)})
@@ -189,7 +190,7 @@ def test_what_is_dropped_does_not_depend_on_the_devices():
     np.testing.assert_array_equal(run(over_eight), run(x))
 
 
-def test_drop_scales_what_it_keeps():
+def test_dropout_scales_what_it_keeps():
     x = jnp.ones((1000, 4, 4, 2))
     mode = Mode(train=True)
     for whole in (False, True):
@@ -197,12 +198,12 @@ def test_drop_scales_what_it_keeps():
         assert set(np.unique(y).round(5)) == {0, np.float32(4 / 3).round(5)}
         assert y.mean() == pytest.approx(1, abs=0.05)
         each = np.asarray(y).reshape(1000, -1)
-        assert (each.min(1) == each.max(1)).all() == whole, "examples as a whole, or places on their own"
+        assert (each.min(1) == each.max(1)).all() == whole, "whole examples, or single values"
     assert (Dropout(0.25).apply({}, x, dataclasses.replace(mode, train=False)) == x).all()
 
 
 def test_local_batch_norm_is_that_of_every_part():
-    """As if each device had run PyTorch's batch norm on its part; running values move to the mean."""
+    """Each device normalizes its part as PyTorch does, and running statistics move to the parts' mean."""
     x = np.random.default_rng(0).normal(2.0, 3.0, (8, 3, 3, 2)).astype(np.float32)
     start = {
         "params": {"scale": jnp.ones(2), "bias": jnp.zeros(2)},
@@ -219,8 +220,15 @@ def test_local_batch_norm_is_that_of_every_part():
     assert not np.allclose(together, run(x, 1)[0], atol=1e-2)
 
 
+def test_the_session_in_the_docs():
+    """The Python session in docs/models.md prints what stands there."""
+    session = (ROOT / "docs/models.md").read_text().split("```pycon\n")[1].split("```")[0]
+    example = doctest.DocTestParser().get_doctest(session, {}, "docs/models.md", None, 0)
+    assert not doctest.DocTestRunner().run(example).failed
+
+
 def test_the_worked_example_of_the_docs(monkeypatch):
-    """docs/models.md: under 60 lines, and MobileNet V1's 4,231,976 parameters (its paper: 4.2 million)."""
+    """It has under 60 lines, and MobileNet V1's 4,231,976 parameters (4.2 million in the paper)."""
     text = (ROOT / "docs/models.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
     assert code.count("\n") < 60
@@ -237,7 +245,7 @@ def test_the_worked_example_of_the_docs(monkeypatch):
 
 @pytest.mark.parametrize("batch_norm", ["global", "local"])
 def test_only_global_batch_norm_waits_for_other_devices(batch_norm):
-    """All-reduces in the compiled forward pass of a batch that lies on eight devices."""
+    """The compiled forward pass of a batch on eight devices has all-reduces only then."""
     config = tiny_config(model__batch_norm=batch_norm)
     mesh = parallel.make_mesh()
     networks = build_networks(config, 10, (8, 8, 1), mesh.size)

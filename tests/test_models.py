@@ -33,7 +33,7 @@ def variables_of(ensemble, shape=(16, 16, 3), seed=0):
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize("devices", [1, 8])
 def test_convolution_and_its_gradient_are_those_of_xla(size, stride, kernel, devices, monkeypatch):
-    """The weight gradient of all images at once, and, on one device, of some at a time."""
+    """The weight gradient takes all images at once or, on one device, a few at a time."""
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     monkeypatch.setattr(CONVOLUTION, "CACHE_BYTES", 1)
     generator = np.random.default_rng(0)
@@ -58,13 +58,13 @@ def test_convolution_and_its_gradient_are_those_of_xla(size, stride, kernel, dev
 @pytest.mark.parametrize(
     ("channels", "features", "kernel", "width", "padding", "computed"),
     [
-        (3, 3, 3, 32, "even", (3, 6, 3, 12)),  # four pixels together
+        (3, 3, 3, 32, "even", (3, 6, 3, 12)),  # four pixels at a time
         (6, 12, 3, 12, "even", (3, 4, 6, 24)),  # two
         (9, 4, 5, 6, "same", (5, 6, 9, 8)),  # a row of six cannot be cut into fours
         (3, 2, 7, 8, "even", (7, 10, 3, 8)),
         (5, 6, 3, 7, "even", (3, 3, 5, 6)),  # an odd row
         (4, 4, 1, 8, "even", (1, 1, 4, 4)),
-        (25, 51, 3, 4, "even", (3, 3, 28, 64)),  # filled up
+        (25, 51, 3, 4, "even", (3, 3, 28, 64)),  # padded channels
         (19, 25, 1, 4, "even", (1, 1, 20, 32)),
     ],
 )
@@ -87,8 +87,8 @@ def test_convolutions_are_computed_in_sizes_that_are_fast(
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_what_is_wanted_in_two_shapes_is_computed_once():
-    """XLA's CPU compiler leaves a call alone that is not to be put inline: so far, or this fails."""
+def test_relu_is_computed_once_for_two_shapes():
+    """XLA's CPU compiler does not look into a call that must not be inlined. If that changes, this fails."""
 
     def maxima(relu):
         def f(x, k):
@@ -102,8 +102,8 @@ def test_what_is_wanted_in_two_shapes_is_computed_once():
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_batch_norms_gradient_goes_through_its_statistics(groups):
-    """As autodiff's of the formula, whichever layer computed the moments."""
+def test_the_gradient_of_batch_norm_includes_its_statistics(groups):
+    """It is autodiff's gradient of the formula, whoever computed the moments."""
     mode, generator = Mode(train=True, groups=groups), np.random.default_rng(0)
     with jax.enable_x64(True):
         x, g = jnp.asarray(generator.normal(2.0, 3.0, (2, 4, 3, 3, 2)))
@@ -130,7 +130,7 @@ def test_batch_norms_gradient_goes_through_its_statistics(groups):
 
 
 def test_batch_norm_follows_pytorch():
-    """Unbiased running variance, momentum .1 in PyTorch's sense; own statistics in training only."""
+    """The running variance is unbiased, and momentum is .1 in PyTorch's sense."""
     x = np.random.default_rng(0).normal(3.0, 2.0, (4, 5, 5, 2)).astype(np.float32)
     start = {
         "params": {"scale": jnp.array([1.0, 2.0]), "bias": jnp.array([0.0, -1.0])},
@@ -187,14 +187,14 @@ def test_names_of_variables():
 
 
 def test_initial_values_follow_the_official_rules():
-    """Xavier-normal convolutions and classifier, classifier's bias U(+-1/sqrt(fan in)), BN 1 and 0."""
+    """Convolutions and classifier are Xavier normal, the bias is U(+-1/sqrt(fan_in)), batch norm 1 and 0."""
     ensemble = models.build_ensemble("resnet110", 1, 100)
     branch = variables_of(ensemble)["params"]["students"]["1"]
     conv = branch["stage3"]["rest"]["conv2"]["kernel"]  # (17, 3, 3, 64, 64)
     std = math.sqrt(2 / (9 * (64 + 64)))
     assert conv.std() == pytest.approx(std, rel=0.01)
     assert abs(conv.mean()) < 0.01 * std
-    np.testing.assert_allclose(conv.std((1, 2, 3, 4)), std, rtol=0.03)  # each stacked block alike
+    np.testing.assert_allclose(conv.std((1, 2, 3, 4)), std, rtol=0.03)  # the same in each stacked block
     assert not np.array_equal(conv[0], conv[1])
     assert branch["head"]["linear"]["kernel"].std() == pytest.approx(math.sqrt(2 / 164), rel=0.05)
     bias = branch["head"]["linear"]["bias"]
@@ -215,7 +215,7 @@ def test_initial_values_depend_on_seed_and_place_alone():
     assert not np.array_equal(kernel(b, 2), kernel(b, 3)), "another student of the same width"
 
 
-def test_a_student_on_its_own_gives_its_logits_in_the_ensemble():
+def test_an_extracted_student_gives_the_same_logits_as_in_the_ensemble():
     ensemble = models.build_ensemble("resnet14", 3, 10)
     variables = variables_of(ensemble)
     images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))

@@ -79,7 +79,7 @@ NAMED = {
 
 
 def randomize(network, seed=0):
-    """Weights, batch norms and running statistics that are all different from their initial values."""
+    """Move weights, batch norms and running statistics away from their initial values."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in network.state_dict().items():
         if name.endswith("running_var"):
@@ -92,7 +92,7 @@ def randomize(network, seed=0):
 
 
 def case(name):
-    """(ours, PyTorch's, rules, size of the images)"""
+    """Return our network by dtype, PyTorch's, the rules and the size of the images."""
     options = {"stochastic_depth": 0.0, "dropout": 0.0}
     if name in SHALLOW:
         family, network, rules = SHALLOW[name]
@@ -175,7 +175,7 @@ def test_forward_statistics_and_gradients(name):
 
 
 def compare(found, expected, tolerance):
-    """Equal up to `tolerance` of each array's largest element."""
+    """Assert that arrays agree up to `tolerance` times the largest element."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     leaves = jax.tree_util.tree_leaves_with_path(found)
     for (path, a), b in zip(leaves, jax.tree.leaves(expected), strict=True):
@@ -189,7 +189,7 @@ def state_of(network):
 
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}])
 def test_pth_files_become_students(tmp_path, wrap):
-    """As PyTorch saves them: bare, or in a training checkpoint of a DataParallel network."""
+    """PyTorch saves them bare, or in a training checkpoint of a DataParallel network."""
     torch.manual_seed(0)
     network = randomize(theirs.NETWORKS["resnet8x4"](num_classes=CLASSES)).float().eval()
     state = {f"module.{name}": value for name, value in network.state_dict().items()}

@@ -28,7 +28,7 @@ class GlobalPool(nn.Module):
 
 
 class SameConv2d(nn.Conv2d):
-    """TensorFlow's "SAME" padding, of an input that the stride divides."""
+    """Pad as TensorFlow's "SAME" does for an input that the stride divides."""
 
     def forward(self, x):
         p = max(self.kernel_size[0] - self.stride[0], 0)
@@ -44,13 +44,13 @@ def same_conv(inputs, outputs, kernel=1, stride=1, groups=1):
 
 
 def conv_bn(inputs, outputs, kernel=1, stride=1, groups=1, act=nn.ReLU, conv=conv):
-    """Convolution, batch norm and, unless `act` is None, activation: a list of layers."""
+    """Return convolution, batch norm and, unless `act` is None, the activation as a list of layers."""
     layers = [conv(inputs, outputs, kernel, stride, groups), nn.BatchNorm2d(outputs)]
     return [*layers, act()] if act else layers
 
 
 def rounded(channels, multiplier):
-    """Channels times the multiplier as a multiple of 8, not below 90% of it."""
+    """Return channels times the multiplier as a multiple of 8, at least 90 % of it."""
     if multiplier == 1:
         return channels
     width = max(8, int(channels * multiplier + 4) // 8 * 8)
@@ -65,7 +65,7 @@ def shuffle(x, groups):
 
 
 class Residual(nn.Module):
-    """relu(body(x) + shortcut(x)); the shortcut comes with its name, none is the identity."""
+    """ReLU(body(x) + shortcut(x)). The shortcut comes with its name; None is the identity."""
 
     def add_shortcut(self, **shortcut):
         self.path = tuple(shortcut)
@@ -130,7 +130,7 @@ def projection(inputs, outputs, stride):
 
 
 def residual_stages(block, inputs, planes, layers, name, shortcut, **options):
-    """layer1, layer2, ... of a residual network, the shortcuts where shapes change called `name`."""
+    """Return layer1, layer2, ... of a residual network; shortcuts where shapes change are called `name`."""
     stages = {}
     for i, (width, repeats) in enumerate(zip(planes, layers, strict=True)):
         blocks, outputs = [], width * block.expansion
@@ -163,7 +163,7 @@ class ResNet(Named):
 
 
 class CifarResNet(Named):
-    """He et al.'s ResNet for CIFAR, n blocks a stage, akamaster's names."""
+    """He et al.'s ResNet for CIFAR with n blocks per stage and akamaster's names."""
 
     def __init__(self, block, n, num_classes=10, channels=(16, 16, 32, 64), option="A"):
         shortcut = {"A": PaddedShortcut, "B": projection}[option]
@@ -252,7 +252,7 @@ class Transition(Named):
 
 
 def dense_blocks(inputs, growth, layers):
-    """denseblock1, transition1, denseblock2, ... and the channels of the last."""
+    """Return denseblock1, transition1, denseblock2, ... and the channels of the last."""
     blocks = {}
     for b, (rate, repeats) in enumerate(zip(growth, layers, strict=True), 1):
         dense = {f"denselayer{i + 1}": DenseLayer(inputs + i * rate, rate) for i in range(repeats)}
@@ -313,7 +313,7 @@ class Inverted(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Channels scaled by a sigmoid of their squeezed means."""
+    """Scale channels by a sigmoid computed from their means."""
 
     def __init__(self, channels, squeezed):
         super().__init__()
@@ -362,7 +362,7 @@ class EfficientNet(Named):
 
 
 def mobile_stages(inputs, width, second_stride, flat):
-    """MobileNetV2's inverted residuals, a list a setting; RepDistiller's are `flat`."""
+    """Return MobileNetV2's inverted residuals, one list per setting; RepDistiller's are `flat`."""
     settings = [  # expansion, channels, blocks, stride
         (1, 16, 1, 1),
         (6, 24, 2, second_stride),
@@ -422,7 +422,7 @@ class MobileNetV2Cifar(Named):
 
 
 class ShuffleV2Block(nn.Module):
-    """Half of the input, or all of it downsampled, beside three convolutions of the rest; shuffled."""
+    """Half of the input, or all of it downsampled, and three convolutions of the rest; then a shuffle."""
 
     def __init__(self, inputs, outputs, stride, flat=False):
         super().__init__()
@@ -446,7 +446,7 @@ class ShuffleV2Block(nn.Module):
 
 
 class ShuffleV1Block(nn.Module):
-    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; beside the pooled input where it has a stride."""
+    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; with a stride appended to the pooled input."""
 
     def __init__(self, inputs, outputs, stride, groups=3):
         super().__init__()
@@ -544,7 +544,7 @@ class Vgg(nn.Module):
 
 
 def vgg(*counts):
-    """`cfg` of so many convolutions in the five blocks."""
+    """Return `cfg` for these numbers of convolutions in the five blocks."""
     return [[width] * count for width, count in zip((64, 128, 256, 512, 512), counts, strict=True)]
 
 
@@ -558,7 +558,7 @@ EFFICIENTNETS = {  # width, depth, dropout
     "efficientnet_b6": (1.8, 2.6, 0.5),
     "efficientnet_b7": (2.0, 3.1, 0.5),
 }
-# by name, with as many classes as in PARAMETERS where none are asked for
+# By name, with the number of classes of PARAMETERS by default.
 X4 = {"channels": (32, 64, 128, 256), "option": "B", "num_classes": 100}
 NETWORKS = {
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),

@@ -124,13 +124,14 @@ class Traced(NamedTuple):
         variables: shapes and dtypes of its variables, those of this package's layers boxed with their
             rules (`Ruled`).
         jaxpr: of the initialization and the forward pass.
-        flax_init: function of a key that returns the variables as Flax initializes them.
+        flax_init: jitted function of a key that returns the variables that have no rule, by their paths,
+            as Flax initializes them.
     """
 
     outputs: Any
     variables: Any
     jaxpr: Any
-    flax_init: Callable[[Array], Any]
+    flax_init: Callable[[Array], dict[str, Array]]
 
     def init(self, seed: int | None, name: str) -> Any:
         """Return the initial variables as plain nested dicts of numpy arrays.
@@ -150,7 +151,10 @@ class Traced(NamedTuple):
         if seed is None:
             shapes = [leaf.unbox() if _is_ruled(leaf) else leaf for _, leaf in leaves]
             return jax.tree.unflatten(tree, shapes)
-        by_flax = self._without_rule(seed, name) if not all(_is_ruled(leaf) for _, leaf in leaves) else {}
+        by_flax: dict[str, np.ndarray] = {}
+        if not all(_is_ruled(leaf) for _, leaf in leaves):
+            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+            by_flax = jax.device_get(self.flax_init(key))
 
         def value(path: Any, leaf: Any) -> Any:
             where = jax.tree_util.keystr(path)
@@ -164,17 +168,6 @@ class Traced(NamedTuple):
                 tree, threads.map(value, *zip(*leaves, strict=True)) if leaves else []
             )
 
-    def _without_rule(self, seed: int, name: str) -> dict[str, np.ndarray]:
-        """Return the initial values of the variables that have no rule, by their paths."""
-
-        def draw(key: Array) -> dict[str, Array]:
-            leaves = jax.tree_util.tree_leaves_with_path(self.flax_init(key), is_leaf=_is_ruled)
-            return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if not _is_ruled(leaf)}
-
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-        values: dict[str, np.ndarray] = jax.device_get(jax.jit(draw)(key))
-        return values
-
 
 def _is_ruled(leaf: Any) -> bool:
     return isinstance(leaf, Ruled)
@@ -186,11 +179,13 @@ def trace(module: nn.Module, *args: Any) -> Traced:
     def call(*args: Any) -> Any:
         return module.init_with_output(jax.random.key(0), *args)
 
-    def flax_init(key: Array) -> Any:
-        return module.init(key, *jax.tree.map(_zeros, args))
+    def flax_init(key: Array) -> dict[str, Array]:
+        variables = module.init(key, *jax.tree.map(_zeros, args))
+        leaves = jax.tree_util.tree_leaves_with_path(variables, is_leaf=_is_ruled)
+        return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if not _is_ruled(leaf)}
 
     jaxpr, (outputs, variables) = jax.make_jaxpr(call, return_shape=True)(*args)
-    return Traced(outputs, variables, jaxpr.jaxpr, flax_init)
+    return Traced(outputs, variables, jaxpr.jaxpr, jax.jit(flax_init))
 
 
 def _zeros(like: Any) -> Array:

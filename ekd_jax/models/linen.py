@@ -17,10 +17,11 @@ last one to logits (B, K). `nn.BatchNorm` and `nn.Dropout` work as usual: batch 
 
 Such networks have any number of students of any width and work with every method and command. They
 cannot be packed (`train.execution=packed`), because only layers of this package are known to compute the
-same with block-diagonal kernels. Their layers choose their own dtype, normalization and padding:
-`train.dtype`, `model.batch_norm`, `model.dropout` and the like do not concern them.
+same with block-diagonal kernels. Their layers choose their own dtype, normalization and dropout, so
+`train.dtype`, `model.batch_norm`, `model.dropout` and the like do not change them.
 
-For a network whose head, say, depends on the width, write a `Family` of `linen_part` and `linen_head`.
+A network whose head depends on the width, for example, is a `Family` of `linen_part` and `linen_head`.
+docs/extending.md has a complete example.
 """
 
 import dataclasses
