@@ -179,8 +179,10 @@ def test_what_cannot_work_gets_one_line():
     models.register_network("plain", plain_network())
     with pytest.raises(UserError, match="a network 'plain' already"):
         models.register_network("plain", plain_network())
-    with pytest.raises(UserError, match="'1:x' is not a name"):
+    with pytest.raises(UserError, match="'1:x' is not a valid name"):
         models.register_network("1:x", plain_network())
+    with pytest.raises(UserError, match="'block' must be a Family"):
+        models.register_network("block", Block)
     with pytest.raises(UserError, match=r"there is no network 'plane'; did you mean 'plain'\?.* imported"):
         models.build_ensemble("plane")
     with pytest.raises(UserError, match="packed: it is made of plain Linen modules.*: use separate"):

@@ -1,4 +1,4 @@
-"""From what is asked for to an ensemble: where networks are cut, and what their students share."""
+"""The specification of an ensemble and how it is built: where networks are cut, which parts are shared."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class EnsembleSpec:
         name: the network, a key of `models.MODELS`.
         students: as `parse_students` returns them; the first is the pseudo teacher.
         num_classes: number of classes K.
-        dtype: what convolutions compute in, "float32" or "bfloat16".
+        dtype: dtype that convolutions compute in, "float32" or "bfloat16".
         sharing: "base": all students share a base block; "tree": they part one by one, as in a binary
             tree; "none": they share nothing.
         compressed_stages: how many of the branch's stages, counted from the last, get narrower with the
@@ -187,7 +187,7 @@ def _build_networks(
 
 
 class _Shared(NamedTuple):
-    """What students share: see `Ensemble.trunk` and `Ensemble.routes`.
+    """The parts that students share, see `Ensemble.trunk` and `Ensemble.routes`.
 
     Attributes:
         depth: number of a network's parts, stem included, that come before the branch.
@@ -220,7 +220,7 @@ def _share_parts(spec: EnsembleSpec, family: Family, cut: _Cut) -> _Shared:
 
 
 def _cut_off(networks: Sequence[Network], depth: int) -> tuple[Network, ...]:
-    """Return the branches, what follows the first `depth` parts; equal ones are one object."""
+    """Return the branches, which are the parts after the first `depth`; equal ones are one object."""
     branches = {id(network): Network(network.stages[depth:], network.head) for network in networks}
     return tuple(branches[id(network)] for network in networks)
 

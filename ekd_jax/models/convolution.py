@@ -152,8 +152,8 @@ def _kernel_gradient_at_once(x: Array, shape: tuple[int, ...], stride: int, pads
         padded = jnp.pad(x, ((0, 0), (0, 0), sides, (0, 0)))
         seen = jnp.concatenate([padded[:, :, j : j + columns] for j in range(w)], -1)
         spread = jnp.pad(g, ((0, 0), (h - 1 - top, h - 1 - bottom), (0, 0), (0, 0)))
-        given = jnp.concatenate([spread[:, h - 1 - i : h - 1 - i + x.shape[1]] for i in range(h)], -1)
-        product = seen.reshape(-1, w * channels).T @ given.reshape(-1, h * features)
+        gradients = jnp.concatenate([spread[:, h - 1 - i : h - 1 - i + x.shape[1]] for i in range(h)], -1)
+        product = seen.reshape(-1, w * channels).T @ gradients.reshape(-1, h * features)
         return product.reshape(w, channels, h, features).transpose(2, 0, 1, 3)
     # with a stride rows do not line up, so every row of the kernel takes a product
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-accumulates and activation memory, read from its jaxpr."""
+"""The cost of a network: parameters, multiply-accumulates and activation memory, read from its jaxpr."""
 
 import math
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ OWN_CONVOLUTIONS = ("grouped_convolution", "fitted_convolution")  # jitted funct
 
 
 class Cost(NamedTuple):
-    """What one image costs.
+    """The cost of one image.
 
     Attributes:
         macs: multiply-accumulates of convolutions and matrix products.

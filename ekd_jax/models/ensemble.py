@@ -43,7 +43,7 @@ SHARINGS = ("base", "tree", "none")
 
 @flax.struct.dataclass
 class Outputs:
-    """What a forward pass hands to a method.
+    """The outputs of a forward pass, with which a method is called.
 
     Attributes:
         logits_SxBxK: every student's logits, float32.
@@ -300,12 +300,12 @@ class EnsembleTrace:
         return variables
 
     def cost(self, student: int) -> Cost:
-        """Return what one image costs in the network of a student, counted from 1."""
+        """Return the cost of one image in the network of a student, counted from 1."""
         shared = [self.trunk[node] for node in self.ensemble.routes[student - 1]]
         return sum((count_cost(part.jaxpr) for part in [*shared, self.branches[student - 1]]), Cost())
 
     def total_cost(self) -> Cost:
-        """Return what one image costs in all networks, shared parts counted once."""
+        """Return the cost of one image in all networks, shared parts counted once."""
         return sum((count_cost(part.jaxpr) for part in [*self.trunk, *self.branches]), Cost())
 
 

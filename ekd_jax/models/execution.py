@@ -9,7 +9,7 @@ packed: branches of one network at several widths as one branch at the sum of th
         student 2 reads C2 channels  [ 0  K2 ]
 
 Variables are always stored student by student. They are stacked or packed inside the traced function, so that
-autodiff gives the gradients of what is stored.
+autodiff gives gradients of the stored variables.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ Flat = dict[tuple[str, ...], Any]
 
 
 class NetworkOutputs(NamedTuple):
-    """What a network or a branch computes.
+    """The outputs of a network or a branch.
 
     Attributes:
         logits: (B, K) float32.
@@ -75,7 +75,7 @@ class PackedNetwork(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """A branch and what it runs on.
+    """A branch, its variables and its input.
 
     Attributes:
         network: the same object in equal branches.
@@ -90,7 +90,7 @@ class Branch(NamedTuple):
     key: Array | None
 
 
-Result = tuple[NetworkOutputs, Tree]  # what a branch computes, and its new batch statistics
+Result = tuple[NetworkOutputs, Tree]  # a branch's outputs and its new batch statistics
 Execution = Callable[[Sequence[Branch], Mode, PackedNetwork | None], list[Result]]
 
 

@@ -1,4 +1,4 @@
-"""What a family of networks states about itself, and how widths become channels.
+"""How a family of networks is defined, and how widths become channels.
 
 A family builds its network as a stem, stages and a head, each stage at its own width. Cutting the network
 into base block and branches is the same for all families: `assemble`.

@@ -117,10 +117,10 @@ def torch_default(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 class Traced(NamedTuple):
-    """What tracing a module yields: nothing is computed or compiled.
+    """A module that was traced, with nothing computed or compiled.
 
     Attributes:
-        outputs: shapes and dtypes of what the module returns.
+        outputs: shapes and dtypes of the module's outputs.
         variables: shapes and dtypes of its variables, those of this package's layers boxed with their
             rules (`Ruled`).
         jaxpr: of the initialization and the forward pass.

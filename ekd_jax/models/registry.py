@@ -37,13 +37,19 @@ def register_network(name: str, family: Family) -> None:
 
     Args:
         name: a letter, followed by letters, digits, "_", "-" or ".".
-        family: the network: a `Family` of the parts in this package, or what `linen_network` returns.
+        family: the network: a `Family` of the parts in this package, or the result of `linen_network`.
 
     Raises:
-        UserError: the name is taken or not a name.
+        UserError: the name is taken or has other characters.
     """
     if not re.fullmatch(r"[A-Za-z][\w.-]*", name):
-        raise UserError(f"register_network: {name!r} is not a name: a letter, then letters, digits, _ - .")
+        raise UserError(
+            f"register_network: {name!r} is not a valid name: use a letter, then letters, digits, '_', '-', '.'"
+        )
+    if not isinstance(family, Family):
+        raise UserError(
+            f"register_network: network {name!r} must be a Family, as linen_network returns, not {family!r}"
+        )
     if name in MODELS:
         raise UserError(f"register_network: there is a network {name!r} already: choose another name")
     MODELS[name] = family
@@ -90,6 +96,6 @@ def build_ensemble(
         **settings: other fields of `EnsembleSpec`.
 
     Raises:
-        UserError: as `build`, or the students are not what `parse_students` takes.
+        UserError: see `build` and `parse_students`.
     """
     return build(EnsembleSpec(name, parse_students(students), num_classes, **settings))
