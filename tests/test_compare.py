@@ -312,7 +312,10 @@ def test_mistakes_are_found_when_the_runs_are_planned(methods, parts, message, t
             "label a: .*label base has students 1 to 1",
         ),
         ({"a": {"train.batch_size": 128}}, "label a: .*above the 100 training examples"),
-        ({"a": {"method.name": "snapshot", "method.cycles": 9}}, "label a: .*at least as many"),
+        (
+            {"a": {"method.name": "snapshot", "method.cycles": 9}},
+            "label a: .*method.cycles=9 needs at least 9 epochs",
+        ),
     ],
 )
 def test_mistakes_are_found_before_anything_is_trained(methods, message, tmp_path):
