@@ -15,11 +15,10 @@ from ekd_jax.common.errors import UserError
 from ekd_jax.config.knobs import default_config
 from ekd_jax.config.recipes import every_method
 from ekd_jax.config.resolve import resolve, to_dict
-from ekd_jax.methods import METHODS
+from ekd_jax.methods import list_methods
 from ekd_jax.training import comparison
 
 ONE_DEVICE = one_device()
-STAGES_ONLY = {"blockwise_search", "srm_dictionaries", "srm_initialize"}
 LABELS = {
     "baseline": {"method.name": "baseline"},
     "kd": {"method.name": "kd", "method.teachers": ("{baseline}:1",)},
@@ -102,7 +101,7 @@ def test_every_method_is_in_the_comparisons_of_the_configs(tmp_path):
         module = recipe(name)
         assert f"--config=configs/{name}.py" in module.__doc__
         runs = comparison.plan(module.get_config(), tmp_path, seeds=1)
-        assert {run.config.method.name for run in runs} == METHODS.keys() - STAGES_ONLY
+        assert {run.config.method.name for run in runs} == set(list_methods())
         assert {run.config.train.epochs for run in runs} == {module.get_config().common.train.epochs}
     comparison.check(comparison.plan(recipe("compare_digits").get_config(), tmp_path, seeds=1))
     found = recipe("compare_cifar10").get_config("epochs=30,model=resnet20")
