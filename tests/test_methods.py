@@ -245,13 +245,15 @@ def test_lists_leave_out_what_only_plans_use():
     assert methods.list_methods("srm*") == ["srm"]
 
 
-def test_the_worked_example_of_the_docs(batch):
+def test_the_worked_example_of_the_docs(batch, monkeypatch):
     """docs/methods.md: codistillation is DML against the mean of the others, after its burn-in."""
     text = (ROOT / "docs/methods.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
     assert code.count("\n") < 60
+    monkeypatch.setattr(methods, "METHODS", dict(METHODS))
     module = {"__name__": "codistillation"}
     exec(code, module)
+    assert methods.METHODS["codistillation"] is module["Codistillation"]
     ensemble = make_ensemble(tiny_config("dml", model__students=STUDENTS), 10)
     variables = init_variables(ensemble.trace(SHAPE), METHODS["dml"](), 0)
     outputs, _ = ensemble.apply(of_networks(variables), batch[0], train=True)

@@ -14,7 +14,7 @@ from conftest import ROOT, latest_state, one_device, tiny_config
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from ekd_jax.config.resolve import to_dict
-from ekd_jax.methods import METHODS
+from ekd_jax.methods import list_methods
 from ekd_jax.runs.metrics import METRICS, read_metrics
 from ekd_jax.training import loop, plans
 
@@ -41,8 +41,6 @@ CHANGES = {
     "self_distillation": {"model__students": (0.5,)},
     "ensemble_distillation": {"model__students": (0.5,), "method__members": 2},
 }
-# Stages of others, run by them.
-PARTS = {"blockwise_search", "srm_dictionaries", "srm_initialize"}
 
 
 def config_of(name, teacher):
@@ -123,7 +121,7 @@ def state_of(path):
 
 
 ALWAYS = {"snapshot"}  # copies of the network, beside all else
-NAMES = sorted(METHODS.keys() - PARTS)
+NAMES = list_methods()
 
 
 @pytest.mark.parametrize(
