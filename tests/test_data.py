@@ -295,9 +295,9 @@ def test_a_run_with_validation_chooses_by_it_and_tests_once(tmp_path):
     assert [r["split"] for r in records if r["split"] != "train"] == ["validation", "validation", "test"]
     validation = [r for r in records if r["split"] == "validation"]
     (test,) = (r for r in records if r["split"] == "test")
-    assert summary["best_on"] == "validation"
-    assert summary["ensemble"]["top1_best"] == max(r["ensemble/top1"] for r in validation)
-    assert summary["ensemble"]["top1_last"] == test["ensemble/top1"]
+    assert summary.best_on == "validation"
+    assert summary.ensemble.top1_best == max(r["ensemble/top1"] for r in validation)
+    assert summary.ensemble.top1_last == test["ensemble/top1"]
     for split, expected in (("validation", validation[-1]), ("test", test)):
         done = command("evaluate", f"--workdir={tmp_path / 'run'}", f"--split={split}", "--json")
         assert done.returncode == 0, done.stderr
