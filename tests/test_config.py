@@ -45,7 +45,7 @@ def test_every_knob_is_read():
     """A knob nothing reads is a lie: `config.section.knob`, or `knobs.knob` where a section is named."""
     chains = attribute_chains()
     pairs = {chain[i : i + 2] for chain in chains for i in range(len(chain) - 1)}
-    aliases = {"optimizer": "knobs", "data": "data"}
+    aliases = {"optimizer": "knobs", "data": "section"}
     for path in KNOBS:
         section, _, name = path.rpartition(".")
         if path == "imports" or (section == "model" and name in NETWORK_OPTIONS):

@@ -1,21 +1,21 @@
-"""TODO: common.text."""
+"""Numbers, times and tables as text."""
 
 from typing import Any
 
 
 def megabytes(count: float) -> str:
-    """12 MB"""
+    """Return bytes in megabytes: "12 MB"."""
     return f"{count / 1e6:,.0f} MB"
 
 
 def clock(seconds: float) -> str:
-    """75 -> "0:01:15"."""
+    """Return seconds as h:mm:ss: 75 is "0:01:15"."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 def table(rows: list[list[Any]], header: list[str]) -> str:
-    """Columns aligned, the first to the left and the others to the right."""
+    """Return a table whose first column is aligned to the left and whose others are to the right."""
     cells = [header, *([str(c) for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
 
@@ -30,7 +30,7 @@ def table(rows: list[list[Any]], header: list[str]) -> str:
 
 
 def human(count: float) -> str:
-    """41.3M, 12.5k, ..."""
+    """Return a count in short: "41.3M", "12.5k"."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{count / size:.1f}{unit}"

@@ -1,1 +1,1 @@
-"""TODO: config."""
+"""Configurations: knobs, how a configuration is checked, recipes, and what is built from one."""

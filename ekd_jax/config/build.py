@@ -4,6 +4,8 @@ import dataclasses
 from functools import cached_property
 from typing import Any
 
+from ml_collections import FrozenConfigDict
+
 from ekd_jax.methods import METHODS
 from ekd_jax.methods.base import Method
 from ekd_jax.models import EnsembleSpec, build
@@ -45,7 +47,7 @@ class Networks:
 
 
 def build_networks(
-    config: Any, num_classes: int, input_shape: tuple[int, int, int], devices: int = 1
+    config: FrozenConfigDict, num_classes: int, input_shape: tuple[int, int, int], devices: int = 1
 ) -> Networks:
     """Build the networks and the method that `config` asks for. Nothing is traced or computed.
 
@@ -78,12 +80,12 @@ def build_networks(
     return Networks(method, build(spec), input_shape)
 
 
-def build_method(config: Any) -> Method:
+def build_method(config: FrozenConfigDict) -> Method:
     """Build the method that `config.method` describes; raise UserError for a value out of range."""
     fields = config.method.to_dict()
     return METHODS[fields.pop("name")](**fields)
 
 
-def network_options(config: Any) -> dict[str, Any]:
+def network_options(config: FrozenConfigDict) -> dict[str, Any]:
     """Return the options that belong to a network itself, wherever its students part."""
     return {name: config.model[name] for name in NETWORK_OPTIONS}

@@ -74,7 +74,7 @@ def read_config(path: pathlib.Path, what: str) -> FrozenConfigDict:
     return resolve(stored)
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: FrozenConfigDict) -> dict[str, Any]:
     """Return a configuration as nested dicts, ready for JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(ConfigDict(config).to_dict()))
     return plain
@@ -86,13 +86,13 @@ def result_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if k not in KNOBS or KNOBS[k].changes_result}
 
 
-def fingerprint(config: Any) -> str:
+def fingerprint(config: FrozenConfigDict) -> str:
     """Return 12 hexadecimal digits that two configurations share if they compute the same."""
     text = json.dumps(result_fields(to_dict(config)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def identity(config: Any) -> dict[str, Any]:
+def identity(config: FrozenConfigDict) -> dict[str, Any]:
     """Return what names a run in its summary and in the students extracted from it."""
     return {
         "model": config.model.name,

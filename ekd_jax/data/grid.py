@@ -1,4 +1,4 @@
-"""TODO: data.grid."""
+"""A grid of images as the network sees them, for `ekd preview`."""
 
 import functools
 from typing import Any

@@ -1,1 +1,1 @@
-"""TODO: runs."""
+"""A run as it lies on disk: its directory, state, checkpoints, metrics, and reading it back."""

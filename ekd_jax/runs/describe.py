@@ -1,9 +1,9 @@
 """A description of the students of a configuration, before anything is trained: sizes, costs, memory."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
+from ml_collections import FrozenConfigDict
 
 from ekd_jax.common.text import human, table
 from ekd_jax.config.build import Networks
@@ -86,7 +86,11 @@ def width_label(student: StudentInfo, model: str) -> str:
 
 
 def memory(
-    networks: Networks, config: Any, description: RunDescription, image_bytes: int, devices: int = 1
+    networks: Networks,
+    config: FrozenConfigDict,
+    description: RunDescription,
+    image_bytes: int,
+    devices: int = 1,
 ) -> dict[str, int]:
     """Estimate the bytes of each device's memory that training needs; nothing is compiled.
 

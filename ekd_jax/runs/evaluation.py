@@ -26,7 +26,7 @@ Results = dict[str, float]
 Predict = Callable[[Variables, Array], Array]
 
 
-def make_evaluator(predict: Predict, config: Any, examples: int, mesh: Mesh) -> Any:
+def make_evaluator(predict: Predict, config: FrozenConfigDict, examples: int, mesh: Mesh) -> Any:
     """Make a jitted function of (variables, images uint8, labels, number) that returns sums over examples.
 
     Only the first `number` images count; images that fill up the last batch do not.
@@ -91,7 +91,7 @@ def results(sums: np.ndarray, examples: int, names: Sequence[str]) -> Results:
 def evaluate_predictor(
     predict: Predict,
     variables: Variables,
-    config: Any,
+    config: FrozenConfigDict,
     names: Sequence[str],
     split: str = "test",
     source: Source | None = None,
@@ -143,7 +143,7 @@ def evaluate_student(
     return evaluate_predictor(predict, student.variables, config, [f"student_{own.student}"], source=source)
 
 
-def with_places(config: Any, places: Mapping[str, str]) -> FrozenConfigDict:
+def with_places(config: FrozenConfigDict, places: Mapping[str, str]) -> FrozenConfigDict:
     """Return the configuration with other data directories, where `places` has them."""
     changed = ConfigDict(config)
     changed.data.update({name: place for name, place in places.items() if place})

@@ -1,1 +1,1 @@
-"""TODO: students."""
+"""Students on their own: loading, predicting, writing, and converting PyTorch weights."""

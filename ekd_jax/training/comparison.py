@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError, nearest
@@ -50,7 +50,7 @@ class Entry:
 
     label: str
     path: pathlib.Path
-    config: Any
+    config: FrozenConfigDict
     needs: Directories
 
     @property
@@ -159,7 +159,7 @@ def _filled(
     return {name: fill(value) for name, value in knobs.items()}, needs
 
 
-def _check_fair(common: Any, config: Any, allowed: Sequence[str]) -> None:
+def _check_fair(common: Any, config: FrozenConfigDict, allowed: Sequence[str]) -> None:
     """Raise UserError if a run has another network, other data, epochs or another seed than the rest."""
     ours, its = (result_fields(to_dict(c)) for c in (common, config))
     for name, value in its.items():

@@ -2,7 +2,8 @@
 
 import json
 import pathlib
-from typing import Any
+
+from ml_collections import FrozenConfigDict
 
 from ekd_jax.common import parallel
 from ekd_jax.common.text import human
@@ -17,7 +18,7 @@ from ekd_jax.training.optimizer import rate_in_words
 from ekd_jax.training.setup import check_batches, steps_in
 
 
-def dry_run(config: Any, path: pathlib.Path) -> str:
+def dry_run(config: FrozenConfigDict, path: pathlib.Path) -> str:
     """Return what a run would do: configuration, students, steps and memory. Nothing is written.
 
     Args:
@@ -37,7 +38,9 @@ def dry_run(config: Any, path: pathlib.Path) -> str:
     return "\n\n".join(parts)
 
 
-def _describe_run(config: Any, directory: pathlib.Path, path: pathlib.Path, later: bool) -> str:
+def _describe_run(
+    config: FrozenConfigDict, directory: pathlib.Path, path: pathlib.Path, later: bool
+) -> str:
     """Describe one run of a plan; the teachers of a `later` one may come from the runs before it."""
     mesh, known = parallel.make_mesh(fsdp=config.train.fsdp), known_facts(config)
     check_batches(config, mesh, known.train_examples)

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import Interrupted, UserError, reason
@@ -91,7 +92,9 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None, source: Source | None = None) -> Summary:
+def run(
+    config: FrozenConfigDict, path: pathlib.Path, mesh: Mesh | None = None, source: Source | None = None
+) -> Summary:
     """Train, or resume training, in the directory `path`.
 
     Args:

@@ -3,13 +3,14 @@
 from typing import Any
 
 import optax
+from ml_collections import FrozenConfigDict
 
 from ekd_jax.methods.base import Method
 
 RMSPROP_DECAY, RMSPROP_EPSILON = 0.9, 1e-3  # EfficientNet's; the epsilon is added under the root
 
 
-def batch_scale(config: Any) -> float:
+def batch_scale(config: FrozenConfigDict) -> float:
     """Return the factor of the linear scaling rule: the batch size over `reference_batch_size`, or 1 without it.
 
     Reference: Goyal et al. 2017, arXiv 1706.02677.
@@ -18,13 +19,13 @@ def batch_scale(config: Any) -> float:
     return config.train.batch_size / reference if reference else 1.0
 
 
-def warmup_epochs(config: Any) -> float:
+def warmup_epochs(config: FrozenConfigDict) -> float:
     """Return the epochs of warm-up: as asked, or Goyal et al.'s 5 for a learning rate that is scaled up."""
     asked = config.optimizer.warmup_epochs
     return asked if asked >= 0 else 5.0 * (batch_scale(config) > 1)
 
 
-def warmed_up(rate: optax.Schedule, config: Any, steps: int) -> optax.Schedule:
+def warmed_up(rate: optax.Schedule, config: FrozenConfigDict, steps: int) -> optax.Schedule:
     """Return the schedule scaled by the batch size, with linear warm-up.
 
     The warm-up starts at the unscaled rate if the rate is scaled up, otherwise at 0.
@@ -37,7 +38,7 @@ def warmed_up(rate: optax.Schedule, config: Any, steps: int) -> optax.Schedule:
     return lambda step: rise(step) * rate(step)
 
 
-def rate_in_words(config: Any) -> str:
+def rate_in_words(config: FrozenConfigDict) -> str:
     """Return a line that says how the learning rate is scaled and warmed up, or "" if it is not."""
     knobs, scale, epochs = config.optimizer, batch_scale(config), warmup_epochs(config)
     rate = knobs.learning_rate
@@ -53,7 +54,7 @@ def rate_in_words(config: Any) -> str:
     return ", ".join(parts)
 
 
-def learning_rate(config: Any, steps: int) -> optax.Schedule:
+def learning_rate(config: FrozenConfigDict, steps: int) -> optax.Schedule:
     """Return the schedule step -> learning rate, without scaling and warm-up.
 
     It is `learning_rate`, multiplied by `decay_factor` at each milestone (a fraction of training) and every
@@ -71,7 +72,7 @@ def learning_rate(config: Any, steps: int) -> optax.Schedule:
     return lambda step: rate(step) * factor(step)
 
 
-def make_optimizer(config: Any, method: Method, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: FrozenConfigDict, method: Method, steps: int) -> optax.GradientTransformation:
     """Make SGD, Adam or RMSProp with PyTorch's weight decay: L2, added to the gradient, also of batch norm and biases.
 
     The learning rate of the method's own parameters (`method/<name>`) is scaled by its `learning_rate_scales`.

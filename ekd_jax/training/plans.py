@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
 
 from ekd_jax.common.errors import UserError
 from ekd_jax.common.log import logger
@@ -46,7 +47,7 @@ class Plan:
     settle: Callable[[Any, pathlib.Path], Any] = lambda config, path: config
 
 
-def runs(config: Any, path: pathlib.Path) -> Runs:
+def runs(config: FrozenConfigDict, path: pathlib.Path) -> Runs:
     """Return all runs that `config` stands for, in order: run directory -> resolved configuration.
 
     The last entry is the run itself, in `path`. Values that earlier runs decide are filled in once those
@@ -65,7 +66,9 @@ def check(planned: Runs) -> None:
         workdir.check(directory, config)
 
 
-def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None, source: Source | None = None) -> Summary:
+def run(
+    config: FrozenConfigDict, path: pathlib.Path, mesh: Mesh | None = None, source: Source | None = None
+) -> Summary:
     """Train or resume all runs of the plan and return the summary of the last one.
 
     For the arguments and errors see `loop.run`.
@@ -86,7 +89,7 @@ def run(config: Any, path: pathlib.Path, mesh: Mesh | None = None, source: Sourc
 # --- SRM: dictionaries of the teacher's feature maps, then a student that predicts them -----------
 
 
-def _srm_earlier(config: Any, path: pathlib.Path) -> dict[str, Any]:
+def _srm_earlier(config: FrozenConfigDict, path: pathlib.Path) -> dict[str, Any]:
     own, sources = config.method, build_method(config).teacher_sources
     number = len(parse_students(config.model.students))
     if (number, len(sources)) != (1, 1):
@@ -141,7 +144,7 @@ def _srm_earlier(config: Any, path: pathlib.Path) -> dict[str, Any]:
     return {DICTIONARIES: first, INITIALIZE: second}
 
 
-def _srm_settled(config: Any, path: pathlib.Path) -> Any:
+def _srm_settled(config: FrozenConfigDict, path: pathlib.Path) -> Any:
     settled = config.to_dict()
     settled["model"]["initial_weights"] = f"{EARLIER}/{INITIALIZE}"
     return settled
@@ -163,7 +166,7 @@ def _adam(rate: float, weight_decay: float, *epochs: float) -> dict[str, Any]:
 # --- block-wise compression: a search for the widths, then a network of those widths --------------
 
 
-def _blockwise_earlier(config: Any, path: pathlib.Path) -> dict[str, Any]:
+def _blockwise_earlier(config: FrozenConfigDict, path: pathlib.Path) -> dict[str, Any]:
     search = config.to_dict()
     own = ("budget", "search_epochs")
     search["method"] = {name: value for name, value in search["method"].items() if name not in own}
@@ -173,7 +176,7 @@ def _blockwise_earlier(config: Any, path: pathlib.Path) -> dict[str, Any]:
     return {"search": search}
 
 
-def _blockwise_settled(config: Any, path: pathlib.Path) -> Any:
+def _blockwise_settled(config: FrozenConfigDict, path: pathlib.Path) -> Any:
     found = widths_within(path / EARLIER / "search", config.method.budget, config.method.cost)
     settled = config.to_dict()
     settled["model"]["students"] = (found,)
@@ -183,12 +186,12 @@ def _blockwise_settled(config: Any, path: pathlib.Path) -> Any:
 # --- self- and ensemble distillation: networks that differ in their seed alone --------------------
 
 
-def _members(config: Any, path: pathlib.Path) -> dict[str, Any]:
+def _members(config: FrozenConfigDict, path: pathlib.Path) -> dict[str, Any]:
     names = member_names(config.method.members)
     return {name: alone(config, seed=config.seed + k) for k, name in enumerate(names, 1)}
 
 
-def alone(config: Any, seed: int) -> dict[str, Any]:
+def alone(config: FrozenConfigDict, seed: int) -> dict[str, Any]:
     """Return the configuration that trains the network of student 1 by itself."""
     asked = config.model.students
     run = config.to_dict()

@@ -3,10 +3,10 @@
 import dataclasses
 import pathlib
 from functools import cached_property
-from typing import Any
 
 import optax
 from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
@@ -37,7 +37,7 @@ class Setup:
         steps: of the whole run.
     """
 
-    config: Any
+    config: FrozenConfigDict
     mesh: Mesh
     data: Data
     networks: Networks
@@ -73,7 +73,7 @@ class Setup:
 
 
 def prepare(
-    config: Any, mesh: Mesh, path: pathlib.Path = pathlib.Path(), source: Source | None = None
+    config: FrozenConfigDict, mesh: Mesh, path: pathlib.Path = pathlib.Path(), source: Source | None = None
 ) -> Setup:
     """Open the data and build everything for a run.
 
@@ -102,12 +102,12 @@ def prepare(
     return Setup(config, mesh, data, networks, optimizer, teachers, taught, description, steps)
 
 
-def steps_in(epochs: float, config: Any, examples: int) -> int:
+def steps_in(epochs: float, config: FrozenConfigDict, examples: int) -> int:
     """Return the number of steps nearest to a number of epochs; at least one."""
     return max(1, round(epochs * examples / config.train.batch_size))
 
 
-def check_batches(config: Any, mesh: Mesh, examples: int | None) -> None:
+def check_batches(config: FrozenConfigDict, mesh: Mesh, examples: int | None) -> None:
     """Raise UserError for a batch that the devices cannot share or that is larger than the data set."""
     accumulation = config.train.accumulation_steps
     parts, what = mesh.size * accumulation, f"{mesh.size} devices"

@@ -1,1 +1,1 @@
-"""TODO: data/tfds."""
+"""Data sets prepared by TensorFlow Datasets, without TensorFlow."""
