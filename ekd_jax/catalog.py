@@ -7,6 +7,7 @@ so that their networks and methods are listed, too.
 import fnmatch
 import functools
 import inspect
+import itertools
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -113,14 +114,16 @@ def _parameters(name: str) -> int:
 
 
 def methods(pattern: str) -> str:
-    """Return the methods whose names match, with the first lines of their documentation."""
+    """Return the methods whose names match, with the summary of the class and the references of its file."""
     rows = []
     for name in _matching(list_methods(), pattern, "method"):
-        doc = inspect.cleandoc(METHODS[name].__doc__ or "").split("\n\n")[0]
+        summary = inspect.cleandoc(METHODS[name].__doc__ or "").split("\n\n")[0]
         module = inspect.getmodule(METHODS[name])
-        source = inspect.cleandoc(module.__doc__ or "").split("\n\n") if module else []
-        text = " ".join([*source[:2], doc])
-        rows.append(f"{name}\n" + textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="    "))
+        parts = inspect.cleandoc(module.__doc__ or "").split("\n\n") if module else []
+        references = [part for part in parts if part.startswith("References:")]
+        lines = [" ".join(text.split()) for text in (summary, *references)]
+        wrapped = [textwrap.wrap(s, 100, initial_indent="    ", subsequent_indent="    ") for s in lines]
+        rows.append("\n".join([name, *itertools.chain(*wrapped)]))
     return "\n".join(rows)
 
 

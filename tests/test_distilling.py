@@ -83,7 +83,7 @@ DKD, DIST, LSKD = map(
 
 
 def torch_kl(student, teacher, temperature):
-    """T^2 KL, batchmean (METHODS.md 4)."""
+    """T^2 KL, batchmean (docs/reference/kd_losses.md#kl)."""
     import torch.nn.functional as tf
 
     log_q, p = tf.log_softmax(student / temperature, 1), tf.softmax(teacher / temperature, 1)
@@ -454,7 +454,7 @@ def test_two_teachers_averaged(average, temperature):
 
 
 def test_defaults_are_the_papers_and_protocols():
-    """METHODS.md 3, 4 and 13."""
+    """docs/reference/dml.md and docs/reference/kd.md."""
     kd, dml = METHODS["kd"](), METHODS["dml"]()
     assert (kd.temperature, kd.ce_weight, kd.kd_weight, kd.scale_by_temperature) == (4.0, 0.1, 0.9, True)
     assert (kd.dkd_alpha, kd.dkd_beta, kd.dkd_warmup_epochs, kd.dist_beta, kd.dist_gamma) == (
@@ -474,7 +474,7 @@ def test_defaults_are_the_papers_and_protocols():
 
 
 def torch_dml(z, labels, temperature, target, reduction):
-    """METHODS.md 3."""
+    """docs/reference/dml.md#loss."""
     import torch
 
     total = 0.0

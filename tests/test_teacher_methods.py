@@ -112,7 +112,7 @@ def compare(ours, reference, *examples, relative=1e-9):
 
 
 def torch_kd(z, t, temperature):
-    """T^2 KL, batchmean (METHODS.md 4), with log_softmax on both sides."""
+    """T^2 KL, batchmean (docs/reference/kd_losses.md#kl), with log_softmax on both sides."""
     import torch.nn.functional as tf
 
     log_p, log_q = tf.log_softmax(t.detach() / temperature, 1), tf.log_softmax(z / temperature, 1)
@@ -791,7 +791,7 @@ def test_what_methods_want_of_teachers(teacher, tmp_path, ensemble_run):
         ("srm", {"labels": "globl"}, "be one of global-local, global, local; did you mean 'global'?"),
         ("srm", {"dictionary_epochs": 0.0}, "be above 0"),
         ("srm_dictionaries", {"sparsity_multiplier": 0.0}, "be above 0"),
-        ("blockwise", {"budget": 1.0}, "be above 0 and below 1, the whole network"),
+        ("blockwise", {"budget": 1.0}, "be above 0 and below 1"),
         ("blockwise", {"cost": "flops"}, "be one of macs, parameters"),
         ("ensemble_distillation", {"members": 0}, "be above 0"),
     ],

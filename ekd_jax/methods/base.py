@@ -258,7 +258,7 @@ def ramp_up(epoch: Array, epochs: float) -> Array:
 
     References:
         Laine, Aila, "Temporal Ensembling for Semi-Supervised Learning", ICLR 2017, arXiv 1610.02242; as in
-        ONE's official code, utils/ramps.py (METHODS.md 2).
+        ONE's official code, utils/ramps.py (docs/reference/kd_losses.md#ramp-up).
     """
     if not epochs:
         return jnp.ones((), jnp.float32)

@@ -1,11 +1,14 @@
 """Block-wise compression under a budget, with knowledge distillation.
 
+The paper gives each block a lightweight structure under a budget of operations or parameters that the user
+chooses, with a KD loss from the uncompressed network. Its code was not found and its loss is not verified:
+all of this is a reconstruction, after MorphNet. A block is a stage of the network here.
+
 References:
     Ahmed, Zunino, Morerio, Murino, "Compact CNN Structure Learning by Knowledge Distillation", ICPR 2020,
-    arXiv 2104.09191: a lightweight structure for each block under a budget of operations or parameters
-    that the user chooses, with a KD loss from the uncompressed network. The paper's code was not found and
-    its loss is not verified: all below is a reconstruction, after Gordon et al., "MorphNet", CVPR 2018
-    (METHODS.md 11). A block is a stage of the network here.
+    arXiv 2104.09191 (docs/reference/blockwise.md).
+    Gordon et al., "MorphNet: Fast & Simple Resource-Constrained Structure Learning of Deep Networks", CVPR
+    2018.
 """
 
 from collections.abc import Mapping
@@ -21,7 +24,7 @@ from ekd_jax.models.ensemble import Outputs
 
 Array = jax.Array
 COSTS = one_of(("macs", "parameters"))
-SHARE = Rule(lambda value: 0 < value < 1, "be above 0 and below 1, the whole network")
+SHARE = Rule(lambda value: 0 < value < 1, "be above 0 and below 1")
 
 
 class BlockwiseSearch(KD):

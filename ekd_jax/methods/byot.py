@@ -4,7 +4,7 @@ References:
     Zhang, Song, Gao, Chen, Bao, Ma, "Be Your Own Teacher: Improve the Performance of Convolutional Neural
     Networks via Self Distillation", ICCV 2019, arXiv 1905.08094. The form of the loss is the conference
     paper's; the constants, and what the hint compares, are those of the unofficial
-    luanyunteng/pytorch-be-your-own-teacher, train.py and models/resnet.py (METHODS.md 12.6).
+    luanyunteng/pytorch-be-your-own-teacher, train.py and models/resnet.py (docs/reference/byot.md).
 """
 
 import flax.linen as nn

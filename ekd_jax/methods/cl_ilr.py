@@ -2,7 +2,7 @@
 
 References:
     Song, Chai, "Collaborative Learning for Deep Neural Networks", NeurIPS 2018, arXiv 1805.11761; as in
-    winycg/MCL-OKD, main_cifar_cl_ilr.py and models/cl_ilr_resnet.py (METHODS.md 12.2).
+    winycg/MCL-OKD, main_cifar_cl_ilr.py and models/cl_ilr_resnet.py (docs/reference/cl_ilr.md).
 """
 
 import jax

@@ -1,9 +1,9 @@
 """Deep collective knowledge distillation: students with a teacher that also learn from each other.
 
 References:
-    Seo, Oh, Min, Yun, Cho, "Deep Collective Knowledge Distillation", 2023, arXiv 2304.08878 (METHODS.md 6).
-    Abstract and introduction were read, and there is no public code: the loss, its weights, the temperature
-    and the ramp-up are a reconstruction.
+    Seo, Oh, Min, Yun, Cho, "Deep Collective Knowledge Distillation", 2023, arXiv 2304.08878
+    (docs/reference/dckd.md). Abstract and introduction were read, and there is no public code: the loss, its
+    weights, the temperature and the ramp-up are a reconstruction.
 """
 
 import jax

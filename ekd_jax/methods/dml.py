@@ -2,7 +2,7 @@
 
 References:
     Zhang, Xiang, Hospedales, Lu, "Deep Mutual Learning", CVPR 2018, arXiv 1706.00384; the authors'
-    TensorFlow code, YingZhangDUT/Deep-Mutual-Learning, train_models.py (METHODS.md 3).
+    TensorFlow code, YingZhangDUT/Deep-Mutual-Learning, train_models.py (docs/reference/dml.md).
 """
 
 import jax

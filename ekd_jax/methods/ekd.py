@@ -2,8 +2,8 @@
 
 References:
     Asif, Tang, Harrer, "Ensemble Knowledge Distillation for Learning Improved and Efficient Networks", ECAI
-    2020, arXiv 1909.08097 (METHODS.md 5). Only the abstract was read, and there is no official code: the
-    loss, its weights and its temperature are a reconstruction.
+    2020, arXiv 1909.08097 (docs/reference/ekd.md). Only the abstract was read, and there is no official code:
+    the loss, its weights and its temperature are a reconstruction.
 """
 
 import flax.linen as nn

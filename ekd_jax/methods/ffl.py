@@ -2,8 +2,8 @@
 
 References:
     Kim, Hyun, Chung, Kwak, "Feature Fusion for Online Mutual Knowledge Distillation", ICPR 2020, arXiv
-    1904.09058; official code Jangho-Kim/FFL-pytorch, train_FFL.py, our_network.py and utils.py (METHODS.md
-    12.4).
+    1904.09058; official code Jangho-Kim/FFL-pytorch, train_FFL.py, our_network.py and utils.py
+    (docs/reference/ffl.md).
 """
 
 import flax.linen as nn

@@ -12,10 +12,15 @@ Array = jax.Array
 
 
 class Gate(nn.Module):
-    """Weights from the base block's feature map: softmax(ReLU(BN(linear(GAP(map))))) (METHODS.md 2).
+    """Weights for the students, per image, from the base block's feature map.
+
+        g = softmax(ReLU(BN(linear(GAP(map)))))
 
     The map is pooled, and all that follows computed, in float32, whatever the dtype of the map (bfloat16 if
     convolutions compute in it). The official code computes in the map's dtype, which is float32 there.
+
+    References:
+        Lan, Zhu, Gong, NeurIPS 2018 (docs/reference/kd_losses.md#gate).
     """
 
     @nn.compact

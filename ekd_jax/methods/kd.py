@@ -2,7 +2,7 @@
 
 References:
     Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531. Constants
-    are those of the usual protocol on CIFAR-100, RepDistiller and mdistiller (METHODS.md 4).
+    are those of the usual protocol on CIFAR-100, RepDistiller and mdistiller (docs/reference/kd.md#protocol).
 """
 
 import jax

@@ -2,8 +2,8 @@
 
 References:
     Guo, Wang, Wu, Yu, Liang, Hu, Luo, "Online Knowledge Distillation via Collaborative Learning", CVPR
-    2020. No official code was found, and the paper was not at hand: a reconstruction (METHODS.md 12.3). Not
-    verified are the formulas of the targets "naive", "linear", "minlogit" and "general", T = 2 and the
+    2020. No official code was found, and the paper was not at hand: a reconstruction (docs/reference/kdcl.md).
+    Not verified are the formulas of the targets "naive", "linear", "minlogit" and "general", T = 2 and the
     weight 1.
 """
 

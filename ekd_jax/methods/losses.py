@@ -26,7 +26,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
         (...): means over the batch.
 
     References:
-        Walawalkar, Shen, Savvides, ECCV 2020, Eq. 1 (METHODS.md 1.2).
+        Walawalkar, Shen, Savvides, ECCV 2020, Eq. 1 (docs/reference/oem.md#loss).
     """
     if labels.ndim == 2:
         return optax.softmax_cross_entropy(logits, labels).mean(-1)
@@ -165,7 +165,7 @@ def correlation_distillation(
 
     References:
         Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022 (DIST),
-        Eq. 6-10; T^2 as in METHODS.md 13.
+        Eq. 6-10; T^2 as in docs/reference/kd_losses.md#dist.
     """
     p, teacher = jax.nn.softmax(logits / temperature), jax.nn.softmax(teacher_logits / temperature)
 

@@ -5,7 +5,7 @@ References:
     official code AaronHeee/MEAL, main.py, loss.py, models/discriminator.py.
     Shen, Savvides, "MEAL V2: Boosting Vanilla ResNet-50 to 80%+ Top-1 Accuracy on ImageNet without Tricks",
     2020, arXiv 2009.08453; official code szq0214/MEAL-V2, train.py, loss.py, extensions/teacher_wrapper.py
-    (METHODS.md 9).
+    (docs/reference/meal.md).
 """
 
 from collections.abc import Sequence

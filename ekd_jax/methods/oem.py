@@ -5,8 +5,8 @@ them (the ensemble teacher) and from the feature maps of student 1 (the pseudo t
 
 References:
     Walawalkar, Shen, Savvides, "Online Ensemble Model Compression using Knowledge Distillation", ECCV 2020,
-    arXiv 2011.07449. Formulas are those of the official code, utils/Losses.py; METHODS.md 1.2 and 1.9
-    compare it with the paper.
+    arXiv 2011.07449. Formulas are those of the official code, utils/Losses.py; where paper and code disagree
+    is in docs/reference/oem.md#where-paper-and-official-code-disagree.
 """
 
 from collections.abc import Callable
@@ -141,7 +141,7 @@ class OEM(WithKDLoss):
         return {"adaptation_layers": self.adaptation_learning_rate_scale}
 
     def _combine(self, outputs: Outputs, train: bool) -> Array:
-        """Return the ensemble teacher's logits, (B, K); METHODS.md 1.1 and D1."""
+        """Return the ensemble teacher's logits z_T, (B, K) (docs/reference/oem.md#ensemble-teacher)."""
         weights_SxB = self.weighting(outputs, train)
         return (weights_SxB[..., None] * outputs.logits_SxBxK).sum(0)
 

@@ -3,7 +3,7 @@
 References:
     Chen, Mei, Wang, Feng, Chen, "Online Knowledge Distillation with Diverse Peers", AAAI 2020, arXiv
     1912.00350; official code DefangChen/OKDDip-AAAI2020, train_GL.py, models/model_cifar/resnet_GL.py and
-    utils.KL_Loss (METHODS.md 12.1).
+    utils.KL_Loss (docs/reference/okddip.md).
 """
 
 from collections.abc import Sequence

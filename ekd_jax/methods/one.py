@@ -3,7 +3,7 @@
 References:
     Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018, arXiv 1806.04606;
     official code Lan1991Xu/ONE_NeurIPS2018, cifar_one.py, models/cifar/resnet.py and loss/kl_loss.py
-    (METHODS.md 2).
+    (docs/reference/one.md).
 """
 
 import jax

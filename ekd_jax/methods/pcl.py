@@ -3,7 +3,7 @@
 References:
     Wu, Gong, "Peer Collaborative Learning for Online Knowledge Distillation", AAAI 2021, arXiv 2006.04147.
     The authors published no code. Formulas are those of the unofficial
-    shaoeric/Peer-Collaborative-Learning-for-Online-Knowledge-Distillation, src/ (METHODS.md 12.5), except
+    shaoeric/Peer-Collaborative-Learning-for-Online-Knowledge-Distillation, src/ (docs/reference/pcl.md), except
     for its ramp-up, which divides the epoch by the weight, 1, instead of 80.
 """
 

@@ -2,10 +2,10 @@
 
 References:
     Allen-Zhu, Li, "Towards Understanding Ensemble, Knowledge Distillation and Self-Distillation in Deep
-    Learning", ICLR 2023, arXiv 2012.09816 (METHODS.md 10). The authors published no code. Theirs are that
-    the N networks differ in their seed alone, that the ensemble is the mean of their outputs, and that one
-    network of the same kind learns from it; the constants of the KD loss (T = 4, weights .1 and .9) are a
-    reconstruction.
+    Learning", ICLR 2023, arXiv 2012.09816 (docs/reference/self_distillation.md). The authors published no code.
+    Theirs are that the N networks differ in their seed alone, that the ensemble is the mean of their outputs,
+    and that one network of the same kind learns from it; the constants of the KD loss (T = 4, weights .1 and
+    .9) are a reconstruction.
 """
 
 from ekd_jax.common.knob import POSITIVE

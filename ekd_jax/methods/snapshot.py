@@ -3,7 +3,7 @@
 References:
     Huang, Li, Pleiss, Liu, Hopcroft, Weinberger, "Snapshot Ensembles: Train 1, Get M for Free", ICLR 2017,
     arXiv 1704.00109; official code gaohuang/SnapshotEnsemble, train.lua, main_snapshot_ensemble.lua and
-    test_ensemble.lua (METHODS.md 7).
+    test_ensemble.lua (docs/reference/snapshot.md).
 """
 
 import math

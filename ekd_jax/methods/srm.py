@@ -6,7 +6,8 @@ logits into that student.
 
 References:
     Tran, Gabbouj, Iosifidis, "Knowledge Distillation By Sparse Representation Matching", 2021, arXiv
-    2103.17012; official code viebboy/SRM, cifar100/code/Layers.py, Utility.py, Runners.py (METHODS.md 8).
+    2103.17012; official code viebboy/SRM, cifar100/code/Layers.py, Utility.py, Runners.py
+    (docs/reference/srm.md).
 """
 
 import math
