@@ -17,12 +17,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ekd_jax-cache-")  # not the user's
 
 import jax
+import numpy as np
 import pytest
 
 from ekd_jax.common import parallel
 from ekd_jax.config.knobs import default_config
 from ekd_jax.config.resolve import resolve
 from ekd_jax.runs.checkpoint import open_checkpoints
+from ekd_jax.students.convert import match_arrays
 from ekd_jax.training import loop
 
 # Networks are tiny here: compiling is what takes time. Commands run optimized programs, as a user's do.
@@ -88,6 +90,13 @@ def command(module: str, *args: object, **kwargs) -> subprocess.CompletedProcess
         timeout=300,
         **kwargs,
     )
+
+
+def student_from_torch(like, state, rules, dtype=np.float32):
+    """Return a student's variables with the values of a PyTorch state dict, all of which must fit."""
+    variables, problems = match_arrays(like, state, rules, dtype)
+    assert not problems
+    return variables
 
 
 def latest_state(path: pathlib.Path) -> dict:

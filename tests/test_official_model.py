@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REFERENCE, tiny_config
+from conftest import REFERENCE, student_from_torch, tiny_config
 
 from ekd_jax import models
 from ekd_jax.config.build import Networks, build_method
 from ekd_jax.methods.base import Batch
 from ekd_jax.runs.state import init_variables, method_variables, network_variables
-from ekd_jax.students.convert import student_from_torch
 from ekd_jax.students.torch_names import sources
 from ekd_jax.training.step import objective
 

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import student_from_torch
 
 from ekd_jax import models
 from ekd_jax.common.errors import UserError
 from ekd_jax.models import densenet, resnet
 from ekd_jax.models.blocks import Bottleneck
 from ekd_jax.models.family import Family
-from ekd_jax.students.convert import convert, read_state_dict, student_from_torch
+from ekd_jax.students.convert import convert, read_state_dict
 from ekd_jax.students.torch_names import sources
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[parity]'")

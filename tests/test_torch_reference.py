@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, plain_environment, tiny_config
+from conftest import ROOT, plain_environment, student_from_torch, tiny_config
 
 from ekd_jax import models
 from ekd_jax.common.errors import UserError
 from ekd_jax.config.build import make_method
 from ekd_jax.methods.base import Batch
 from ekd_jax.runs.state import TrainState, init_variables, of_method, of_networks
-from ekd_jax.students.convert import student_from_torch
 from ekd_jax.students.torch_names import sources
 from ekd_jax.training.optimizer import make_optimizer
 from ekd_jax.training.step import make_step, objective

@@ -62,11 +62,6 @@ def above(limit: float) -> Rule:
     return Rule(lambda value: value > limit, f"be above {limit:g}")
 
 
-def at_least(limit: float) -> Rule:
-    """Return the rule of numbers that are a limit or more."""
-    return Rule(lambda value: value >= limit, f"be at least {limit:g}")
-
-
 def between(low: float, high: float) -> Rule:
     """Return the rule of numbers from `low` to `high`."""
     return Rule(lambda value: low <= value <= high, f"be from {low:g} to {high:g}")

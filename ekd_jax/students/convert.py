@@ -22,31 +22,21 @@ PROBLEMS_SHOWN = 8  # how many problems an error names; the others are counted
 _TO_JAX = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,), 0: ()}  # OIHW -> HWIO, (out, in) -> (in, out)
 
 
-def student_from_torch(like: Variables, state: Arrays, rules: Rules, dtype: Any = np.float32) -> Variables:
-    """Return a student's variables with the values of a PyTorch network.
+def match_arrays(
+    like: Variables, state: Arrays, rules: Rules, dtype: Any = np.float32
+) -> tuple[Variables, list[str]]:
+    """Give a student's variables the values of a PyTorch network.
 
     Args:
         like: `{"params": {"stem", ..., "head"}, "batch_stats": ...}` of arrays or shapes.
         state: the network's `state_dict()`.
         rules: substitutions that turn our names into those of the network.
-        dtype: dtype of the result.
+        dtype: of the result.
 
     Returns:
-        A tree like `like` of numpy arrays.
-
-    Raises:
-        UserError: arrays are missing, left over or of another shape.
+        A tree like `like` of numpy arrays, zeros where an array does not fit; and a line for each array that is
+        missing, left over or of another shape.
     """
-    variables, problems = _match(like, state, rules, dtype)
-    if problems:
-        raise _misfit(problems)
-    return variables
-
-
-def _match(
-    like: Variables, state: Arrays, rules: Rules, dtype: Any = np.float32
-) -> tuple[Variables, list[str]]:
-    """Return the variables, zeros where an array does not fit, and a line for each array that does not."""
     used: set[str] = set()
     problems: list[str] = []
 
@@ -159,7 +149,7 @@ def _convert_from(
     ensemble = models.build_ensemble(model, 1, classes, sharing="none", **own)
     trace = ensemble.trace(input_shape)
     like = ensemble.student_variables(trace.init(None), 1)
-    variables, problems = _match(like, state, source.rules)
+    variables, problems = match_arrays(like, state, source.rules)
     network = NetworkDescription(
         name=model,
         widths=tuple(str(width) for width in ensemble.widths[0]),
