@@ -92,7 +92,7 @@ def knobs_of(method: type["Method"]) -> dict[str, Knob]:
     return {field.name: _knob_of(method, field) for field in fields}
 
 
-def _knob_of(method: type["Method"], field: dataclasses.Field) -> Knob:
+def _knob_of(method: type["Method"], field: dataclasses.Field[Any]) -> Knob:
     for base in method.__mro__:
         declared = base.__dict__.get("__dataclass_fields__", {}).get(field.name)
         if declared is not None and "knob" in declared.metadata:

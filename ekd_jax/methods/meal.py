@@ -9,6 +9,7 @@ References:
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -242,9 +243,9 @@ class MEAL(WithDiscriminators):
         pixels = [x.shape[1] * x.shape[2] for x in batch.teachers[0].maps]
         return [n or p for n, p in zip(self._for_each("tap_lengths", number), pixels, strict=True)]
 
-    def _for_each(self, name: str, number: int) -> tuple:
+    def _for_each(self, name: str, number: int) -> tuple[Any, ...]:
         """Return the values of a knob that has one value per tap, or one for all taps."""
-        values: tuple = getattr(self, name)
+        values: tuple[Any, ...] = getattr(self, name)
         if len(values) not in (1, number):
             raise UserError(f"method.{name} has {len(values)} values: give one, or {number}")
         return values * number if len(values) == 1 else values

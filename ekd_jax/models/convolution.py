@@ -7,6 +7,7 @@ out for CPUs. The measurements are in docs/decisions.md.
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -200,7 +201,7 @@ def _shifted_products(x: Array, kernel: Array, stride: int, groups: int, pads: P
 
 
 def _forward_shifted(
-    x: Array, kernel: Array, stride: int, groups: int, pads: tuple
+    x: Array, kernel: Array, stride: int, groups: int, pads: tuple[Any, ...]
 ) -> tuple[Array, tuple[Array, Array]]:
     return _shifted_convolution(x, kernel, stride, groups, pads), (x, kernel)
 

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ekd_jax.models.blocks import Head, NormRelu, Stem
+from ekd_jax.models.blocks import Head, NormRelu, Part, Stem
 from ekd_jax.models.family import Architecture, Family, NetworkOptions, scale_channels
 from ekd_jax.models.initializers import (
     Initializer,
@@ -61,7 +61,7 @@ def _densenet(
     options: NetworkOptions,
     growth: int,
     layers: Sequence[int],
-    stem: partial,
+    stem: Part,
     kernel_init: Initializer,
 ) -> Architecture:
     return Architecture(

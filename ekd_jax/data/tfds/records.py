@@ -301,7 +301,7 @@ def _facts(
     features = builder.info.features
     return Facts(
         name=name,
-        image_shape=tuple(features[image].shape),  # type: ignore[arg-type]
+        image_shape=tuple(features[image].shape),
         class_names=tuple(features[label].names),
         train_examples=sizes["train"] + (sizes["extra"] if extra else 0),
         test_examples=sizes[test],
