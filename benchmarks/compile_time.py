@@ -24,7 +24,6 @@ from program import Program, check_models, configuration, is_for_imagenet
 from ekd_jax.common.errors import UserError
 from ekd_jax.common.files import write_json
 from ekd_jax.common.text import table
-from ekd_jax.runs.describe import describe
 from ekd_jax.runs.workdir import environment
 
 FLAGS = flags.FLAGS
@@ -53,7 +52,6 @@ def measure(name: str, students: int, batch_size: int, rematerialize: bool, size
     config = configuration(name, students, batch_size, train__rematerialize=rematerialize)
     started = time.perf_counter()
     program = Program(config, size, classes)
-    describe(config, program.trace, program.method)
     built = time.perf_counter() - started
     started = time.perf_counter()
     lowered = program.lower()

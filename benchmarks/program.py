@@ -8,18 +8,16 @@ import numpy as np
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError, nearest
-from ekd_jax.config.build import make_ensemble, make_method
 from ekd_jax.config.knobs import default_config
 from ekd_jax.config.resolve import resolve
-from ekd_jax.data.arrays import ArrayExamples
-from ekd_jax.data.dataset import Facts
-from ekd_jax.data.decode import Reader
-from ekd_jax.data.opening import Data
+from ekd_jax.data.arrays import ARRAYS, from_arrays
+from ekd_jax.data.dataset import Source
 from ekd_jax.data.resident import Resident
 from ekd_jax.models import MODELS
 from ekd_jax.runs.state import init_state
-from ekd_jax.training.optimizer import make_optimizer
+from ekd_jax.training.setup import prepare
 from ekd_jax.training.step import make_train_steps, zero_metrics
+from ekd_jax.training.teaching import make_teach
 
 IMAGENET_PREFIXES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext", "wide_resnet")
 IMAGENET_PREFIXES += ("densenet121", "efficientnet", "mobilenet_v2", "shufflenet_v2_x")
@@ -41,6 +39,7 @@ def configuration(model: str, students: Any, batch_size: int, method: str = "oem
     """Return the default configuration with these changes; `train__dtype="bfloat16"` sets train.dtype."""
     config = default_config(method)
     config.model.name, config.model.students, config.train.batch_size = model, students, batch_size
+    config.data.name = ARRAYS
     for knob, value in knobs.items():
         section, name = knob.split("__")
         config[section][name] = value
@@ -51,9 +50,9 @@ class Program:
     """The training step of a configuration with its state and random images on the devices.
 
     Attributes:
-        config, ensemble, trace, method: those of a run.
+        setup: the setup of a run on random images.
         state: the state before the first step, as NumPy arrays.
-        feed: a training set on the devices.
+        feed: the training set on the devices.
         carry: state and sums of metrics on the devices; every dispatch replaces them, and they are donated.
     """
 
@@ -76,26 +75,19 @@ class Program:
             devices: number of devices; 0: all.
             placement: `data.placement`: replicated or sharded.
         """
-        mesh = parallel.make_mesh(jax.devices()[: devices or None], config.train.fsdp)
-        shape, examples = (image_size, image_size, 3), examples or config.train.batch_size
-        self.config, self.mesh, self.shape, self.classes = config, mesh, shape, classes
-        self.method, self.ensemble = make_method(config), make_ensemble(config, classes, mesh.size)
-        self.optimizer = make_optimizer(config, self.method, steps=1_000_000)
-        self.trace = self.ensemble.trace(shape)
-        self.state = init_state(self.trace, self.method, self.optimizer, 0)
-        sums = zero_metrics(self.trace, self.method, self.state)
-        generator = np.random.default_rng(0)
-        images = generator.integers(0, 256, (examples, *shape), dtype=np.uint8)
-        noise = ArrayExamples(images, generator.integers(0, classes, examples).astype(np.int32), "noise")
-        facts = Facts("noise", shape, tuple(map(str, range(classes))), examples, 0)
-        self.feed = Resident(config, Data(facts, noise, None, noise, Reader(shape)), mesh, placement)
-        self._shardings = parallel.state_shardings(mesh, self.state)
+        self.mesh = parallel.make_mesh(jax.devices()[: devices or None], config.train.fsdp)
+        source = random_images(examples or config.train.batch_size, image_size, classes)
+        self.setup = prepare(config, self.mesh, source=source)
+        networks = self.setup.networks
+        self.state = init_state(networks, self.setup.optimizer, seed=0)
+        self.feed = Resident(config, self.setup.data, self.mesh, placement)
+        self._shardings = parallel.state_shardings(self.mesh, self.state)
         self.carry: Sequence[Any] = (
             parallel.place(self.state, self._shardings),
-            parallel.replicate(mesh, sums),
+            parallel.replicate(self.mesh, zero_metrics(networks, self.state)),
         )
         frozen = {"teachers": [], "key": jax.random.key_data(jax.random.key(0))}
-        self._frozen = parallel.replicate(mesh, frozen)
+        self._frozen = parallel.replicate(self.mesh, frozen)
 
     def arguments(self, steps: int = 1) -> tuple[Any, ...]:
         """Return the arguments of the compiled program that make it take `steps` steps."""
@@ -104,15 +96,13 @@ class Program:
 
     def lower(self) -> Any:
         """Trace the program; `.compile()` of the result compiles it."""
-        jitted = make_train_steps(
-            self.config,
-            self.ensemble,
-            self.method,
-            self.optimizer,
-            self.feed,
-            self.classes,
-            self.mesh,
-            1_000_000,
-            shardings=self._shardings,
-        )
-        return jitted.lower(*self.arguments())
+        teach = make_teach([], self.setup.config.data)
+        return make_train_steps(self.setup, self.feed, teach, self._shardings).lower(*self.arguments())
+
+
+def random_images(examples: int, size: int, classes: int) -> Source:
+    """Return a data set of random images (size, size, 3)."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (examples, size, size, 3), dtype=np.uint8)
+    labels = generator.integers(0, classes, examples)
+    return from_arrays(images, labels, [str(i) for i in range(classes)], images[:1], labels[:1])

@@ -312,7 +312,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         "students": setting.students,
         "image_size": size,
         "parameters": count_parameters(program.state.params),
-        "macs": program.trace.total_cost().macs,
+        "macs": program.setup.networks.trace.total_cost().macs,
         "found": tally(found, setting.batch_norm),
         "theory": theory(program.state, setting.batch_norm),
         "collectives": sum(times for _, _, times in found),
