@@ -1,11 +1,12 @@
-"""Seconds to build, trace and compile the training step, and its memory, for any networks.
+"""Measure seconds to build, trace and compile the training step, and its memory, for any networks.
 
     python benchmarks/compile_time.py --models=resnet20,resnet110 --json=out.json
     python benchmarks/compile_time.py --models=resnet20 --students=1,5 --batch_sizes=64,128
 
-Every setting in a process of its own, one after the other; nothing is cached. "build" is shapes, initial
-values and the description. Memory is what XLA says of the compiled program: its arguments (state and
-images), what of them is donated, so that the new state takes its place, and the most that it holds beside.
+Every setting runs in its own process, one after the other, and nothing is cached. "build" is the time for
+shapes, initial values and the description. Memory is XLA's account of the compiled program: its arguments
+(state and images), the part of them that is donated, whose place the new state takes, and the largest amount of
+temporary memory.
 """
 
 import itertools
@@ -18,13 +19,11 @@ from typing import Any
 
 import jax
 from absl import app, flags
-from program import Program, configuration, is_of_imagenet
+from program import Program, check_models, configuration, is_for_imagenet
 
-from ekd_jax import models
-from ekd_jax.common.errors import UserError, nearest
+from ekd_jax.common.errors import UserError
 from ekd_jax.common.files import write_json
 from ekd_jax.common.text import table
-from ekd_jax.runs.describe import describe
 from ekd_jax.runs.workdir import environment
 
 FLAGS = flags.FLAGS
@@ -38,22 +37,21 @@ flags.DEFINE_list(
     "networks",
 )  # fmt: skip
 flags.DEFINE_list("students", ["5"], "numbers of students")
-flags.DEFINE_list("batch_sizes", ["32"], "examples a step")
+flags.DEFINE_list("batch_sizes", ["32"], "examples per step")
 flags.DEFINE_enum("rematerialize", "no", ["no", "yes", "both"], "train.rematerialize")
-flags.DEFINE_integer("image_size", 0, "0: 224 for networks of ImageNet, else 32")
-flags.DEFINE_integer("limit", 1200, "seconds after which a network is given up")
-flags.DEFINE_string("json", None, "file to write the figures to")
-flags.DEFINE_string("measure", None, "of a child process: the arguments of `measure`")
+flags.DEFINE_integer("image_size", 0, "pixels; 0: 224 for ImageNet networks, else 32")
+flags.DEFINE_integer("limit", 1200, "seconds after which a setting is skipped")
+flags.DEFINE_string("json", None, "file to write the results to")
+flags.DEFINE_string("measure", None, "used by child processes: the arguments of `measure`")
 
 
 def measure(name: str, students: int, batch_size: int, rematerialize: bool, size: int) -> dict[str, Any]:
-    """Figures of one setting."""
-    large = is_of_imagenet(name)
+    """Return the row of one setting."""
+    large = is_for_imagenet(name)
     size, classes = size or (224 if large else 32), 1000 if large else 100
     config = configuration(name, students, batch_size, train__rematerialize=rematerialize)
     started = time.perf_counter()
     program = Program(config, size, classes)
-    describe(config, program.trace, program.method)
     built = time.perf_counter() - started
     started = time.perf_counter()
     lowered = program.lower()
@@ -76,13 +74,11 @@ def measure(name: str, students: int, batch_size: int, rematerialize: bool, size
 
 
 def main(_: list[str]) -> None:
-    """Measures every setting."""
+    """Measure every setting and print a table."""
     if FLAGS.measure:
         print(json.dumps(measure(*json.loads(FLAGS.measure))))
         return
-    unknown = [name for name in FLAGS.models if name not in models.MODELS]
-    if unknown:
-        raise UserError(f"--models: {unknown[0]} is unknown{nearest(unknown[0], models.MODELS)}")
+    check_models(FLAGS.models)
     rows = []
     again = {"both": (False, True), "yes": (True,), "no": (False,)}[FLAGS.rematerialize]
     for name, students, batch_size, rematerialize in itertools.product(
@@ -95,7 +91,7 @@ def main(_: list[str]) -> None:
                 command, stdout=subprocess.PIPE, check=True, text=True, timeout=FLAGS.limit
             )
         except subprocess.TimeoutExpired:
-            print(f"{setting}: given up after {FLAGS.limit} s", file=sys.stderr)
+            print(f"{setting}: skipped after {FLAGS.limit} s", file=sys.stderr)
             continue
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(" ".join(map(str, rows[-1].values())), file=sys.stderr, flush=True)

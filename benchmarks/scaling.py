@@ -1,19 +1,18 @@
-"""What the devices exchange in a training step, and how long a step would take on many chips.
+"""Count what devices exchange in a training step, and predict how long a step takes on many chips.
 
     python benchmarks/scaling.py --models=resnet20,resnet110 --devices=2,4,8 --json=out.json
-    python benchmarks/scaling.py --read=out.json --chips=tpu_v5e --override=hop=2e-6     # compiles nothing
+    python benchmarks/scaling.py --read=out.json --chips=tpu_v5e --override=hop=2e-6     # compile nothing
 
-Measured: the training step is compiled for so many virtual CPU devices, each setting in a process of its
-own, and its collectives are read from the optimized HLO: how many, how many bytes, what for. A collective
-in a loop counts as often as the loop turns: its `known_trip_count`, or the constant that its condition
-compares with; the one loop that has neither is the loop over steps and counts once. One step is then run
-under the profiler, and the collectives that the devices ran are counted. Neither may depend on the number
-of devices.
+Measured: the training step is compiled for virtual CPU devices, each setting in its own process, and its
+collectives are read from the optimized HLO: their number, bytes and purpose. A collective in a loop counts once
+per iteration. The number of iterations is the loop's `known_trip_count`, or the constant in its condition; the
+only loop that has neither is the loop over steps, which counts once. Then one step is run under the profiler,
+and the collectives that the devices ran are counted. Neither number may depend on the number of devices.
 
-Predicted: step time = computing + all collectives one after the other, nothing overlapped; computing is
-FLOPs over the chip's stated FLOP/s times an assumed utilization, or what `--step_seconds` says; an
-all-reduce of b bytes among n chips takes a latency and 2 (n - 1) / n b / bandwidth. What `CHIPS` says is
-stated by others, with the source beside it; nothing of it was measured here.
+Predicted: the step time is computing time plus the time of all collectives one after the other, without any
+overlap. Computing time is the number of FLOPs over the chip's published FLOP/s times an assumed utilization, or
+--step_seconds. An all-reduce of b bytes among n chips takes a latency plus 2 (n - 1) / n b / bandwidth. `CHIPS`
+holds published numbers, with their sources; none of them was measured here.
 """
 
 import collections
@@ -31,9 +30,8 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import app, flags
-from program import Program, configuration, is_of_imagenet
+from program import Program, check_models, configuration, is_for_imagenet
 
-from ekd_jax import models
 from ekd_jax.common.errors import UserError, nearest
 from ekd_jax.common.files import write_json
 from ekd_jax.common.text import table
@@ -45,30 +43,31 @@ FLAGS = flags.FLAGS
 flags.DEFINE_list("models", ["resnet20", "resnet110", "resnet50"], "networks")
 flags.DEFINE_list("batch_norms", ["global", "local"], "model.batch_norm")
 flags.DEFINE_list("devices", ["2", "4", "8"], "numbers of virtual devices")
-flags.DEFINE_integer("students", 5, "how many")
+flags.DEFINE_integer("students", 5, "number of students")
 flags.DEFINE_integer("fsdp", 1, "train.fsdp")
-flags.DEFINE_integer("accumulate", 1, "train.accumulation_steps; theory is of 1")
-flags.DEFINE_string("placement", "replicated", "of the images: replicated or sharded")
-flags.DEFINE_integer("image_size", 0, "0: 224 for networks of ImageNet, else 32")
-flags.DEFINE_integer("device_batch", 2, "examples a virtual device; only the input depends on it")
-flags.DEFINE_boolean("run", True, "run a step and count the collectives, too")
-flags.DEFINE_list("chips", ["tpu_v5p", "h100"], "what to predict for, of CHIPS")
+flags.DEFINE_integer("accumulate", 1, "train.accumulation_steps; the theory holds for 1")
+flags.DEFINE_string("placement", "replicated", "data.placement: replicated or sharded")
+flags.DEFINE_integer("image_size", 0, "pixels; 0: 224 for ImageNet networks, else 32")
+flags.DEFINE_integer("device_batch", 2, "examples per virtual device; only the input depends on it")
+flags.DEFINE_boolean("run", True, "also run a step and count its collectives")
+flags.DEFINE_list("chips", ["tpu_v5p", "h100"], "chips of CHIPS to predict for")
 flags.DEFINE_list("counts", ["8", "64", "1024"], "numbers of chips to predict for")
-flags.DEFINE_list("override", [], "instead of what is stated of a chip: bandwidth=1e11,hop=2e-6")
-flags.DEFINE_integer("chip_batch", 0, "examples a chip; 0: 64 at 224x224, else 128")
-flags.DEFINE_integer("global_batch", 1024, "examples a step where these are fixed")
+flags.DEFINE_list("override", [], "replaces published numbers of a chip: bandwidth=1e11,hop=2e-6")
+flags.DEFINE_integer("chip_batch", 0, "examples per chip; 0: 64 at 224x224, else 128")
+flags.DEFINE_integer("global_batch", 1024, "examples per step where the global batch is fixed")
 flags.DEFINE_float(
-    "utilization", 0, "part of the stated FLOP/s that is reached; 0: .3 at 224x224, else .05"
+    "utilization", 0, "share of the published FLOP/s that is reached; 0: 0.3 at 224x224, else 0.05"
 )
-flags.DEFINE_float("step_seconds", 0, "measured on one chip with chip_batch examples, instead of FLOP/s")
-flags.DEFINE_string("json", None, "file to write the figures to")
-flags.DEFINE_string("read", None, "such a file: predict from it, compile nothing")
-flags.DEFINE_string("measure", None, "of a child process: the arguments of `measure`")
+flags.DEFINE_float(
+    "step_seconds", 0, "measured step time of one chip with chip_batch examples, instead of FLOP/s"
+)
+flags.DEFINE_string("json", None, "file to write the results to")
+flags.DEFINE_string("read", None, "file written by --json: predict from it and compile nothing")
+flags.DEFINE_string("measure", None, "used by child processes: the arguments of `measure`")
 
-# of all settings
+# Flags that are the same for all settings.
 SAME = ("students", "image_size", "device_batch", "fsdp", "accumulate", "placement", "run")
-# Otherwise CPU devices may run collectives that do not depend on each other in different orders, and each
-# waits for ever for the other's.
+# Otherwise CPU devices may run independent collectives in different orders and wait for each other forever.
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 
@@ -80,9 +79,8 @@ class Collective(NamedTuple):
 
     Attributes:
         op: all-reduce, all-gather, reduce-scatter, collective-permute or all-to-all.
-        arrays: what it was asked for, before XLA combined several into one: (name of the operation, bytes
-            of the whole array) of each.
-        times: how often it runs in a step.
+        arrays: the arrays that XLA combined in it: (name of the operation, bytes of the whole array) of each.
+        times: how often it runs per step.
     """
 
     op: str
@@ -100,12 +98,12 @@ BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
 
 
 def collectives_in(text: str) -> list[Collective]:
-    """The collectives of a step, from the text of an HLO module (`compiled.as_text()`).
+    """Return the collectives of a step, from the text of an HLO module (`compiled.as_text()`).
 
     All branches of a conditional count.
 
     Raises:
-        ValueError: there are some in a loop of unknown length inside another.
+        ValueError: a loop of unknown length inside another one has collectives.
     """
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
@@ -146,7 +144,7 @@ def collectives_in(text: str) -> list[Collective]:
 
 
 def _bound(condition: list[str]) -> int | None:
-    """The one constant of a loop's condition: `lax.scan` and `lax.fori_loop` count from 0 to it."""
+    """Return the only constant in a loop's condition, up to which `lax.scan` and `lax.fori_loop` count."""
     constants = [
         m[1] for line in condition if (m := re.search(r"= s(?:32|64)\[\] constant\((\d+)\)", line))
     ]
@@ -154,9 +152,9 @@ def _bound(condition: list[str]) -> int | None:
 
 
 def _arrays(op: str, shape: str, rest: str, shapes: dict[str, str]) -> tuple[tuple[str, int], ...]:
-    """Name and bytes of every array of a collective."""
+    """Return name and bytes of every array of a collective."""
     sizes = _sizes(shape)
-    if op == "all-gather-start":  # its type is (what goes in, what comes out)
+    if op == "all-gather-start":  # its type is (operands, results)
         sizes = sizes[len(sizes) // 2 :]
     elif op == "collective-permute-start":
         sizes = sizes[1:2]
@@ -165,7 +163,7 @@ def _arrays(op: str, shape: str, rest: str, shapes: dict[str, str]) -> tuple[tup
         sizes = [size for operand in operands for size in _sizes(shapes[operand])]
     found = re.search(r'op_name="([^"]*)"', rest)
     name = found[1] if found else ""
-    # Arrays that were combined are named "prefix/(a:b:c)" if their names differ.
+    # Combined arrays with different names are named "prefix/(a:b:c)".
     combined = re.fullmatch(r"(.*?/|)\((.*:.*)\)", name)
     names = [combined[1] + part for part in combined[2].split(":")] if combined else [name]
     names = names if len(names) == len(sizes) else [name] * len(sizes)
@@ -173,7 +171,7 @@ def _arrays(op: str, shape: str, rest: str, shapes: dict[str, str]) -> tuple[tup
 
 
 def _sizes(shape: str) -> list[int]:
-    """Bytes of each array in a type such as "(f32[1,16]{1,0}, bf16[8]{0})"."""
+    """Return the bytes of each array in a type such as "(f32[1,16]{1,0}, bf16[8]{0})"."""
 
     def bits(dtype: str) -> int:
         digits = re.search(r"\d+", dtype)
@@ -183,7 +181,7 @@ def _sizes(shape: str) -> list[int]:
     return [math.prod(map(int, filter(None, dims.split(",")))) * bits(dtype) // 8 for dtype, dims in found]
 
 
-# --- what they are for ---------------------------------------------------------------------------
+# --- purposes ------------------------------------------------------------------------------------
 
 PURPOSES = (
     "gradients",
@@ -197,7 +195,7 @@ PURPOSES = (
 
 
 def purpose(op: str, name: str, batch_norm: str) -> str:
-    """What an array is exchanged for, of PURPOSES, by the name of the operation that asked for it."""
+    """Return why an array is exchanged, one of PURPOSES, from the name of the operation that needs it."""
     backward = "transpose(" in name
     if re.search(r"(^|[/._])bn\d*/", name):
         if batch_norm == "local":
@@ -211,13 +209,13 @@ def purpose(op: str, name: str, batch_norm: str) -> str:
 
 
 class Tally(NamedTuple):
-    """Of one purpose, a step.
+    """What a step exchanges for one purpose.
 
     Attributes:
-        arrays: how many are exchanged.
-        bytes: of these.
-        collectives: how many collectives carry them; one that serves several purposes counts for the one
-            with the most bytes.
+        arrays: number of arrays.
+        bytes: bytes of these arrays.
+        collectives: number of collectives that carry them; a collective with several purposes counts for the
+            one with the most bytes.
     """
 
     arrays: int = 0
@@ -226,7 +224,7 @@ class Tally(NamedTuple):
 
 
 def tally(found: Sequence[Collective], batch_norm: str) -> dict[str, Tally]:
-    """Purpose -> what is exchanged for it."""
+    """Return what is exchanged, by purpose."""
     total = dict.fromkeys(PURPOSES, Tally())
     for op, arrays, times in found:
         own: collections.Counter[str] = collections.Counter()
@@ -241,13 +239,13 @@ def tally(found: Sequence[Collective], batch_norm: str) -> dict[str, Tally]:
 
 
 def theory(state: TrainState, batch_norm: str) -> dict[str, Tally]:
-    """What must be exchanged; metrics are not counted.
+    """Return what must be exchanged, by purpose, without metrics.
 
-    With global statistics a layer of C channels exchanges mean and mean of squares, 2 C floats, and in the
-    backward pass the two sums that are also the gradients of its scale and bias: two all-reduces. With
-    local ones its running values move towards the devices' mean, 2 C floats, for which nothing waits.
-    Gradients are exchanged once for all that is outside of loops, and once for each block of a scanned
-    stage; local running values there as well, and outside together with the gradients.
+    With global batch norm, a layer of C channels exchanges mean and mean of squares (2 C floats) in the forward
+    pass, and in the backward pass the two sums that are also the gradients of its scale and bias: two
+    all-reduces. With local batch norm, its running values move towards the mean over the devices (2 C floats),
+    and nothing waits for them. Gradients are exchanged once for everything outside of loops and once per block
+    of a scanned stage. So are local running values, outside of loops together with the gradients.
     """
 
     def leaves(tree: Any) -> list[tuple[list[str], tuple[int, ...]]]:
@@ -278,50 +276,58 @@ def theory(state: TrainState, batch_norm: str) -> dict[str, Tally]:
 # --- measuring -----------------------------------------------------------------------------------
 
 
-def measure(
-    name: str,
-    batch_norm: str,
-    devices: int,
-    *,
-    students: int = 5,
-    image_size: int = 0,
-    device_batch: int = 2,
-    fsdp: int = 1,
-    accumulate: int = 1,
-    placement: str = "replicated",
-    run: bool = True,
-) -> dict[str, Any]:
-    """Figures of one setting; the arguments are the flags of these names."""
-    large = is_of_imagenet(name)
-    knobs = {"model__batch_norm": batch_norm, "train__fsdp": fsdp, "train__accumulation_steps": accumulate}
-    config = configuration(name, students, device_batch * devices, **knobs)
-    size = image_size or (224 if large else 32)
-    program = Program(config, size, 1000 if large else 100, devices=devices, placement=placement)
+class Setting(NamedTuple):
+    """What is measured: a network, its batch norm and number of devices, and the flags of the same names."""
+
+    model: str
+    batch_norm: str
+    devices: int
+    students: int = 5
+    image_size: int = 0
+    device_batch: int = 2
+    fsdp: int = 1
+    accumulate: int = 1
+    placement: str = "replicated"
+    run: bool = True
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    """Return the row of one setting."""
+    large = is_for_imagenet(setting.model)
+    knobs = {
+        "model__batch_norm": setting.batch_norm,
+        "train__fsdp": setting.fsdp,
+        "train__accumulation_steps": setting.accumulate,
+    }
+    batch_size = setting.device_batch * setting.devices
+    config = configuration(setting.model, setting.students, batch_size, **knobs)
+    size, classes = setting.image_size or (224 if large else 32), 1000 if large else 100
+    program = Program(config, size, classes, devices=setting.devices, placement=setting.placement)
     compiled = program.lower().compile()
     found = collectives_in(compiled.as_text())
     row = {
-        "model": name,
-        "batch_norm": batch_norm,
-        "devices": devices,
-        "students": students,
+        "model": setting.model,
+        "batch_norm": setting.batch_norm,
+        "devices": setting.devices,
+        "students": setting.students,
         "image_size": size,
         "parameters": count_parameters(program.state.params),
-        "macs": program.trace.total_cost().macs,
-        "found": tally(found, batch_norm),
-        "theory": theory(program.state, batch_norm),
+        "macs": program.setup.networks.trace.total_cost().macs,
+        "found": tally(found, setting.batch_norm),
+        "theory": theory(program.state, setting.batch_norm),
         "collectives": sum(times for _, _, times in found),
         "in_loops": sum(times for _, _, times in found if times > 1),
         "run": None,
         "environment": environment(),
     }
-    if run:
-        print(json.dumps(row), flush=True)  # what is known if running it fails
-        row["run"] = _run(compiled, program.arguments()) / devices
+    if setting.run:
+        print(json.dumps(row), flush=True)  # in case running it fails
+        row["run"] = _run(compiled, program.arguments()) / setting.devices
     return row
 
 
 def _run(compiled: Any, arguments: Any) -> int:
-    """How many collectives the devices run in a step, all devices together."""
+    """Return the number of collectives that all devices together run in a step."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(compiled(*arguments))
@@ -331,43 +337,40 @@ def _run(compiled: Any, arguments: Any) -> int:
     return sum(re.match(f"({OPS})", name) is not None for name in events)
 
 
-def measured() -> list[dict[str, Any]]:
-    """Every setting in a process of its own."""
-    unknown = [name for name in FLAGS.models if name not in models.MODELS]
-    if unknown:
-        raise UserError(f"--models: {unknown[0]} is unknown{nearest(unknown[0], models.MODELS)}")
+def measure_all() -> list[dict[str, Any]]:
+    """Measure every setting in its own process and return the rows."""
+    check_models(FLAGS.models)
     same = {flag: FLAGS[flag].value for flag in SAME}
     rows = []
     for setting in itertools.product(FLAGS.models, FLAGS.batch_norms, FLAGS.devices):
-        name, batch_norm, devices = setting
-        asked = (
-            f"{os.environ.get('XLA_FLAGS', '')} {IN_ORDER} --xla_force_host_platform_device_count={devices}"
-        )
-        arguments = {"name": name, "batch_norm": batch_norm, "devices": int(devices), **same}
+        model, batch_norm, devices = setting
+        xla_flags = os.environ.get("XLA_FLAGS", "")
+        xla_flags += f" {IN_ORDER} --xla_force_host_platform_device_count={devices}"
+        arguments = {"model": model, "batch_norm": batch_norm, "devices": int(devices), **same}
         done = subprocess.run(
             [sys.executable, __file__, f"--measure={json.dumps(arguments)}"],
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": asked},
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags},
         )
         if not done.stdout:
             raise UserError(f"{' '.join(setting)}: failed, see above")
         row = json.loads(done.stdout.splitlines()[-1])
-        rows.append(_tallied(row))
+        rows.append(_from_json(row))
         print(*setting, row["collectives"], "collectives, run:", row["run"], file=sys.stderr, flush=True)
         if FLAGS.json:
             write_json(pathlib.Path(FLAGS.json), {"rows": rows})
     return rows
 
 
-def _tallied(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as it was before it was JSON."""
+def _from_json(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with its tallies as records, as before it was written as JSON."""
     own = {which: {why: Tally(*t) for why, t in row[which].items()} for which in ("found", "theory")}
     return {**row, **own}
 
 
-def exchanged(rows: Sequence[dict[str, Any]]) -> str:
-    """Tables of what is exchanged; numbers of devices with the same figures share a row."""
+def exchange_tables(rows: Sequence[dict[str, Any]]) -> str:
+    """Return tables of what is exchanged; numbers of devices with the same results share a row."""
     same: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         figures = [row[name] for name in ("model", "batch_norm", "found", "collectives")]
@@ -387,17 +390,17 @@ def exchanged(rows: Sequence[dict[str, Any]]) -> str:
     named = ["model", "batch norm", "devices"]
     first = table(lines, [*named, "for", "arrays", "bytes", "collectives"])
     second = table(whole, [*named, "collectives", "run", "in loops", "arrays", "bytes", "parameters"])
-    return f"{first}\nin brackets: what theory says\n\n{second}\n{_verdict(rows, len(same))}"
+    return f"{first}\nin brackets: the theory\n\n{second}\n{_verdict(rows, len(same))}"
 
 
 def _verdict(rows: Sequence[dict[str, Any]], kinds: int) -> str:
-    """Whether the figures depend on the number of devices, and whether what ran is what was read."""
+    """Return in words whether results depend on the number of devices and agree with the profiler."""
     settings = {(row["model"], row["batch_norm"]) for row in rows}
     ran = [row for row in rows if row["run"] is not None]
     return (
-        f"{'the SAME' if kinds == len(settings) else 'NOT the same'} on all numbers of devices; "
+        f"{'the SAME' if kinds == len(settings) else 'NOT the same'} for all numbers of devices; "
         f"{sum(row['run'] == row['collectives'] for row in ran)} of {len(rows)} settings were run and ran "
-        f"what was read"
+        f"as many collectives as the HLO has"
     )
 
 
@@ -405,17 +408,17 @@ def _verdict(rows: Sequence[dict[str, Any]], kinds: int) -> str:
 
 
 class Chip(NamedTuple):
-    """What is stated of a chip and its links, in FLOP/s, bytes/s and seconds.
+    """Published numbers of a chip and its links, in FLOP/s, bytes/s and seconds.
 
     Attributes:
-        flops: bfloat16, dense.
-        group: chips that the fast links join: a TPU pod, a GPU node.
-        bandwidth: out of a chip, one way, to the others of its group.
-        between: out of a whole group, one way, to other groups.
-        axes: of the group's torus; 0: no torus, a small message goes from chip to chip.
+        flops: dense bfloat16 FLOP/s.
+        group: number of chips that the fast links join: a TPU pod, a GPU node.
+        bandwidth: from one chip to the others of its group, one way.
+        between: from a whole group to other groups, one way.
+        axes: number of axes of the group's torus; 0: no torus, a small message goes from chip to chip.
         base: latency of any collective.
         hop: latency from chip to chip.
-        far_hop: from group to group.
+        far_hop: latency from group to group.
     """
 
     flops: float
@@ -428,7 +431,7 @@ class Chip(NamedTuple):
     far_hop: float
 
 
-# Stated, not measured. TPUs: FLOP/s, pods and bandwidths as in https://docs.cloud.google.com/tpu/docs/v4,
+# Published, not measured. TPUs: FLOP/s, pods and bandwidths as in https://docs.cloud.google.com/tpu/docs/v4,
 # v5e, v5p and v6e. One way out of a chip is the "all-reduce bandwidth per pod" over its chips (v4: 1.1 PB/s
 # over 4,096; v5e: 51.2 TB/s over 256; v6e: 102.4 TB/s over 256), for v5p half of the 1,200 GB/s both ways;
 # between pods it is the "data center network bandwidth per pod" (v5e: 6.4 Tb/s, v6e: 25.6 Tb/s; v5p: 50
@@ -448,22 +451,25 @@ CHIPS = {
 
 
 def latency(chip: Chip, n: int) -> float:
-    """Seconds that the smallest all-reduce among n chips takes: there and back, over half of each axis of a
-    torus as square as can be, or along a node's chips and up a tree of nodes."""
+    """Return the seconds of the smallest all-reduce among n chips.
+
+    It travels there and back over half of each axis of a torus that is as square as possible, or along the
+    chips of a node and up a tree of nodes.
+    """
     near, far = min(n, chip.group), max(1, n / chip.group)
     hops = chip.axes * near ** (1 / chip.axes) / 2 if chip.axes else near - 1
     return chip.base + 2 * (hops * chip.hop + math.log2(far) * chip.far_hop)
 
 
 def transfer(chip: Chip, n: int, size: float) -> float:
-    """Seconds that the bytes of an all-reduce take: round a ring in each group, then between groups."""
+    """Return the seconds of an all-reduce's bytes: round a ring in each group, then between groups."""
     near, far = min(n, chip.group), max(1, n / chip.group)
     seconds = 2 * (near - 1) / near * size / chip.bandwidth
     return seconds + (2 * (far - 1) / far * size / chip.between if far > 1 else 0)
 
 
 class Prediction(NamedTuple):
-    """Seconds of a step."""
+    """The seconds of a step, by purpose."""
 
     computing: float
     gradients: float
@@ -472,7 +478,7 @@ class Prediction(NamedTuple):
 
 
 def predict(found: dict[str, Tally], chip: Chip, n: int, computing: float) -> Prediction:
-    """The step on n chips of which each computes for so long."""
+    """Return the predicted step on n chips, each of which computes for `computing` seconds."""
     spent: collections.Counter[str] = collections.Counter()
     exchanges = found.items() if n > 1 else []
     for why, own in exchanges:
@@ -482,37 +488,39 @@ def predict(found: dict[str, Tally], chip: Chip, n: int, computing: float) -> Pr
     return Prediction(computing, spent["gradients"], spent["batch norm"], spent["other"])
 
 
-def predicted(rows: Sequence[dict[str, Any]]) -> str:
-    """Tables of predictions, one a chip."""
+def prediction_tables(rows: Sequence[dict[str, Any]]) -> str:
+    """Return tables of predictions, one per chip."""
     unknown = [name for name in FLAGS.chips if name not in CHIPS]
     if unknown:
         raise UserError(f"--chips: {unknown[0]} is unknown{nearest(unknown[0], CHIPS)}")
     settings = {(row["model"], row["batch_norm"]): row for row in rows}.values()
-    header = ["model", "batch norm", "batch", "chips", "a chip"]
+    header = ["model", "batch norm", "batch", "chips", "per chip"]
     header += ["computing", "gradients", "batch norms", "other", "step", "efficiency %"]
     parts = []
     for name in FLAGS.chips:
         given = dict(pair.split("=") for pair in FLAGS.override)
         chip = CHIPS[name]._replace(**{field: float(value) for field, value in given.items()})
         lines = []
-        for row, fixed, chips in itertools.product(settings, ("a chip", "global"), FLAGS.counts):
+        for row, fixed, chips in itertools.product(settings, ("per chip", "global"), FLAGS.counts):
             n, of_chip = int(chips), FLAGS.chip_batch or (64 if _is_large(row) else 128)
-            examples = of_chip if fixed == "a chip" else FLAGS.global_batch / n
-            each = FLAGS.step_seconds / of_chip or _seconds_an_example(row, chip)
+            examples = of_chip if fixed == "per chip" else FLAGS.global_batch / n
+            each = FLAGS.step_seconds / of_chip or _seconds_per_example(row, chip)
             step = predict(row["found"], chip, n, each * examples)
             efficiency = 100 * each * examples / sum(step)
             times = [f"{1e3 * seconds:.2f}" for seconds in (*step, sum(step))]
             setting = [row["model"], row["batch_norm"], f"fixed {fixed}", n, f"{examples:g}"]
             lines.append([*setting, *times, f"{efficiency:.0f}"])
-        stated = ", ".join(f"{field} {value:g}" for field, value in chip._asdict().items())
-        parts.append(f"PREDICTED for {name}, not measured ({stated}); milliseconds\n{table(lines, header)}")
+        published = ", ".join(f"{field} {value:g}" for field, value in chip._asdict().items())
+        parts.append(
+            f"PREDICTED for {name}, not measured ({published}); milliseconds\n{table(lines, header)}"
+        )
     return "\n\n".join(parts)
 
 
-def _seconds_an_example(row: dict[str, Any], chip: Chip) -> float:
-    """A multiply-add is 2 FLOPs; the backward pass is taken for twice the forward pass."""
+def _seconds_per_example(row: dict[str, Any], chip: Chip) -> float:
+    """Return the predicted computing time of an example; the backward pass counts as two forward passes."""
     utilization = FLAGS.utilization or (0.3 if _is_large(row) else 0.05)
-    return 6 * row["macs"] / (chip.flops * utilization)
+    return 6 * row["macs"] / (chip.flops * utilization)  # a multiply-add is 2 FLOPs
 
 
 def _is_large(row: dict[str, Any]) -> bool:
@@ -521,15 +529,15 @@ def _is_large(row: dict[str, Any]) -> bool:
 
 
 def main(_: list[str]) -> None:
-    """Measures every setting and predicts from it."""
+    """Measure every setting, predict from it and print tables."""
     if FLAGS.measure:
-        print(json.dumps(measure(**json.loads(FLAGS.measure))))
+        print(json.dumps(measure(Setting(**json.loads(FLAGS.measure)))))
         return
     if FLAGS.read:
-        rows = [_tallied(row) for row in json.loads(pathlib.Path(FLAGS.read).read_text())["rows"]]
+        rows = [_from_json(row) for row in json.loads(pathlib.Path(FLAGS.read).read_text())["rows"]]
     else:
-        rows = measured()
-    print(f"{exchanged(rows)}\n\n{predicted(rows)}")
+        rows = measure_all()
+    print(f"{exchange_tables(rows)}\n\n{prediction_tables(rows)}")
 
 
 if __name__ == "__main__":

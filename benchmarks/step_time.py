@@ -1,13 +1,13 @@
-"""Step time of ensembles on the device at hand, on noise images, beside PyTorch's.
+"""Measure the step time of ensembles on the available device with random images, alongside PyTorch's.
 
     python benchmarks/step_time.py --models=resnet20,resnet110 --dtypes=float32,bfloat16 --json=out.json
     python benchmarks/step_time.py --models=resnet32 --students=1,5 --executions=separate,packed
     python benchmarks/step_time.py --models=resnet20 --torch=eager,compile  # pip install "ekd_jax[parity]"
 
-Settings are measured in turn, again and again, so that a machine whose speed drifts treats them alike;
-a figure is the median over the rounds. `first_s`, what comes before the first step is done, is apart. The
-step is the whole one: order, augmentation, forward, backward, update. With --methods=oem,baseline, all on a
-shared base block, the difference is what the losses beside the cross entropy cost.
+Settings are measured in turn, round by round, so that drifts of the machine's speed affect all of them; the
+result is the median over the rounds. `first_s`, the time up to the end of the first step, is reported
+separately. A step consists of order, augmentation, forward and backward pass, and update. All settings share
+the base block, so that the difference between --methods=oem,baseline is the cost of the other losses.
 """
 
 import itertools
@@ -21,10 +21,9 @@ from typing import Any, Protocol
 
 import jax
 from absl import app, flags
-from program import Program, configuration
+from program import Program, check_models, configuration
 
-from ekd_jax import models
-from ekd_jax.common.errors import UserError, nearest
+from ekd_jax.common.errors import UserError
 from ekd_jax.common.files import write_json
 from ekd_jax.common.text import table
 from ekd_jax.runs.workdir import environment
@@ -34,21 +33,21 @@ EXAMPLES = 10_000
 
 
 class Setting(Protocol):
-    """Something whose steps are timed."""
+    """A setting whose steps are timed."""
 
     name: dict[str, Any]
     batch_size: int
     first_seconds: float
 
     def prepare(self) -> None:
-        """Everything up to the end of the first step."""
+        """Do everything up to the end of the first step."""
 
     def run(self, steps: int) -> None:
-        """So many steps, to their end."""
+        """Take `steps` steps and wait for their end."""
 
 
 class Ours:
-    """A compiled training program with its state."""
+    """The training program of ekd_jax with its state."""
 
     def __init__(self, model: str, students: int, batch_size: int, method: str, dtype: str, execution: str):
         knobs = {"train__dtype": dtype, "train__execution": execution, "model__sharing": "base"}
@@ -60,26 +59,24 @@ class Ours:
         self.first_seconds = 0.0
 
     def prepare(self) -> None:
-        """Traces, compiles and takes a step."""
+        """Trace and compile the program, and take one step."""
         began = time.perf_counter()
         self.compiled = self.program.lower().compile()
         self.run(1)
         self.first_seconds = time.perf_counter() - began
 
     def run(self, steps: int) -> None:
-        """In one dispatch."""
+        """Take `steps` steps in one dispatch."""
         *self.program.carry, _ = jax.block_until_ready(self.compiled(*self.program.arguments(steps)))
 
 
 def settings() -> list[Setting]:
-    """As the flags ask for them.
+    """Return the settings that the flags ask for.
 
     Raises:
-        UserError: an unknown network; no PyTorch.
+        UserError: a network is unknown, or PyTorch is not installed.
     """
-    unknown = [name for name in FLAGS.models if name not in models.MODELS]
-    if unknown:
-        raise UserError(f"--models: {unknown[0]} is unknown{nearest(unknown[0], models.MODELS)}")
+    check_models(FLAGS.models)
     found: list[Setting] = []
     for model, students, batch in itertools.product(
         FLAGS.models, map(int, FLAGS.students), map(int, FLAGS.batch_sizes)
@@ -93,8 +90,14 @@ def settings() -> list[Setting]:
     return found
 
 
-def figures(setting: Setting, seconds: list[float], first: Setting, first_seconds: list[float]) -> dict:
-    """What is reported of one setting; ratios are to the first, round by round."""
+def row_of(setting: Setting, seconds: list[float], first_seconds: list[float]) -> dict[str, Any]:
+    """Return the results of one setting.
+
+    Args:
+        setting: the setting.
+        seconds: seconds per step in every round.
+        first_seconds: those of the first setting, to which the ratio is taken round by round.
+    """
     median = statistics.median(seconds)
     ratio = statistics.median(a / b for a, b in zip(seconds, first_seconds, strict=True))
     return {
@@ -109,7 +112,7 @@ def figures(setting: Setting, seconds: list[float], first: Setting, first_second
 
 
 def main(_: list[str]) -> None:
-    """Measures every combination."""
+    """Measure every combination and print a table."""
     timed = settings()
     for setting in timed:
         setting.prepare()
@@ -119,7 +122,7 @@ def main(_: list[str]) -> None:
             began = time.perf_counter()
             setting.run(FLAGS.steps)
             own.append((time.perf_counter() - began) / FLAGS.steps)
-    rows = [figures(s, own, timed[0], seconds[0]) for s, own in zip(timed, seconds, strict=True)]
+    rows = [row_of(s, own, seconds[0]) for s, own in zip(timed, seconds, strict=True)]
     print(table([list(row.values()) for row in rows], list(rows[0])))
     where = environment()
     if FLAGS.torch:
@@ -136,15 +139,15 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_list("models", ["resnet20"], "networks")
     flags.DEFINE_list("students", ["5"], "numbers of students")
-    flags.DEFINE_list("batch_sizes", ["128"], "examples a step")
+    flags.DEFINE_list("batch_sizes", ["128"], "examples per step")
     flags.DEFINE_list("methods", ["oem"], "method.name")
     flags.DEFINE_list("dtypes", ["float32"], "train.dtype: float32, bfloat16")
     flags.DEFINE_list("executions", ["separate"], "train.execution: separate, stacked, packed")
-    flags.DEFINE_list("torch", [], "PyTorch's, too: VARIANTS of torch_reference.py")
-    flags.DEFINE_integer("steps", 3, "steps a dispatch")
-    flags.DEFINE_integer("rounds", 5, "times each setting is measured, after the first step")
-    flags.DEFINE_string("json", None, "file to write the figures to")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory, too
+    flags.DEFINE_list("torch", [], "also time PyTorch: VARIANTS of torch_reference.py")
+    flags.DEFINE_integer("steps", 3, "steps per dispatch")
+    flags.DEFINE_integer("rounds", 5, "number of measurements of each setting, after its first step")
+    flags.DEFINE_string("json", None, "file to write the results to")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory to PyTorch
     try:
         app.run(main)
     except UserError as error:

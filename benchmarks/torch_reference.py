@@ -1,19 +1,21 @@
-"""The step of `step_time.py` in plain PyTorch: the opponent that ours is timed against.
+"""The training step of `step_time.py` in plain PyTorch, which is timed alongside ours.
 
     python benchmarks/step_time.py --models=resnet20 --torch=eager,compile --json=out.json
 
-The same ensemble of CIFAR ResNets, the same loss (ekd_jax/methods/oem.py), optimizer and augmentation of
-images that stay on the device; tests/test_torch_reference.py holds losses, gradients and parameters against
-ours. Written to be fast: order, crop and flip are one gather out of images padded beforehand, the optimizer
-is PyTorch's fused one, and nothing waits for the device before the last step. Ours adds up accuracies and
-terms of the loss besides; this one keeps none.
+It has the same ensemble of CIFAR ResNets, the same loss (ekd_jax/methods/oem.py), optimizer and augmentation,
+and images that stay on the device; tests/test_torch_reference.py compares losses, gradients and parameters with
+ours. It is written to be fast: order, crop and flip are one gather from images padded in advance, the optimizer
+is PyTorch's fused one, and nothing waits for the device before the last step. Ours also sums up accuracies and
+loss terms, which this one does not.
 
-On a GPU float32 is computed in TF32, as JAX does by default: in convolutions that is PyTorch's own default,
-for matrix products "high" asks for it. cuDNN tries its algorithms (`cudnn.benchmark`). On a CPU float32 is
-float32. What holds is printed with the figures.
+On a GPU, float32 is computed in TF32, as JAX does by default: for convolutions that is PyTorch's default, for
+matrix products the precision "high" enables it. cuDNN tries several algorithms (`cudnn.benchmark`). On a CPU,
+float32 is float32. The settings are printed with the results.
 
-PyTorch keeps compiled kernels on disk: TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 forbids it. On a CPU its
-threads wait for each other all the time: beside another program it becomes several times slower.
+PyTorch caches compiled kernels on disk unless TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 is set. On a CPU its threads
+wait for each other all the time, so that it becomes several times slower when another program runs. On some
+CPUs PyTorch 2.13 computes wrong weight gradients in NHWC for strided 1x1 convolutions of 3 to 6 channels: use
+NHWC variants for timing only.
 """
 
 import itertools
@@ -35,20 +37,20 @@ except ImportError:
     sys.exit('error: PyTorch is not installed: pip install "ekd_jax[parity]"')
 
 SHAPE, CLASSES, EXAMPLES = (32, 32, 3), 100, 10_000
-PADDING, (MEAN, STD) = 4, DATA["cifar100"][2:]
+PADDING, MEAN, STD = 4, DATA["cifar100"].mean, DATA["cifar100"].std
 ALPHA, BETA, GAMMA, TEMPERATURE = 0.7, 0.15, 0.15, 2.0
 RATE, ADAPTATION_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.05, 0.9, 1e-4
-FIRST_STEPS = 3  # CUDA graphs are warmed up, recorded, replayed
+FIRST_STEPS = 3  # CUDA graphs are warmed up, recorded and replayed
 
 
 class Variant(NamedTuple):
     """A way to run the same step.
 
     Attributes:
-        meaning: in words.
-        channels_last: NHWC in memory.
-        mode: of `torch.compile`; none: not compiled.
-        amp: bfloat16 autocast.
+        meaning: description.
+        channels_last: whether arrays are NHWC in memory.
+        mode: mode of `torch.compile`; empty: not compiled.
+        amp: whether to use bfloat16 autocast.
     """
 
     meaning: str
@@ -61,30 +63,30 @@ VARIANTS = {
     "eager": Variant("operation by operation, NCHW", channels_last=False),
     "channels_last": Variant("the same in NHWC"),
     "compile": Variant("NHWC, forward, loss and backward by torch.compile", mode="default"),
-    "graphs": Variant("the same in CUDA graphs; on a CPU as compile", mode="reduce-overhead"),
+    "graphs": Variant("the same in CUDA graphs; on a CPU the same as compile", mode="reduce-overhead"),
     "amp": Variant("NHWC, bfloat16 autocast", amp=True),
     "compile_amp": Variant("compile and amp", mode="default", amp=True),
     "graphs_amp": Variant("graphs and amp", mode="reduce-overhead", amp=True),
 }
 
 
-# --- network, under the official code's names ----------------------------------------------------
+# --- network, with the names of the official code ------------------------------------------------
 
 
 def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
-    """Padded to keep the resolution, or to divide it by the stride."""
+    """Return a convolution with padding that keeps the resolution, or divides it by the stride."""
     return nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
 
 
 def norm(features: int) -> nn.BatchNorm2d:
-    """Without the counter of batches, which nobody reads: one kernel less a layer."""
+    """Return batch norm without its unused counter of batches, which saves one kernel per layer."""
     layer = nn.BatchNorm2d(features)
     layer.num_batches_tracked = None
     return layer
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, and a projection for a shortcut where shapes differ (option B)."""
+    """Two 3x3 convolutions with a shortcut, which is a projection where shapes differ (option B)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -101,7 +103,7 @@ class Block(nn.Module):
 
 
 class Student(nn.Module):
-    """Three stages and a classifier: the base block's map -> logits and the maps of the stages."""
+    """Three stages and a classifier: feature map of the base block -> logits, feature maps of the stages."""
 
     def __init__(self, widths: list[int], blocks: int, classes: int):
         super().__init__()
@@ -117,7 +119,7 @@ class Student(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Base block, students of width 1, (S - 1)/S, ..., 1/S, and the layers that adapt their maps."""
+    """Base block, students of width 1, (S - 1)/S, ..., 1/S, and their adaptation layers."""
 
     def __init__(self, depth: int, students: int, classes: int):
         super().__init__()
@@ -134,7 +136,7 @@ class Ensemble(nn.Module):
                 nn.init.xavier_normal_(layer.weight)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[list[Tensor]], list[Tensor]]:
-        """Logits (S, B, K); the maps of students 2 to S, adapted; and the pseudo teacher's."""
+        """Return logits (S, B, K), adapted feature maps of students 2 to S, and those of the pseudo teacher."""
         x = self.base(images)
         logits, maps = zip(*(student(x) for student in self.students), strict=True)
         adapted = [
@@ -145,7 +147,7 @@ class Ensemble(nn.Module):
 
 
 class Losses(NamedTuple):
-    """Unweighted: cross entropies (S,), intermediate losses (S - 1, blocks), KD losses (S,)."""
+    """Unweighted losses: cross entropies (S,), intermediate losses (S - 1, blocks), KD losses (S,)."""
 
     ce: Tensor
     intermediate: Tensor
@@ -157,7 +159,7 @@ class Losses(NamedTuple):
 
 
 def losses(network: nn.Module, images: Tensor, labels: Tensor) -> Losses:
-    """Of a batch of normalized images (B, C, H, W)."""
+    """Return the losses of a batch of normalized images (B, C, H, W)."""
     logits, adapted, targets = network(images)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     students, batch, _ = logits.shape
@@ -178,15 +180,15 @@ def losses(network: nn.Module, images: Tensor, labels: Tensor) -> Losses:
 
 
 def crops(padded: Tensor, numbers: Tensor, generator: torch.Generator) -> Tensor:
-    """Random crops, half of them mirrored, of the images with these numbers.
+    """Return random crops of some images, half of them mirrored.
 
     Args:
-        padded: (N, H + 2 PADDING, W + 2 PADDING, C) uint8.
-        numbers: (B,) integers.
-        generator: of the same device.
+        padded: all images, padded, (N, H + 2 PADDING, W + 2 PADDING, C) uint8.
+        numbers: indices of the images to crop, (B,).
+        generator: a generator on the same device.
 
     Returns:
-        (B, H, W, C) uint8.
+        Images (B, H, W, C) uint8.
     """
     own = {"generator": generator, "device": padded.device}
     height, width = (size - 2 * PADDING for size in padded.shape[1:3])
@@ -199,10 +201,10 @@ def crops(padded: Tensor, numbers: Tensor, generator: torch.Generator) -> Tensor
 
 
 class Reference:
-    """A network with its optimizer, and noise to train on, on the device.
+    """A network with its optimizer and random images on the device.
 
     Raises:
-        UserError: an unknown model or variant, or fewer than two students.
+        UserError: the model or variant is unknown, or there are fewer than two students.
     """
 
     def __init__(
@@ -221,7 +223,7 @@ class Reference:
             if name not in known:
                 raise UserError(f"{kind} {name} is unknown to the PyTorch reference{nearest(name, known)}")
         if students < 2:
-            raise UserError(f"students={students}: an ensemble has two or more")
+            raise UserError(f"students={students}: an ensemble needs at least two")
         self.name = {
             "model": model,
             "students": students,
@@ -244,7 +246,7 @@ class Reference:
         self.optimizer = torch.optim.SGD(groups, **rule, fused=True)
         self.loss = self._loss
         if self.variant.mode:
-            # each setting has a program of its own: none for batches of any size, and never quietly eager
+            # One program per setting: none for batches of any size, and no silent fallback to eager mode.
             torch._dynamo.config.cache_size_limit = 1000
             self.loss = torch.compile(self._loss, mode=self.variant.mode, fullgraph=True, dynamic=False)
 
@@ -259,7 +261,7 @@ class Reference:
         self.first_seconds = math.nan
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """The next images (B, C, H, W), augmented and normalized, and their labels."""
+        """Return the next images (B, C, H, W), augmented and normalized, and their labels."""
         if self.position + self.batch_size > len(self.order):
             self._shuffle()
         numbers = self.order[self.position : self.position + self.batch_size]
@@ -268,26 +270,26 @@ class Reference:
         return images.permute(0, 3, 1, 2).contiguous(memory_format=self.layout), self.labels[numbers]
 
     def update(self, images: Tensor, labels: Tensor) -> None:
-        """One step on normalized images (B, C, H, W)."""
+        """Take one step on normalized images (B, C, H, W)."""
         self.optimizer.zero_grad(set_to_none=True)
         self.loss(images, labels).backward()
         self.optimizer.step()
 
     def run(self, steps: int) -> None:
-        """Whole steps; returns when they are done."""
+        """Take `steps` steps and wait for their end."""
         for _ in range(steps):
             self.update(*self.batch())
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def prepare(self) -> None:
-        """The first steps, which compile and choose algorithms."""
+        """Take the first steps, which compile and choose algorithms."""
         began = time.perf_counter()
         self.run(FIRST_STEPS)
         self.first_seconds = time.perf_counter() - began
 
     def _shuffle(self) -> None:
-        """A new epoch."""
+        """Begin a new epoch."""
         examples = len(self.labels)
         self.order = torch.randperm(examples, generator=self.generator, device=self.device)
         self.position = 0
@@ -298,7 +300,7 @@ class Reference:
 
 
 def torch_environment() -> dict[str, Any]:
-    """Version, device and how float32 is computed."""
+    """Return version, device and precision of float32."""
     cuda = torch.cuda.is_available()
     return {
         "torch": torch.__version__,

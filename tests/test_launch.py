@@ -1,5 +1,5 @@
-"""The launchers. Clouds and clusters are replaced by stand-ins: small scripts that record their calls and answer
-from a state that the test writes. TPU workers are directories, in which the commands sent to them run."""
+"""The launchers. Clouds and clusters are replaced by stand-ins: small scripts that record their calls and
+answer from a state that the test writes. TPU workers are directories in which the commands sent to them run."""
 
 import json
 import os

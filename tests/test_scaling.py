@@ -1,4 +1,4 @@
-"""How collectives are read from a program, and what the training step exchanges; eight virtual devices."""
+"""Collectives are read from a program correctly, and the training step exchanges what theory says."""
 
 from functools import partial
 
@@ -92,10 +92,11 @@ def test_collectives_in_loops_count_as_often_as_they_run():
 
 @pytest.fixture(scope="module")
 def measured():
-    """Batch norm -> figures of two students without loops, on eight devices."""
-    return {
-        mode: scaling.measure("resnet8", mode, 8, students=2, image_size=8) for mode in ("global", "local")
-    }
+    """Return the row of two students without loops on eight devices, by kind of batch norm."""
+    settings = [
+        scaling.Setting("resnet8", mode, 8, students=2, image_size=8) for mode in ("global", "local")
+    ]
+    return {setting.batch_norm: scaling.measure(setting) for setting in settings}
 
 
 @pytest.mark.parametrize("mode", ["global", "local"])
@@ -105,28 +106,29 @@ def test_what_is_exchanged_is_what_theory_says(measured, mode):
         why: own.bytes for why, own in expected.items()
     }
     assert found["gradients"].collectives == 1
-    # the gradients of batch norm's scale and bias are its backward sums where these are global
+    # With global batch norm, its backward sums are the gradients of its scale and bias.
     trained = found["gradients"].bytes + found.get("batch norm backward", scaling.Tally()).bytes
     assert trained == 4 * measured[mode]["parameters"]
     assert found["metrics"].bytes < 100
     assert measured[mode]["run"] == measured[mode]["collectives"]
 
 
-def test_global_batch_norm_exchanges_twice_a_layer_and_local_never_alone(measured):
+def test_global_batch_norm_exchanges_twice_per_layer_and_local_only_with_gradients(measured):
     found, expected = measured["global"]["found"], measured["global"]["theory"]
     for way in ("batch norm forward", "batch norm backward"):
         layers = expected[way].collectives
         assert layers == 18
         assert found[way].arrays == 2 * layers
-        assert layers / 2 < found[way].collectives <= layers  # those side by side are combined
-    assert measured["local"]["collectives"] == 1  # running values travel with the gradients
+        assert layers / 2 < found[way].collectives <= layers  # those of parallel layers are combined
+    assert measured["local"]["collectives"] == 1  # running values are combined with the gradients
     assert not any("batch norm" in why for why in measured["local"]["found"])
 
 
 @pytest.mark.slow
 def test_scanned_blocks_and_other_numbers_of_devices():
-    """The blocks of a scanned stage exchange one by one, whatever the number of devices."""
-    two, four = (scaling.measure("resnet20", "local", n, students=1, image_size=8) for n in (2, 4))
+    """The blocks of a scanned stage exchange one by one, for any number of devices."""
+    settings = [scaling.Setting("resnet20", "local", n, students=1, image_size=8) for n in (2, 4)]
+    two, four = map(scaling.measure, settings)
     assert two["found"] == four["found"]
     assert two["found"]["gradients"].bytes == 4 * two["parameters"]
     assert two["found"]["running statistics"].collectives == 6  # three stages of two scanned blocks
