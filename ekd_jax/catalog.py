@@ -69,7 +69,7 @@ def knobs(pattern: str) -> str:
 
 
 def _describe_knob(name: str, knob: Knob) -> str:
-    allowed = knob.rule.must.removeprefix("be ")
+    allowed = knob.rule.must.removeprefix("be ").replace("not be ", "not ")
     if knob.rule.choices:
         choices = knob.rule.choices()
         allowed = "one of " + ", ".join(c or "''" for c in choices) if len(choices) <= 12 else ""
@@ -132,5 +132,6 @@ def _matching(names: Iterable[str], pattern: str, what: str, key: Callable[[str]
     wildcard = pattern if "*" in pattern else f"*{pattern}*"
     chosen = [name for name in names if fnmatch.fnmatch(key(name), wildcard)]
     if not chosen:
-        raise UserError(f"no {what} matches {pattern!r}{nearest(pattern, [key(n) for n in names])}")
+        last_parts = [key(name).rpartition(".")[2] for name in names]
+        raise UserError(f"no {what} matches {pattern!r}{nearest(pattern.strip('*'), last_parts)}")
     return chosen
