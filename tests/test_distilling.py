@@ -9,12 +9,12 @@ import pytest
 from conftest import tiny_config
 
 from ekd_jax.common.errors import UserError
-from ekd_jax.config.build import make_ensemble, make_method
+from ekd_jax.config.build import build_networks
 from ekd_jax.methods import METHODS, losses
 from ekd_jax.methods.base import Batch, TeacherOutputs
 from ekd_jax.methods.distilling import WithKDLoss, average_teachers, linear_warm_up
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.runs.state import init_state, init_variables, of_method, of_networks
+from ekd_jax.runs.state import init_state, init_variables, method_variables, network_variables
 from ekd_jax.training.optimizer import make_optimizer
 from ekd_jax.training.step import make_step
 
@@ -546,16 +546,16 @@ def test_what_a_term_trains(batch, name):
     """The KD loss of student 2 trains student 2 alone; nothing else has parameters."""
     teachers = {"method__teachers": ("unused",)} if name == "kd" else {}
     config = tiny_config(name, model__students=(0.25, 0.25), **teachers)
-    ensemble, method = make_ensemble(config, 10), make_method(config)
+    networks = build_networks(config, 10, SHAPE)
     teacher = TeacherOutputs(jax.random.normal(jax.random.key(0), (16, 10)))
-    variables = init_variables(ensemble.trace(SHAPE), method, 0, [teacher])
+    variables = init_variables(networks, 0, [teacher])
     assert not jax.tree.leaves([variables["params"]["base"], variables["params"]["method"]])
 
     def term(params):
         full = variables | {"params": params}
-        outputs, _ = ensemble.apply(of_networks(full), batch[0], train=True)
+        outputs, _ = networks.ensemble.apply(network_variables(full), batch[0], train=True)
         given = Batch(batch[1], jnp.zeros(()), teachers=(teacher,) if name == "kd" else ())
-        return method.apply(of_method(full), outputs, given)[1]["student_2/loss_kd"]
+        return networks.method.apply(method_variables(full), outputs, given)[1]["student_2/loss_kd"]
 
     found = jax.jit(jax.grad(term))(variables["params"])["students"]
     assert all(np.any(g != 0) for g in jax.tree.leaves(found["2"]))
@@ -571,10 +571,10 @@ def owner(path):
 def test_alternating_updates_one_network_a_step(batch):
     """Each in turn, its momentum and statistics included; the others stay as they are to the bit."""
     config = tiny_config("dml", model__students=(0.25, 0.25), method__update="alternating")
-    ensemble, method = make_ensemble(config, 10), make_method(config)
-    optimizer = make_optimizer(config, method, 100)
-    step = jax.jit(make_step(ensemble, method, optimizer))
-    after = init_state(ensemble.trace(SHAPE), method, optimizer, 0)
+    networks = build_networks(config, 10, SHAPE)
+    optimizer = make_optimizer(config, networks.method, 100)
+    step = jax.jit(make_step(networks, optimizer))
+    after = init_state(networks, optimizer, 0)
     for number in range(3):
         before, after = after, step(after, *batch)[0]
         learner, changed = str(number % 2 + 1), set()

@@ -10,11 +10,11 @@ from conftest import ROOT, tiny_config
 
 from ekd_jax import methods
 from ekd_jax.common.errors import UserError
-from ekd_jax.config.build import make_ensemble, make_method
+from ekd_jax.config.build import build_networks
 from ekd_jax.methods import METHODS
 from ekd_jax.methods.base import Batch, Method, knob, knobs_of
 from ekd_jax.methods.distilling import WithKDLoss
-from ekd_jax.runs.state import init_state, init_variables, of_method, of_networks
+from ekd_jax.runs.state import init_state, init_variables, method_variables, network_variables
 from ekd_jax.training.optimizer import learning_rate, make_optimizer
 from ekd_jax.training.step import make_step, objective
 
@@ -32,13 +32,15 @@ def batch():
 def gradients(batch, **knobs):
     """Gradient of the loss in every parameter."""
     config = tiny_config(model__students=STUDENTS, **{f"method__{k}": v for k, v in knobs.items()})
-    ensemble, method = make_ensemble(config, 10), make_method(config)
-    variables = init_variables(ensemble.trace(SHAPE), method, 0)
+    networks = build_networks(config, 10, SHAPE)
+    variables = init_variables(networks, 0)
 
     def loss(params):
         full = variables | {"params": params}
-        outputs, _ = ensemble.apply(of_networks(full), batch[0], train=True)
-        return objective(method, of_method(full), outputs, Batch(batch[1], jnp.zeros(())))[0]
+        outputs, _ = networks.ensemble.apply(network_variables(full), batch[0], train=True)
+        return objective(networks.method, method_variables(full), outputs, Batch(batch[1], jnp.zeros(())))[
+            0
+        ]
 
     return jax.jit(jax.grad(loss))(variables["params"])
 
@@ -92,11 +94,11 @@ def test_one_student_is_the_baseline(batch):
     """S=1: nothing to match and its own teacher, so alpha times the cross entropy remains."""
     for name, scale in (("oem", 0.7), ("baseline", 1.0)):
         config = tiny_config(method=name, model__students=(0.5,))
-        ensemble, method = make_ensemble(config, 10), make_method(config)
-        variables = init_variables(ensemble.trace(SHAPE), method, 0)
-        outputs, _ = ensemble.apply(of_networks(variables), batch[0], train=True)
+        networks = build_networks(config, 10, SHAPE)
+        variables = init_variables(networks, 0)
+        outputs, _ = networks.ensemble.apply(network_variables(variables), batch[0], train=True)
         loss, (metrics, _) = objective(
-            method, of_method(variables), outputs, Batch(batch[1], jnp.zeros(()))
+            networks.method, method_variables(variables), outputs, Batch(batch[1], jnp.zeros(()))
         )
         assert float(loss) == pytest.approx(scale * float(metrics["student_1/loss_ce"]), rel=1e-6)
 
@@ -104,15 +106,15 @@ def test_one_student_is_the_baseline(batch):
 def test_ensemble_weights_begin_uniform_and_sum_to_one(batch):
     logits = jax.random.normal(jax.random.key(0), (3, 16, 10))
     config = tiny_config(model__students=STUDENTS, method__ensemble_weights="learned")
-    ensemble, method = make_ensemble(config, 10), make_method(config)
-    own = init_variables(ensemble.trace(SHAPE), method, 0)["params"]["method"]
-    variables = init_variables(ensemble.trace(SHAPE), method, 0)
-    outputs, _ = ensemble.apply(of_networks(variables), batch[0], train=False)
+    networks = build_networks(config, 10, SHAPE)
+    own = init_variables(networks, 0)["params"]["method"]
+    variables = init_variables(networks, 0)
+    outputs, _ = networks.ensemble.apply(network_variables(variables), batch[0], train=False)
     outputs = outputs.replace(logits_SxBxK=logits)
-    combined = method.apply({"params": own}, outputs, method="ensemble_logits")
+    combined = networks.method.apply({"params": own}, outputs, method="ensemble_logits")
     np.testing.assert_allclose(combined, logits.mean(0), atol=1e-6)
     own["weighting"]["logits"] = jnp.array([5.0, 0.0, 0.0])
-    combined = method.apply({"params": own}, outputs, method="ensemble_logits")
+    combined = networks.method.apply({"params": own}, outputs, method="ensemble_logits")
     weights = np.exp([5.0, 0, 0]) / np.exp([5.0, 0, 0]).sum()
     np.testing.assert_allclose(combined, np.tensordot(weights, logits, 1), atol=1e-5)
 
@@ -120,10 +122,10 @@ def test_ensemble_weights_begin_uniform_and_sum_to_one(batch):
 @pytest.mark.parametrize("weights", ["uniform", "learned", "gated"])
 def test_every_kind_of_ensemble_trains(batch, weights):
     config = tiny_config(method__ensemble_weights=weights, optimizer__learning_rate=0.05)
-    ensemble, method = make_ensemble(config, 10), make_method(config)
-    optimizer = make_optimizer(config, method, 100)
-    state = init_state(ensemble.trace(SHAPE), method, optimizer, 0)
-    step = jax.jit(make_step(ensemble, method, optimizer))
+    networks = build_networks(config, 10, SHAPE)
+    optimizer = make_optimizer(config, networks.method, 100)
+    state = init_state(networks, optimizer, 0)
+    step = jax.jit(make_step(networks, optimizer))
     losses = []
     for _ in range(12):
         state, metrics = step(state, *batch)
@@ -135,9 +137,9 @@ def test_every_kind_of_ensemble_trains(batch, weights):
 def test_the_optimizer_begins_as_optax_says(name):
     """`init_state` writes zeros instead of compiling `optimizer.init`."""
     config = tiny_config(optimizer__name=name)
-    ensemble, method = make_ensemble(config, 10), make_method(config)
-    optimizer = make_optimizer(config, method, 100)
-    state = init_state(ensemble.trace(SHAPE), method, optimizer, 0)
+    networks = build_networks(config, 10, SHAPE)
+    optimizer = make_optimizer(config, networks.method, 100)
+    state = init_state(networks, optimizer, 0)
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, optimizer.init(state.params))
 
 
@@ -147,10 +149,10 @@ def test_adaptation_layers_learn_at_their_own_rate(batch):
     deltas = {}
     for scale in (1.0, 0.5, 0.0):
         config = tiny_config(**changes, method__adaptation_learning_rate_scale=scale)
-        ensemble, method = make_ensemble(config, 10), make_method(config)
-        optimizer = make_optimizer(config, method, 100)
-        before = init_state(ensemble.trace(SHAPE), method, optimizer, 0)
-        after, _ = jax.jit(make_step(ensemble, method, optimizer))(before, *batch)
+        networks = build_networks(config, 10, SHAPE)
+        optimizer = make_optimizer(config, networks.method, 100)
+        before = init_state(networks, optimizer, 0)
+        after, _ = jax.jit(make_step(networks, optimizer))(before, *batch)
         deltas[scale] = jax.tree.map(lambda a, b: np.asarray(a - b), after.params, before.params)
     layer = lambda d: d["method"]["adaptation_layers"]["block1_student2"]["kernel"]
     np.testing.assert_allclose(layer(deltas[0.5]), 0.5 * layer(deltas[1.0]), atol=1e-7)
@@ -254,9 +256,9 @@ def test_the_worked_example_of_the_docs(batch, monkeypatch):
     module = {"__name__": "codistillation"}
     exec(code, module)
     assert methods.METHODS["codistillation"] is module["Codistillation"]
-    ensemble = make_ensemble(tiny_config("dml", model__students=STUDENTS), 10)
-    variables = init_variables(ensemble.trace(SHAPE), METHODS["dml"](), 0)
-    outputs, _ = ensemble.apply(of_networks(variables), batch[0], train=True)
+    networks = build_networks(tiny_config("dml", model__students=STUDENTS), 10, SHAPE)
+    variables = init_variables(networks, 0)
+    outputs, _ = networks.ensemble.apply(network_variables(variables), batch[0], train=True)
     for epoch, share in ((4.0, 0.0), (5.0, 1.0)):
         given = Batch(batch[1], jnp.asarray(epoch))
         loss, terms = module["Codistillation"]().apply({}, outputs, given)
@@ -270,7 +272,7 @@ def test_students_of_the_same_width_may_begin_alike():
     """PCL's do, and no others'."""
     for name, alike in (("pcl", True), ("oem", False)):
         config = tiny_config(name, model__students=(0.5, 0.5, 0.25))
-        variables = init_variables(make_ensemble(config, 10).trace(SHAPE), make_method(config), 0)
+        variables = init_variables(build_networks(config, 10, SHAPE), 0)
         students = variables["params"]["students"]
         one, two, three = (students[i]["head"]["linear"]["kernel"] for i in "123")
         assert np.array_equal(one, two) == alike

@@ -11,13 +11,13 @@ from conftest import tiny_config
 from scipy.optimize import minimize
 
 from ekd_jax.common.errors import UserError
-from ekd_jax.config.build import make_ensemble, make_method
+from ekd_jax.config.build import build_networks
 from ekd_jax.methods import METHODS
 from ekd_jax.methods import kdcl as kdcl_module
 from ekd_jax.methods.base import Batch
 from ekd_jax.models.ensemble import Outputs
 from ekd_jax.models.initializers import draw, trace
-from ekd_jax.runs.state import init_variables, of_method, of_networks
+from ekd_jax.runs.state import init_variables, method_variables, network_variables
 
 EPOCH = 33.4
 CASES = {
@@ -521,8 +521,9 @@ WHO = {  # method: number of students, {term: what it trains}
 def test_what_each_term_trains(name):
     students, expected = WHO[name]
     config = tiny_config(name, model__students=(1,) * students)
-    ensemble, method = make_ensemble(config, 10), make_method(config)
-    variables = init_variables(ensemble.trace((8, 8, 1)), method, 0)
+    networks = build_networks(config, 10, (8, 8, 1))
+    method = networks.method
+    variables = init_variables(networks, 0)
     generator = np.random.default_rng(0)
     images = generator.normal(size=(students, 8, 8, 8, 1)).astype(np.float32)
     views = tuple(images) if method.separate_views else images[0]
@@ -530,10 +531,10 @@ def test_what_each_term_trains(name):
 
     def terms(params):
         full = variables | {"params": params}
-        outputs, _ = ensemble.apply(of_networks(full), views, train=True)
+        outputs, _ = networks.ensemble.apply(network_variables(full), views, train=True)
         other = outputs.replace(logits_SxBxK=outputs.logits_SxBxK + 1.0 * jnp.arange(10))
         batch = Batch(labels, jnp.zeros(()), copy_outputs=(other,) * method.number_of_copies)
-        (_, found), _ = method.apply(of_method(full), outputs, batch, mutable=["batch_stats"])
+        (_, found), _ = method.apply(method_variables(full), outputs, batch, mutable=["batch_stats"])
         return jnp.stack([found[name] for name in expected])
 
     @functools.partial(jax.jit, compiler_options=QUICKLY)

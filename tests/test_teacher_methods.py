@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
 
 import jax
@@ -12,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import one_device, tiny_config
-from ekd_jax.runs.restore import restore
 
 from ekd_jax.common.errors import UserError
-from ekd_jax.config.build import make_ensemble, make_method
+from ekd_jax.config.build import build_method, build_networks
 from ekd_jax.data import resident
 from ekd_jax.methods import METHODS
 from ekd_jax.methods.base import Batch, TeacherOutputs
@@ -24,9 +22,17 @@ from ekd_jax.methods.srm import binary_cross_entropy, similarity, sparsify
 from ekd_jax.models.ensemble import Outputs
 from ekd_jax.runs import workdir
 from ekd_jax.runs.checkpoint import Checkpoints
+from ekd_jax.runs.metrics import read_metrics
+from ekd_jax.runs.run import load_run
 from ekd_jax.runs.state import batch_shapes, init_state
 from ekd_jax.runs.teachers import load_teacher, network_of
-from ekd_jax.students.student import load_student, write_student
+from ekd_jax.students.description import (
+    NetworkDescription,
+    Preprocessing,
+    Provenance,
+    StudentDescription,
+)
+from ekd_jax.students.student import LoadedStudent, load_student, write_student
 from ekd_jax.training import loop, plans
 from ekd_jax.training.dry_run import dry_run
 from ekd_jax.training.optimizer import make_optimizer
@@ -450,7 +456,7 @@ def test_learning_rates_of_discriminators():
     assert METHODS["meal"]().learning_rate_scales == {"discriminators": 0.01}
     assert METHODS["meal_v2"]().learning_rate_scales == {"discriminators": 1.0}
     config = tiny_config("meal", method__teachers=("x",), method__discriminator_learning_rate_scale=0.5)
-    assert make_method(config).learning_rate_scales == {"discriminators": 0.5}
+    assert build_method(config).learning_rate_scales == {"discriminators": 0.5}
 
 
 # --- SRM ----------------------------------------------------------------------------------------
@@ -578,20 +584,27 @@ def test_a_code_keeps_its_greatest_entries():
 def teacher_folder(
     path, model="resnet8", width=1, classes=10, shape=SHAPE, seed=7, mean=(0.3,), std=(0.4,)
 ):
-    """A student's folder with random weights, which trained nothing."""
+    """Write the directory of a student with random weights, which trained nothing."""
     config = tiny_config("baseline", model__name=model, model__students=(width,))
-    ensemble = make_ensemble(config, classes)
-    architecture = {
-        "name": model,
-        "widths": [str(w) for w in ensemble.widths[0]],
-        "num_classes": classes,
-        "input_shape": list(shape),
-        "dtype": "float32",
-        "options": {"dropout": -1.0, "stochastic_depth": -1.0, "padding": "", "batch_norm_epsilon": 1e-5},
-    }
-    preprocessing = {"mean": mean, "std": std, "fit": "native", "image_size": 0}
-    description = {"architecture": architecture, "preprocessing": preprocessing}
-    write_student(path, ensemble.student_variables(ensemble.trace(shape).init(seed), 1), description)
+    networks = build_networks(config, classes, shape)
+    description = StudentDescription(
+        network=NetworkDescription(
+            name=model,
+            widths=tuple(str(w) for w in networks.ensemble.widths[0]),
+            num_classes=classes,
+            input_shape=shape,
+            dtype="float32",
+            options={"dropout": -1.0, "stochastic_depth": -1.0, "padding": "", "batch_norm_epsilon": 1e-5},
+        ),
+        student=1,
+        parameters=0,
+        macs=0,
+        class_names=tuple(map(str, range(classes))),
+        preprocessing=Preprocessing(mean, std),
+        provenance=Provenance("digits"),
+    )
+    variables = networks.ensemble.student_variables(networks.trace.init(seed), 1)
+    write_student(path, LoadedStudent(description, variables))
     return str(path)
 
 
@@ -619,17 +632,18 @@ def test_a_step_of_every_method(name, teacher):
     if sources:
         changes["method__teachers"] = (teacher,) * sources
     config = tiny_config(name, **changes)
-    ensemble, method = make_ensemble(config, 10), make_method(config)
+    networks = build_networks(config, 10, SHAPE)
+    method = networks.method
     assert method.teacher_sources == (teacher,) * sources
     taught = [load_teacher(source, pathlib.Path()).shapes() for source in method.teacher_sources]
     if name == "srm_initialize":
         dictionaries = codewords(np.random.default_rng(0), (16, 32), (32, 64), (64, 128))
         taught = [dataclasses.replace(taught[0], method={"dictionaries": dictionaries})]
-    optimizer = make_optimizer(config, method, 10)
-    state = init_state(ensemble.trace(SHAPE), method, optimizer, 0, taught)
-    _, batch = batch_shapes(ensemble.trace(SHAPE), method, taught)
+    optimizer = make_optimizer(config, networks.method, 10)
+    state = init_state(networks, optimizer, 0, taught)
+    _, batch = batch_shapes(networks, taught)
     images = jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32)
-    step = make_step(ensemble, method, optimizer)
+    step = make_step(networks, optimizer)
     after, metrics = jax.eval_shape(step, state, images, batch.labels, batch.key, batch.teachers)
     same = lambda a, b: (a.shape, a.dtype) == (np.shape(b), np.asarray(b).dtype)
     assert jax.tree.all(jax.tree.map(same, after, state))
@@ -653,12 +667,12 @@ def test_teachers_are_frozen(teacher, tmp_path):
     """Three steps of KD: a teacher's weights stay the same to the bit, are in no state, and no gradient
     reaches them; what it says does not depend on the step."""
     config = tiny_config("kd", method__teachers=(teacher,), model__students=(0.5,), data__mean=(0.1,))
-    ensemble, method = make_ensemble(config, 10), make_method(config)
+    networks = build_networks(config, 10, SHAPE)
     loaded = load_teacher(teacher, tmp_path)
     before = jax.tree.map(np.copy, loaded.variables)
-    optimizer = make_optimizer(config, method, 10)
-    state = init_state(ensemble.trace(SHAPE), method, optimizer, 0, [loaded.shapes()])
-    teach, step = make_teach([loaded], config.data), make_step(ensemble, method, optimizer)
+    optimizer = make_optimizer(config, networks.method, 10)
+    state = init_state(networks, optimizer, 0, [loaded.shapes()])
+    teach, step = make_teach([loaded], config.data), make_step(networks, optimizer)
     generator = np.random.default_rng(0)
     images = jnp.asarray(generator.normal(size=(16, *SHAPE)), jnp.float32)
     labels = jnp.asarray(generator.integers(0, 10, 16))
@@ -678,23 +692,21 @@ def test_teachers_are_frozen(teacher, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, before)
     np.testing.assert_array_equal(said[0], said[2])
     assert state.params.keys() == {"base", "students", "method"}
-    assert len(jax.tree.leaves(state.params)) == len(
-        jax.tree.leaves(ensemble.trace(SHAPE).init(None)["params"])
-    )
+    assert len(jax.tree.leaves(state.params)) == len(jax.tree.leaves(networks.trace.init(None)["params"]))
     # its own normalization, whatever the run's
     student = load_student(teacher)
     raw = images * config.data.std[0] + config.data.mean[0]
-    expected = student.model.logits(student.variables, (raw - 0.3) / 0.4)
+    expected = student.network.logits(student.variables, (raw - 0.3) / 0.4)
     np.testing.assert_allclose(said[0], expected, atol=1e-4)
 
 
 def run_folder(path, config, complete=True):
-    """The folder of a run whose students trained nothing."""
-    job = prepare(config, one_device(), path)
+    """Write the directory of a run whose students trained nothing."""
+    setup = prepare(config, one_device(), path)
     path.mkdir()
     workdir.claim(path, config)
-    workdir.describe(path, job.students)
-    state = init_state(job.trace, job.method, job.optimizer, 3, job.taught)
+    workdir.write_description(path, setup.description)
+    state = init_state(setup.networks, setup.optimizer, 3, setup.taught)
     with contextlib.closing(Checkpoints(path)) as checkpoints:
         checkpoints.save(state, {"epoch": 0.0, "log": {}, "evaluated_on": "test"}, None)
         checkpoints.wait()
@@ -705,7 +717,7 @@ def run_folder(path, config, complete=True):
 
 @pytest.fixture(scope="module")
 def ensemble_run(tmp_path_factory):
-    """The folder of a finished run of students 1 and .5."""
+    """Return the directory of a complete run with students of width 1 and .5."""
     return run_folder(tmp_path_factory.mktemp("finished") / "run", tiny_config())
 
 
@@ -721,10 +733,10 @@ def folder_of_an_unfinished_run(path):
 
 PROBLEMS = {
     "empty": (lambda path: (), "method.teachers is empty"),
-    "missing": (lambda path: (str(path / "nowhere"),), "there is no folder .*nowhere"),
+    "missing": (lambda path: (str(path / "nowhere"),), "there is no directory .*nowhere"),
     "unfinished": (
         lambda path: (folder_of_an_unfinished_run(path / "run"),),
-        "neither a student's folder nor that of a finished run",
+        "neither a student's directory nor that of a complete run",
     ),
     "classes": (lambda path: (teacher_folder(path / "t", classes=7),), "classes 7, the data has 10"),
     "images": (
@@ -741,8 +753,8 @@ def test_unfit_teachers(name, problem, tmp_path, monkeypatch):
     make, message = PROBLEMS[problem]
     teachers = make(tmp_path)
     config = tiny_config(name, model__students=(0.5,), method__teachers=teachers)
-    monkeypatch.setattr(loop, "_run", refuse)
-    monkeypatch.setattr(resident, "read_all", refuse)
+    monkeypatch.setattr(loop, "_train", refuse)
+    monkeypatch.setattr(resident, "read_pixels", refuse)
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
     with pytest.raises(UserError, match=message):
         plans.run(config, tmp_path / "run2", one_device())
@@ -807,15 +819,15 @@ def test_impossible_knobs(name, changes, message):
 
 
 def test_a_teacher_that_changed_stops_a_resumed_run(tmp_path, monkeypatch):
-    """Nothing is compiled; with the old weights in their place again the run would go on."""
+    """Nothing is compiled; with the old weights in their place again the run would resume."""
     source = teacher_folder(tmp_path / "teacher")
     config = tiny_config("meal", model__students=(0.5,), method__teachers=(source,))
     path = tmp_path / "run"
     run_folder(path, config, complete=False)
     old = (tmp_path / "teacher").rename(tmp_path / "old")
     teacher_folder(tmp_path / "teacher", seed=8)
-    monkeypatch.setattr(loop, "_run", refuse)
-    with pytest.raises(UserError, match="are not those that the run in .* began with"):
+    monkeypatch.setattr(loop, "_train", refuse)
+    with pytest.raises(UserError, match="are not those that the run in .* started with"):
         loop.run(config, path, one_device())
     (tmp_path / "teacher").rename(tmp_path / "new")
     old.rename(tmp_path / "teacher")
@@ -839,51 +851,42 @@ def srm_config(teacher, **changes):
 
 
 @pytest.mark.slow
-def test_srm_goes_through_its_stages(teacher, tmp_path):
-    """Dictionaries of the frozen teacher; a student that learns its codes; then that student goes on."""
+def test_srm_goes_through_its_runs(teacher, tmp_path):
+    """Dictionaries of the frozen teacher; a student that learns its codes; then that student learns more."""
     path = tmp_path / "run"
     config = srm_config(teacher)
     said = dry_run(config, path)
-    assert "stage 1 of 3, dictionaries" in said
-    assert "stage 3 of 3" in said
+    assert "run 1 of 3, dictionaries" in said
+    assert "run 3 of 3" in said
     assert not path.exists()
     summary = plans.run(config, path, one_device())
     files = {p: p.stat().st_mtime_ns for p in path.rglob("*.json")}
     assert plans.run(config, path, one_device()) == summary
     assert {p: p.stat().st_mtime_ns for p in path.rglob("*.json")} == files
 
-    first, second = restore(path / "earlier/dictionaries"), restore(path / "earlier/initialize")
-    taught = load_student(teacher)
+    first, second, last = (load_run(path / p) for p in ("earlier/dictionaries", "earlier/initialize", ""))
+    one, two, three = (run.checkpoint.variables for run in (first, second, last))
     jax.tree.map(
         np.testing.assert_array_equal,
-        first.ensemble.student_variables(first.variables, 1),
-        taught.variables,
+        first.networks.ensemble.student_variables(one, 1),
+        load_student(teacher).variables,
     )
-    learned = first.variables["params"]["method"]["dictionaries"]
+    learned = one["params"]["method"]["dictionaries"]
     assert [learned[f"stage{i}"]["centers"].shape for i in (1, 2, 3)] == [(16, 32), (32, 64), (64, 128)]
-    assert first.run.config.data.mean == (0.3,)
-    reconstruction = metrics(path / "earlier/dictionaries", "student_1/loss_reconstruction")
+    assert first.config.data.mean == (0.3,)
+    name = "student_1/loss_reconstruction"
+    reconstruction = [r[name] for r in read_metrics(path / "earlier/dictionaries") if name in r]
     assert reconstruction[-1] < reconstruction[0]
-    np.testing.assert_allclose(first.run.config.optimizer.milestones, (0.1, 0.7))
-    np.testing.assert_allclose(second.run.config.optimizer.milestones, (30 / 160, 130 / 160))
-    layers = second.variables["params"]["method"]["similarity_layers"]
+    np.testing.assert_allclose(first.config.optimizer.milestones, (0.1, 0.7))
+    np.testing.assert_allclose(second.config.optimizer.milestones, (30 / 160, 130 / 160))
+    layers = two["params"]["method"]["similarity_layers"]
     assert layers["student1_stage3"]["centers"].shape == (32, 128)
-    # the last stage begins with the second's student, and at this rate stays there
-    last = restore(path)
-    assert last.variables["params"]["method"] == {}
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        last.variables["params"]["students"],
-        second.variables["params"]["students"],
-    )
-    began = second.ensemble.trace(SHAPE).init(0)["params"]["students"]["1"]["stage3"]
-    now = second.variables["params"]["students"]["1"]["stage3"]
+    # the last run starts from the second's student, and at this rate stays there
+    assert three["params"]["method"] == {}
+    jax.tree.map(np.testing.assert_array_equal, three["params"]["students"], two["params"]["students"])
+    began = second.networks.trace.init(0)["params"]["students"]["1"]["stage3"]
+    now = two["params"]["students"]["1"]["stage3"]
     assert all(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (began, now)), strict=True))
-
-
-def metrics(path, name):
-    records = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
-    return [record[name] for record in records if name in record]
 
 
 def test_what_srm_wants(teacher, tmp_path, ensemble_run):
@@ -903,12 +906,12 @@ def test_what_srm_wants(teacher, tmp_path, ensemble_run):
 
 
 def test_the_one_network_of_a_teacher(teacher, ensemble_run):
-    """As its student.json says it; and for a student of a run what ekd_jax.extract would say."""
-    assert network_of(teacher, pathlib.Path())["architecture"]["widths"] == ["1", "1", "1"]
-    found = network_of(f"{ensemble_run}:2", pathlib.Path())
-    assert found["architecture"]["widths"] == ["1/2"] * 3
-    assert found["architecture"]["name"] == "resnet8"
-    assert found["preprocessing"] == {"mean": (0.0,), "std": (1.0,)}
+    """As its student.json describes it; and for a student of a run as the extracted student's would."""
+    assert network_of(teacher, pathlib.Path())[0].widths == ("1", "1", "1")
+    network, preprocessing = network_of(f"{ensemble_run}:2", pathlib.Path())
+    assert network.widths == ("1/2",) * 3
+    assert network.name == "resnet8"
+    assert (preprocessing.mean, preprocessing.std) == ((0.0,), (1.0,))
     first = next(iter(plans.runs(srm_config(f"{ensemble_run}:2"), pathlib.Path("run")).values()))
     assert first.model.students == (("1/2", "1/2", "1/2"),)
     assert first.model.initial_weights == f"{ensemble_run}:2"
