@@ -146,7 +146,7 @@ def test_every_row_of_the_papers_tables_can_be_run(name, argument, data, tmp_pat
     assert config.model.students == 5
     text = dry_run(config, tmp_path / "run")
     assert f"{config.train.epochs:g} epochs" in text
-    assert "memory of a device, estimated" in text
+    assert "memory per device, estimated" in text
     assert len(re.findall(r"^[1-5]  +[0-9.]+  ", text, re.MULTILINE)) == 5, "one line per student"
     assert not (tmp_path / "run").exists()
 

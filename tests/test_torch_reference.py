@@ -14,9 +14,9 @@ from conftest import ROOT, plain_environment, student_from_torch, tiny_config
 
 from ekd_jax import models
 from ekd_jax.common.errors import UserError
-from ekd_jax.config.build import make_method
+from ekd_jax.config.build import Networks, build_method
 from ekd_jax.methods.base import Batch
-from ekd_jax.runs.state import TrainState, init_variables, of_method, of_networks
+from ekd_jax.runs.state import TrainState, init_variables, method_variables, network_variables
 from ekd_jax.students.torch_names import sources
 from ekd_jax.training.optimizer import make_optimizer
 from ekd_jax.training.step import make_step, objective
@@ -71,11 +71,12 @@ def test_losses_gradients_and_two_steps():
     images, labels = batch(np.float64)
 
     config = tiny_config(model__students=STUDENTS)
-    method = make_method(config)
+    method = build_method(config)
     optimizer = make_optimizer(config, method, steps=1_000_000)
     ensemble = models.build_ensemble("resnet8", STUDENTS, CLASSES, dtype="float64")
+    networks = Networks(method, ensemble, SHAPE)
     with jax.enable_x64(True):
-        like = init_variables(ensemble.trace(SHAPE), method, None)
+        like = init_variables(networks, None)
     ours = lambda values: as_ours(ensemble, like, {n: v.detach().clone() for n, v in values.items()})
     begin = ours(network.state_dict())
 
@@ -89,8 +90,8 @@ def test_losses_gradients_and_two_steps():
 
     def loss_of(params):
         full = begin | {"params": params}
-        outputs, _ = ensemble.apply(of_networks(full), images, train=True)
-        loss, (terms, _) = objective(method, of_method(full), outputs, Batch(labels, jnp.zeros(())))
+        outputs, _ = ensemble.apply(network_variables(full), images, train=True)
+        loss, (terms, _) = objective(method, method_variables(full), outputs, Batch(labels, jnp.zeros(())))
         return loss, terms
 
     with jax.enable_x64(True):
@@ -98,7 +99,7 @@ def test_losses_gradients_and_two_steps():
         state = TrainState(
             jnp.zeros((), jnp.int32), **begin, opt_state=optimizer.init(begin["params"]), copies={}
         )
-        step = jax.jit(make_step(ensemble, method, optimizer))
+        step = jax.jit(make_step(networks, optimizer))
         for _ in range(2):
             state, _ = step(state, images, labels)
 
