@@ -99,7 +99,17 @@ def prepare(
         teachers=tuple(teacher.info for teacher in teachers),
     )
     optimizer = make_optimizer(config, networks.method, steps)
-    return Setup(config, mesh, data, networks, optimizer, teachers, taught, description, steps)
+    return Setup(
+        config=config,
+        mesh=mesh,
+        data=data,
+        networks=networks,
+        optimizer=optimizer,
+        teachers=teachers,
+        taught=taught,
+        description=description,
+        steps=steps,
+    )
 
 
 def steps_in(epochs: float, config: FrozenConfigDict, examples: int) -> int:
