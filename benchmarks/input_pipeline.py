@@ -1,12 +1,12 @@
-"""Images a CPU-second: JPEGs read, decoded, cut at random, resized to 224x224 and batched.
+"""Measure images per CPU-second: JPEGs read, decoded, cropped at random, resized to 224x224 and batched.
 
-    python benchmarks/input_pipeline.py --source=FOLDER_OF_IMAGES --json=out.json
+    python benchmarks/input_pipeline.py --source=DIRECTORY_OF_IMAGES --json=out.json
 
-Ours against tf.data and PyTorch's DataLoader with Pillow, as far as they are installed. Each measures in
-a process of its own that is held to one core, in turn, round after round. All read the same JPEGs, 500x375
-like ImageNet's average: mosaics of the images of FOLDER (so their detail is real), or noise with the
-spectrum of natural images. Random horizontal flips are left out, except in tf.data_flip: ours happen on
-the device, elsewhere they are the host's.
+Our pipeline is compared with tf.data and with PyTorch's DataLoader with Pillow, if they are installed. Each
+measurement runs in its own process on one core; the pipelines take turns, round after round. All read the same
+JPEGs, 500x375 like ImageNet's average: mosaics of the images in DIRECTORY (so their detail is real), or noise with
+the spectrum of natural images. Random horizontal flips are left out, except in tf.data_flip: ours run on the device,
+those of the others on the host.
 """
 
 import dataclasses
@@ -25,22 +25,24 @@ from absl import app, flags
 from PIL import Image
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("source", None, "a folder of images, at any depth; noise if not given")
-flags.DEFINE_integer("images", 600, "JPEGs that are made")
-flags.DEFINE_integer("batches", 30, "batches measured a round, after two that do not count")
-flags.DEFINE_integer("rounds", 5, "times each pipeline is measured")
+flags.DEFINE_string("source", None, "directory of images, at any depth; noise if not given")
+flags.DEFINE_integer("images", 600, "number of JPEGs to make")
+flags.DEFINE_integer("batches", 30, "batches measured per round, after two that do not count")
+flags.DEFINE_integer("rounds", 5, "number of times that each pipeline is measured")
 flags.DEFINE_list(
-    "pipelines", ["ekd_jax", "ekd_jax_pillow", "tf.data", "tf.data_flip", "torch"], "in this order"
+    "pipelines",
+    ["ekd_jax", "ekd_jax_pillow", "tf.data", "tf.data_flip", "torch"],
+    "pipelines to measure, in this order",
 )
 flags.DEFINE_string("json", None, "file to write the figures to")
-flags.DEFINE_string("measure", None, "of a child process: the pipeline")
-flags.DEFINE_string("folder", None, "of a child process: the JPEGs")
+flags.DEFINE_string("measure", None, "for a child process: the pipeline")
+flags.DEFINE_string("folder", None, "for a child process: the directory of JPEGs")
 
 WIDTH, HEIGHT, SIZE, BATCH, QUALITY = 500, 375, 224, 64, 96
 
 
 def make_images(folder: pathlib.Path) -> int:
-    """Writes the JPEGs as folder/<class>/<number>.jpg; returns their mean size in bytes."""
+    """Write the JPEGs as folder/<class>/<number>.jpg, and return their mean size in bytes."""
     generator = np.random.default_rng(0)
     tiles = list(_tiles(generator)) if FLAGS.source else []
     sizes = []
@@ -54,6 +56,7 @@ def make_images(folder: pathlib.Path) -> int:
 
 
 def _tiles(generator: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yield up to 400 of the images in --source, in random order."""
     paths = sorted(
         p for p in pathlib.Path(FLAGS.source).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png")
     )
@@ -63,7 +66,7 @@ def _tiles(generator: np.random.Generator) -> Iterator[np.ndarray]:
 
 
 def _mosaic(tiles: list[np.ndarray], generator: np.random.Generator) -> np.ndarray:
-    """Images side by side until the place is full."""
+    """Return an image that is filled with tiles side by side."""
     pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     top = 0
     while top < HEIGHT:
@@ -78,7 +81,7 @@ def _mosaic(tiles: list[np.ndarray], generator: np.random.Generator) -> np.ndarr
 
 
 def _noise(generator: np.random.Generator) -> np.ndarray:
-    """Amplitudes that fall as 1 / frequency."""
+    """Return noise whose amplitudes fall as 1 / frequency."""
     frequencies = np.hypot(np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH))
     frequencies[0, 0] = 1
     spectrum = np.fft.rfft2(generator.normal(size=(3, HEIGHT, WIDTH))) / frequencies
@@ -86,11 +89,11 @@ def _noise(generator: np.random.Generator) -> np.ndarray:
     return np.clip(128 + 50 * field / field.std(), 0, 255).astype(np.uint8)
 
 
-# --- the pipelines: each gives batches (64, 224, 224, 3) uint8 for ever ------------------------
+# --- the pipelines: each yields batches (64, 224, 224, 3) uint8 without end ---------------------
 
 
 def ekd_jax(folder: str, pillow: bool = False) -> Iterator[np.ndarray]:
-    """What training reads, up to the device."""
+    """Yield what training reads, up to the device."""
     import grain
 
     from ekd_jax.data import decode as decoders
@@ -111,12 +114,12 @@ def ekd_jax(folder: str, pillow: bool = False) -> Iterator[np.ndarray]:
 
 
 def ekd_jax_pillow(folder: str) -> Iterator[np.ndarray]:
-    """The same without simplejpeg and OpenCV."""
+    """Yield what `ekd_jax` does, without simplejpeg and OpenCV."""
     return ekd_jax(folder, pillow=True)
 
 
 def tf_data(folder: str, flip: bool = False) -> Iterator[np.ndarray]:
-    """The usual ImageNet pipeline of TensorFlow: only the part that is cut out is decoded."""
+    """Yield from TensorFlow's usual pipeline for ImageNet, which decodes only the crop."""
     import tensorflow as tf
 
     def read(path: "tf.Tensor") -> "tf.Tensor":
@@ -142,15 +145,15 @@ def tf_data(folder: str, flip: bool = False) -> Iterator[np.ndarray]:
 
 
 def tf_data_flip(folder: str) -> Iterator[np.ndarray]:
-    """The same and flips, as training needs them."""
+    """Yield what `tf_data` does, with the flips that training needs."""
     return tf_data(folder, flip=True)
 
 
 def torch_pillow(folder: str) -> Iterator[np.ndarray]:
-    """PyTorch's DataLoader with torchvision's usual transforms, written out with Pillow."""
+    """Yield from PyTorch's DataLoader with torchvision's usual transforms, written out with Pillow."""
     import torch
 
-    from ekd_jax.data.decode import part
+    from ekd_jax.data.decode import random_box
     from ekd_jax.data.order import DRAWS
 
     paths = sorted(str(p) for p in pathlib.Path(folder).rglob("*.jpg"))
@@ -163,7 +166,7 @@ def torch_pillow(folder: str) -> Iterator[np.ndarray]:
             with Image.open(paths[i]) as file:
                 image = file.convert("RGB")
             draws = torch.rand(DRAWS).numpy()
-            top, left, height, width = part(image.height, image.width, draws)
+            top, left, height, width = random_box(image.height, image.width, draws)
             image = image.crop((left, top, left + width, top + height))
             return torch.from_numpy(np.array(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)))
 
@@ -182,7 +185,7 @@ PIPELINES: dict[str, Callable[[str], Iterator[np.ndarray]]] = {
 
 
 def measure(name: str, folder: str) -> dict[str, float]:
-    """Images a CPU-second of this process, which keeps to one core."""
+    """Return the images per CPU-second and per second of a pipeline in this process, on one core."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
     batches = PIPELINES[name](folder)
     for _ in range(2):
@@ -198,7 +201,7 @@ def measure(name: str, folder: str) -> dict[str, float]:
 
 
 def main(_: list[str]) -> None:
-    """Measures every pipeline that is installed."""
+    """Measure every pipeline that is installed."""
     if FLAGS.measure:
         try:
             found = measure(FLAGS.measure, FLAGS.folder)
@@ -206,7 +209,7 @@ def main(_: list[str]) -> None:
             found = {"missing": str(error)}
         sys.stdout.write(json.dumps(found) + "\n")
         sys.stdout.flush()
-        os._exit(0)  # threads that read ahead need not be waited for
+        os._exit(0)  # without waiting for threads that read ahead
 
     from ekd_jax.common.files import write_json
     from ekd_jax.common.text import table

@@ -19,7 +19,7 @@ from scipy import stats
 from ekd_jax.common import parallel
 from ekd_jax.data import augment as augmentation
 from ekd_jax.data import policies
-from ekd_jax.data.augment import augment, cutout, mixup, normalize, soften, training_batch
+from ekd_jax.data.augment import augment, cutout, mixup, normalize, smooth_labels, training_batch
 
 KEY = jax.random.key(0)
 MANUAL = os.environ.get("EKD_JAX_MANUAL_DIR", "")
@@ -377,7 +377,7 @@ def test_mixup_mixes_neighbors_by_a_beta_distribution(alpha):
 def test_softened_labels():
     labels = np.array([2, 0, 4])
     expected = 0.7 * np.eye(5)[labels] + 0.3 / 5
-    found = soften(labels, 5, 0.3)
+    found = smooth_labels(labels, 5, 0.3)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=2e-7)
 
@@ -410,7 +410,7 @@ def test_a_batch_is_its_parts_in_order():
     found, found_targets = batch_of(KEY, images, labels, numbers, data)
     expected = normalize(augmented(KEY, images, numbers, data), data.mean, data.std)
     expected = jax.jit(cutout, static_argnums=3)(KEY, expected, numbers, data.cutout)
-    expected, targets = jax.jit(mixup)(KEY, expected, soften(labels, 10, 0.1), numbers, 1.0)
+    expected, targets = jax.jit(mixup)(KEY, expected, smooth_labels(labels, 10, 0.1), numbers, 1.0)
     # Float32 in one program or in several: the compiler may round once where two steps round twice.
     np.testing.assert_allclose(found, expected, atol=2e-6)
     np.testing.assert_allclose(found_targets, targets, atol=1e-6)

@@ -29,7 +29,7 @@ from PIL import Image
 from tensorflow_datasets.core.utils import shard_utils
 
 from ekd_jax.common.errors import UserError
-from ekd_jax.data.tfds import builders, imagenet
+from ekd_jax.data.tfds import builders, imagenet, lookup
 from ekd_jax.data.tfds import records as prepared
 
 # --- small archives in the layout of the published ones --------------------------------------
@@ -279,16 +279,16 @@ def test_the_published_archive_needs_no_vouching(made, tmp_path, monkeypatch):
     name, folder, _ = made
     (folder / "SHA256SUMS").unlink()
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
-    monkeypatch.setattr(builders.BUILDERS[name], "published", classmethod(lambda cls: digests))
+    monkeypatch.setattr(builders.BUILDERS[name], "published_digests", classmethod(lambda cls: digests))
     open_set(name, tmp_path / "tfds", folder)
 
 
 def test_published_digests_are_those_of_tfds():
-    assert builders.Cifar10.published() == {
+    assert builders.Cifar10.published_digests() == {
         "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
     }
     for builder in builders.BUILDERS.values():
-        assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in builder.published().values())
+        assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in builder.published_digests().values())
 
 
 def test_cifar_packed_again_with_the_same_contents(manual, tmp_path, monkeypatch):
@@ -370,8 +370,12 @@ def test_download(manual, tmp_path, monkeypatch):
     ("name", "make", "message"),
     [
         ("cifar10", lambda f, g: make_cifar(f, g, labels_below=200), "holds the label .* has 10 classes"),
-        ("svhn_cropped", lambda f, g: make_svhn(f, g, highest=11), "holds the label 11: .* 1 to 10"),
-        ("fashion_mnist", lambda f, g: make_mnist(f, g, highest=12), "holds the label 10: .* 10 classes"),
+        ("svhn_cropped", lambda f, g: make_svhn(f, g, highest=11), "holds the label 11, but .* 1 to 10"),
+        (
+            "fashion_mnist",
+            lambda f, g: make_mnist(f, g, highest=12),
+            "holds the label 10, but .* 10 classes",
+        ),
     ],
 )
 def test_labels_out_of_range(name, make, message, manual, tmp_path):
@@ -386,7 +390,7 @@ def test_svhn_without_its_extra_images(manual, tmp_path):
     make_svhn(manual, np.random.default_rng(0), splits=("train", "test"))
     vouch(manual)
     assert len(open_set("svhn_cropped", tmp_path, manual).train) == 20
-    with pytest.raises(UserError, match=r"has no split extra; .* anew with extra_32x32.mat"):
+    with pytest.raises(UserError, match=r"has no split extra; .* again with extra_32x32.mat"):
         open_set("svhn_cropped", tmp_path, manual, extra=True)
 
 
@@ -408,7 +412,7 @@ def imagenet_archives(manual):
         (
             "val",
             "ILSVRC2012_val_00050001.JPEG",
-            "ILSVRC2012_val_00050001.JPEG: that is no validation image",
+            "ILSVRC2012_val_00050001.JPEG: that is not a validation image",
         ),
         ("val", "ILSVRC2012_val_00000293.JPEG", "ILSVRC2012_val_00000293.JPEG twice"),
     ],
@@ -517,7 +521,7 @@ def test_a_full_disk(noticed, imagenet_archives, small_disk, monkeypatch, small_
             subprocess.run(["mount", "-o", "remount,size=600k", str(small_disk)], check=True)
             changes.setattr(imagenet._SplitWriter, "missing_bytes", lambda self: 0)
         with pytest.raises(
-            UserError, match="more, and its disk has|the disk is full.*run the same"
+            UserError, match="more, but its disk has|the disk is full.*run the same"
         ) as error:
             open_set("imagenet2012", small_disk, folder)
         assert ("disk is full" in str(error.value)) == (noticed == "while")
@@ -603,7 +607,7 @@ def test_sets_that_cannot_be_used(svhn):
     assert prepared.facts("svhn_cropped", str(data_dir), False, "extra").test_examples == 20
     shard = next(version.glob("*-test.*"))
     shard.rename(version / "away")
-    with pytest.raises(UserError, match=f"1 of 1 files of test are missing, {shard.name}"):
+    with pytest.raises(UserError, match=f"1 of 1 files of test are missing, the first is {shard.name}"):
         open_set("svhn_cropped", data_dir)
     edit(version, fileFormat="tfrecord")
     with pytest.raises(
@@ -615,7 +619,7 @@ def test_sets_that_cannot_be_used(svhn):
         fileFormat="array_record",
         supervisedKeys={"tuple": {"items": [{"featureKey": "image"}, {"featureKey": "id"}]}},
     )
-    with pytest.raises(UserError, match="not a set of 8-bit images with one class"):
+    with pytest.raises(UserError, match="is not a set of 8-bit images with one class each"):
         prepared.facts("svhn_cropped", str(data_dir), False, "")
     (version / "features.json").unlink()
     with pytest.raises(UserError, match="holds no complete set .* delete it"):
@@ -733,7 +737,7 @@ def test_a_bucket_without_gcsfs(monkeypatch):
     def fails(*arguments, **options):
         raise ImportError("Please install gcsfs to access Google Storage")
 
-    monkeypatch.setattr(prepared.read_only_builder, "builder_from_files", fails)
+    monkeypatch.setattr(lookup.read_only_builder, "builder_from_files", fails)
     with pytest.raises(UserError, match="gs://bucket cannot be read .*: pip install gcsfs"):
         prepared.facts("cifar10", "gs://bucket", False, "")
 
@@ -744,7 +748,7 @@ FULL = os.environ.get("EKD_JAX_MANUAL_DIR", "")
 
 
 def whole(name, tmp_path_factory, extra=False):
-    for archive in builders.BUILDERS[name].published():
+    for archive in builders.BUILDERS[name].published_digests():
         if not (pathlib.Path(FULL).expanduser() / archive).is_file():
             pytest.skip(f"EKD_JAX_MANUAL_DIR={FULL} holds no {archive}")
     folder = tmp_path_factory.getbasetemp() / "tfds"

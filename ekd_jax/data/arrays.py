@@ -3,9 +3,9 @@
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ekd_jax.common.errors import UserError
 from ekd_jax.data.dataset import Example, Examples, Facts, Source, Subset
@@ -47,11 +47,11 @@ def in_memory(examples: Examples) -> bool:
 
 
 def from_arrays(
-    images: Any,
-    labels: Any,
+    images: npt.ArrayLike,
+    labels: npt.ArrayLike,
     class_names: Sequence[str],
-    test_images: Any,
-    test_labels: Any,
+    test_images: npt.ArrayLike,
+    test_labels: npt.ArrayLike,
     name: str = ARRAYS,
 ) -> Source:
     """Return a data set of arrays, which are not copied: leave them as they are while the set is in use.
@@ -93,7 +93,11 @@ def _checked_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _checked_examples(
-    images: Any, labels: Any, class_names: tuple[str, ...], name: str, arguments: tuple[str, str]
+    images: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    class_names: tuple[str, ...],
+    name: str,
+    arguments: tuple[str, str],
 ) -> ArrayExamples:
     """Return arrays as examples; `arguments` are what images and labels are called in messages."""
     images_name, labels_name = arguments

@@ -1,14 +1,18 @@
-"""Augmentation and normalization, on the device, as functions of (key, example) alone."""
+"""Augmentation and normalization on the device.
+
+The result for an image is a function of the step's key and the number of the example alone (mixup also uses the
+next image of the batch). It does not depend on where in the batch, or on which device, the image is.
+"""
 
 import enum
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from ml_collections import FrozenConfigDict
 
 from ekd_jax.data import policies
 
@@ -16,7 +20,7 @@ Array = jax.Array
 
 
 class Purpose(enum.IntEnum):
-    """What a random number is for. Each has keys of its own, so that none changes the others' draws."""
+    """The use of a random number. Each use has its own keys, so that none changes the draws of another."""
 
     ROTATION = 0
     CROP = 1
@@ -24,50 +28,48 @@ class Purpose(enum.IntEnum):
     POLICY = 3
     CUTOUT = 4
     MIXUP = 5
-    NETWORK = 6  # what the network drops and the method draws
-    VIEW = 7  # and above: of further views of the images, one a student
+    NETWORK = 6  # dropout in the network, and random numbers of the method
+    VIEW = 7  # and above: further views of the images, one per student
 
 
 def training_batch(
-    key: Array, images: Array, labels: Array, examples: Array, num_classes: int, data: Any
+    key: Array, images: Array, labels: Array, examples: Array, num_classes: int, data: FrozenConfigDict
 ) -> tuple[Array, Array]:
-    """What the network is given for a step: images augmented and normalized, and their targets.
+    """Return the network's input for a step: augmented and normalized images, and their targets.
 
     Args:
-        key: of the step. Each image's own keys are folded in from its example number, so that the
-            result does not depend on where in the batch, or on which device, the image is; mixup
-            alone also takes in the image that follows in the batch.
+        key: random key of the step; each image's own keys are derived from it and its example number.
         images: (B, H, W, C) uint8.
         labels: (B,) integers.
         examples: (B,) integers, numbers of the examples in the training set.
-        num_classes: K.
-        data: the configuration's section.
+        num_classes: number of classes K.
+        data: the section `data` of the configuration.
 
     Returns:
-        Images (B, H, W, C) float32, and the labels as they came, or with mixup or label smoothing the
-        classes' probabilities (B, K) float32.
+        Images (B, H, W, C) float32, and either the unchanged labels (B,) or, with mixup or label smoothing,
+        class probabilities (B, K) float32.
     """
     images = normalize(augment(key, images, examples, data), data.mean, data.std)
     if data.cutout:
         images = cutout(key, images, examples, data.cutout)
     if not (data.mixup or data.label_smoothing):
         return images, labels
-    targets = soften(labels, num_classes, data.label_smoothing)
+    targets = smooth_labels(labels, num_classes, data.label_smoothing)
     if data.mixup:
         images, targets = mixup(key, images, targets, examples, data.mixup)
     return images, targets
 
 
-def augment(key: Array, images: Array, examples: Array, data: Any) -> Array:
-    """Pads, rotates, crops, flips, and follows a policy, as far as `data` asks for it.
+def augment(key: Array, images: Array, examples: Array, data: FrozenConfigDict) -> Array:
+    """Pad, rotate, crop and flip images and apply a policy, as far as the configuration asks for it.
 
     The order is that of torchvision's Pad, RandomAffine, RandomCrop, RandomHorizontalFlip, RandAugment.
 
     Args:
-        key: of the step.
+        key: random key of the step.
         images: (B, H, W, C) uint8.
         examples: (B,) integers, numbers of the examples in the training set.
-        data: the configuration's section.
+        data: the section `data` of the configuration.
 
     Returns:
         Images of the same shape and dtype.
@@ -100,20 +102,21 @@ def augment(key: Array, images: Array, examples: Array, data: Any) -> Array:
 
 
 def normalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """(images / 255 - mean) / std in float32; mean and std of one value, or one a channel."""
+    """Return (images / 255 - mean) / std in float32; mean and std have one value, or one per channel."""
     scaled = images.astype(jnp.float32) / 255
     return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
 def cutout(key: Array, images: Array, examples: Array, size: int) -> Array:
-    """Sets a square to 0, the mean of normalized images (DeVries & Taylor 2017).
+    """Set a square of each image to 0, the mean of normalized images (DeVries & Taylor 2017).
 
-    The square's middle is any pixel, all equally likely; what lies outside the image is cut off. As in
-    the official code it begins size // 2 before that pixel; there an odd size loses its last line.
+    The center of the square is drawn uniformly from all pixels; the part outside the image is cut off. As in the
+    official code, the square starts size // 2 before its center; the official code leaves out the last row and
+    column of a square of odd size.
 
     Args:
-        key: of the step.
-        images: (B, H, W, C).
+        key: random key of the step.
+        images: (B, H, W, C), normalized.
         examples: (B,) integers, numbers of the examples in the training set.
         size: side of the square in pixels.
 
@@ -122,27 +125,27 @@ def cutout(key: Array, images: Array, examples: Array, size: int) -> Array:
     """
     height, width = images.shape[1:3]
 
-    def hole(key: Array) -> Array:
+    def is_covered(key: Array) -> Array:
         center = jax.random.randint(key, (2,), 0, jnp.array([height, width]))
         place = jnp.indices((height, width)) - (center - size // 2)[:, None, None]
         return ((place >= 0) & (place < size)).all(0)
 
-    holes = jax.vmap(hole)(_keys(key, examples, Purpose.CUTOUT))
-    return jnp.where(holes[..., None], 0, images)
+    covered = jax.vmap(is_covered)(_keys(key, examples, Purpose.CUTOUT))
+    return jnp.where(covered[..., None], 0, images)
 
 
 def mixup(key: Array, images: Array, targets: Array, examples: Array, alpha: float) -> tuple[Array, Array]:
-    """Mixes every image, and its target, with the next of the batch (Zhang et al. 2018, equation 1).
+    """Mix every image and its target with the next one of the batch (Zhang et al. 2018, equation 1).
 
-    The share that an image keeps is drawn from Beta(alpha, alpha) for each; the official code draws one
-    for the whole batch. The order of a batch is random, and so are the pairs.
+    The share that an image keeps is drawn from Beta(alpha, alpha) for each image; the official code draws one
+    share for the whole batch. The order of a batch is random, and so are the pairs.
 
     Args:
-        key: of the step.
+        key: random key of the step.
         images: (B, H, W, C) floats.
-        targets: (B, K) floats, the classes' probabilities.
+        targets: (B, K) floats, class probabilities.
         examples: (B,) integers, numbers of the examples in the training set.
-        alpha: above 0.
+        alpha: parameter of the Beta distribution, above 0.
 
     Returns:
         Images and targets of the same shapes and dtypes.
@@ -156,22 +159,22 @@ def mixup(key: Array, images: Array, targets: Array, examples: Array, alpha: flo
     return mix(images), mix(targets)
 
 
-def soften(labels: Array, num_classes: int, smoothing: float) -> Array:
-    """Targets (B, K) float32 of labels (B,): (1 - smoothing) of the label's class, the rest of all K alike.
+def smooth_labels(labels: Array, num_classes: int, smoothing: float) -> Array:
+    """Return targets (B, K) float32 for labels (B,): (1 - smoothing) one_hot(labels) + smoothing / K.
 
-    Szegedy et al. 2016, section 7, as `label_smoothing` of PyTorch's cross-entropy does it.
+    This is label smoothing (Szegedy et al. 2016, section 7), as in PyTorch's cross-entropy.
     """
     return (1 - smoothing) * jax.nn.one_hot(labels, num_classes) + smoothing / num_classes
 
 
-def _rotate(keys: Array, images: Array, most: float) -> Array:
-    """Turns (B, H, W, C) about the center by one of 1001 angles, evenly spaced up to `most` degrees."""
-    # A finite number, to compute the maps in double precision beforehand: all devices turn alike.
-    maps = jnp.asarray(policies.rotation_map(np.linspace(-most, most, 1001), *images.shape[1:3]))
+def _rotate(keys: Array, images: Array, largest: float) -> Array:
+    """Rotate images (B, H, W, C) about the center by one of 1001 evenly spaced angles up to `largest` degrees."""
+    # There are finitely many, so the maps can be computed in double precision beforehand: all devices agree.
+    maps = jnp.asarray(policies.rotation_map(np.linspace(-largest, largest, 1001), *images.shape[1:3]))
     turns = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(maps)))(keys)
     return jax.vmap(policies.warp)(images, maps[turns])
 
 
 def _keys(key: Array, examples: Array, purpose: Purpose) -> Array:
-    """(B,) keys, one an example."""
+    """Return the random keys (B,) of the examples for one purpose."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, purpose), examples)

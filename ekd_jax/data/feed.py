@@ -7,10 +7,11 @@ batches.
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
@@ -84,7 +85,7 @@ class Placements(NamedTuple):
     evaluation: Placement
 
 
-def placements(config: Any, facts: Facts, mesh: Mesh) -> Placements:
+def placements(config: FrozenConfigDict, facts: Facts, mesh: Mesh) -> Placements:
     """Choose where the images of a run are.
 
     With data.placement=auto it is the first placement that fits in `data.device_share` of a device's memory.
@@ -115,7 +116,7 @@ def placements(config: Any, facts: Facts, mesh: Mesh) -> Placements:
     return Placements(train, choose(sizes.evaluation))
 
 
-def training_feed(config: Any, data: Data, mesh: Mesh, steps: int) -> Feed:
+def training_feed(config: FrozenConfigDict, data: Data, mesh: Mesh, steps: int) -> Feed:
     """Return the batches of the training set.
 
     Args:
@@ -133,7 +134,7 @@ def training_feed(config: Any, data: Data, mesh: Mesh, steps: int) -> Feed:
     return Resident(config, data, mesh, placement)
 
 
-def evaluation_set(config: Any, data: Data, mesh: Mesh, name: str) -> EvaluationSet:
+def evaluation_set(config: FrozenConfigDict, data: Data, mesh: Mesh, name: str) -> EvaluationSet:
     """Return the examples named "test" or "validation"; arguments and errors are those of `training_feed`."""
     examples = data.validation if name == "validation" else data.test
     assert examples is not None, "nothing is held out for validation"
@@ -144,7 +145,7 @@ def evaluation_set(config: Any, data: Data, mesh: Mesh, name: str) -> Evaluation
     return ResidentEvaluation(name, len(examples), images, labels)
 
 
-def resident_bytes(config: Any, facts: Facts, mesh: Mesh) -> int:
+def resident_bytes(config: FrozenConfigDict, facts: Facts, mesh: Mesh) -> int:
     """Return how many bytes of a device's memory the images take."""
     pairs = zip(_image_bytes(facts), placements(config, facts, mesh), strict=True)
     return sum(int(size * _share_per_device(placement, mesh)) for size, placement in pairs)

@@ -1,10 +1,11 @@
 """A grid of images as the network sees them, for `ekd preview`."""
 
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import FrozenConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
 from ekd_jax.data import order
@@ -12,64 +13,76 @@ from ekd_jax.data.augment import training_batch
 from ekd_jax.data.decode import Reader
 from ekd_jax.data.opening import Data, read_example
 
-SIDE = 128  # pixels that a small image is enlarged to, at least
-MARGIN, LINE, FONT_SIZE = 6, 15, 12
+LEAST_SIDE = 128  # smaller images are enlarged to this many pixels or more
+MARGIN, LINE, FONT_SIZE = 6, 15, 12  # in pixels
 
 
-def draw_preview(config: Any, data: Data, examples: int, epochs: int) -> Image.Image:
-    """The grid.
+class Cell(NamedTuple):
+    """An image (H, W, C) uint8, and the text below it."""
+
+    image: np.ndarray
+    text: str
+
+
+def draw_preview(config: FrozenConfigDict, data: Data, examples: int, epochs: int) -> Image.Image:
+    """Draw training images as they are stored, and as the network sees them in several epochs.
 
     Args:
-        config: resolved.
-        data: opened.
-        examples: rows; the first of the training set's first epoch.
-        epochs: columns beside the image as stored.
+        config: resolved configuration.
+        data: the opened data set.
+        examples: number of rows, the first examples of the first epoch.
+        epochs: number of columns besides the image as stored.
     """
     numbers = order.epoch_order(config.seed, 0, len(data.train))[:examples]
-    as_stored = Reader(data.facts.input_shape, "native" if config.data.fit == "native" else "stretch")
-    names = data.facts.class_names
-    cells = [[] for _ in numbers]  # type: list[list[tuple[np.ndarray, str]]]
-    for row, number in enumerate(numbers):
-        image, label = read_example(data.train, as_stored, data.facts, int(number))
-        cells[row].append((image, names[label]))
-    prepare = jax.jit(
-        functools.partial(training_batch, num_classes=data.facts.num_classes, data=config.data)
-    )
-    for epoch in range(epochs):
-        # As in training, but that these examples come first in every epoch.
-        read = [
-            read_example(
-                data.train,
-                data.reader,
-                data.facts,
-                int(number),
-                order.crop_draws(config.seed, epoch * len(data.train) + row),
-            )
-            for row, number in enumerate(numbers)
-        ]
-        images, labels = (np.asarray(column) for column in zip(*read, strict=True))
-        key = jax.random.fold_in(jax.random.key(config.seed), epoch)
-        seen, targets = jax.device_get(prepare(key, images, labels, numbers))
-        seen = np.clip((seen * config.data.std + config.data.mean) * 255, 0, 255).round().astype(np.uint8)
-        for row in range(len(numbers)):
-            cells[row].append((seen[row], target_text(targets[row], names)))
-    return draw(cells, ["as stored", *(f"epoch {epoch + 1}" for epoch in range(epochs))])
+    columns = [
+        _as_stored(config, data, numbers),
+        *(_as_seen(config, data, numbers, epoch) for epoch in range(epochs)),
+    ]
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    return draw(rows, ["as stored", *(f"epoch {epoch + 1}" for epoch in range(epochs))])
+
+
+def _as_stored(config: FrozenConfigDict, data: Data, numbers: np.ndarray) -> list[Cell]:
+    reader = Reader(data.facts.input_shape, "native" if config.data.fit == "native" else "stretch")
+    read = [read_example(data.train, reader, data.facts, int(number)) for number in numbers]
+    return [Cell(image, data.facts.class_names[label]) for image, label in read]
+
+
+def _as_seen(config: FrozenConfigDict, data: Data, numbers: np.ndarray, epoch: int) -> list[Cell]:
+    """Return the examples as in training, except that they come first in every epoch."""
+    section, facts = config.data, data.facts
+    positions = epoch * len(data.train) + np.arange(len(numbers))
+    read = [
+        read_example(
+            data.train, data.reader, facts, int(number), order.crop_draws(config.seed, int(position))
+        )
+        for number, position in zip(numbers, positions, strict=True)
+    ]
+    images, labels = (np.asarray(column) for column in zip(*read, strict=True))
+    key = jax.random.fold_in(jax.random.key(config.seed), epoch)
+    augmented = jax.jit(functools.partial(training_batch, num_classes=facts.num_classes, data=section))
+    seen, targets = jax.device_get(augmented(key, images, labels, numbers))
+    colors = np.clip((seen * section.std + section.mean) * 255, 0, 255).round().astype(np.uint8)
+    return [
+        Cell(image, target_text(target, facts.class_names))
+        for image, target in zip(colors, targets, strict=True)
+    ]
 
 
 def target_text(target: np.ndarray, names: tuple[str, ...]) -> str:
-    """`cat`, or `cat .70 dog .30` for a share of classes, the two greatest."""
+    """Return a target as text: `cat`, or for probabilities those of the two likeliest, `cat .70  dog .30`."""
     if target.ndim == 0:
         return names[int(target)]
     largest = [int(k) for k in np.argsort(-target)[:2] if target[k] > 1.5 / len(target)]
     return "  ".join(f"{names[k]} {target[k]:.2f}".replace(" 0.", " .") for k in largest)
 
 
-def draw(cells: list[list[tuple[np.ndarray, str]]], header: list[str]) -> Image.Image:
-    """Images in rows with a line of text under each, and the header above."""
-    height, width, _ = cells[0][0][0].shape
-    scale = max(1, -(-SIDE // max(height, width)))
+def draw(rows: list[list[Cell]], header: list[str]) -> Image.Image:
+    """Draw rows of images, each with its line of text below, under a header."""
+    height, width, _ = rows[0][0].image.shape
+    scale = max(1, -(-LEAST_SIDE // max(height, width)))
     across, down = width * scale + MARGIN, height * scale + LINE + MARGIN
-    grid = Image.new("RGB", (MARGIN + across * len(header), LINE + MARGIN + down * len(cells)), "white")
+    grid = Image.new("RGB", (MARGIN + across * len(header), LINE + MARGIN + down * len(rows)), "white")
     pen, font = ImageDraw.Draw(grid), ImageFont.load_default(FONT_SIZE)
 
     def write(x: int, y: int, text: str) -> None:
@@ -77,11 +90,11 @@ def draw(cells: list[list[tuple[np.ndarray, str]]], header: list[str]) -> Image.
             text = text[:-2] + "…"
         pen.text((x, y), text, "black", font)
 
-    for column, text in enumerate(header):
-        write(MARGIN + column * across, 2, text)
-    for row, line in enumerate(cells):
-        for column, (image, text) in enumerate(line):
-            x, y = MARGIN + column * across, LINE + MARGIN + row * down
+    for i, text in enumerate(header):
+        write(MARGIN + i * across, 2, text)
+    for j, row in enumerate(rows):
+        for i, (image, text) in enumerate(row):
+            x, y = MARGIN + i * across, LINE + MARGIN + j * down
             picture = Image.fromarray(image.repeat(3, -1) if image.shape[-1] == 1 else image)
             grid.paste(picture.resize((width * scale, height * scale), Image.Resampling.NEAREST), (x, y))
             write(x, y + height * scale + 1, text)

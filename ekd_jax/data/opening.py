@@ -9,9 +9,9 @@ import concurrent.futures
 import dataclasses
 import os
 import pathlib
-from typing import Any
 
 import numpy as np
+from ml_collections import FrozenConfigDict
 
 from ekd_jax.common.cache import Cache
 from ekd_jax.common.errors import UserError
@@ -47,7 +47,7 @@ class Data:
     reader: Reader
 
 
-def facts(config: Any, source: Source | None = None) -> Facts | None:
+def facts(config: FrozenConfigDict, source: Source | None = None) -> Facts | None:
     """Return what a run on `config` will read, or None for a set that has to be prepared first.
 
     No image file is read and nothing is prepared.
@@ -63,7 +63,7 @@ def facts(config: Any, source: Source | None = None) -> Facts | None:
     return _facts_of_run(config.data, found) if found else None
 
 
-def known_facts(config: Any, source: Source | None = None) -> Facts:
+def known_facts(config: FrozenConfigDict, source: Source | None = None) -> Facts:
     """Return what a run on `config` will read, like `facts`.
 
     Raises:
@@ -78,7 +78,7 @@ def known_facts(config: Any, source: Source | None = None) -> Facts:
     return known
 
 
-def open_data(config: Any, source: Source | None = None) -> Data:
+def open_data(config: FrozenConfigDict, source: Source | None = None) -> Data:
     """Open the data set that `config.data` names, and prepare it first if necessary.
 
     No image is read, except with data.corrupt=skip: then each one is decoded once to find those to leave out.
@@ -110,7 +110,7 @@ def open_data(config: Any, source: Source | None = None) -> Data:
     return Data(known, train, validation, test, reader)
 
 
-def _facts_of_source(section: Any, source: Source | None) -> Facts | None:
+def _facts_of_source(section: FrozenConfigDict, source: Source | None) -> Facts | None:
     """Return the facts about the whole set that `data` names; None if it has to be prepared first."""
     if source is not None or section.name == ARRAYS or registry.is_registered(section.name):
         return _open_source(section, source).facts
@@ -126,7 +126,7 @@ def _facts_of_source(section: Any, source: Source | None) -> Facts | None:
     )
 
 
-def _open_source(section: Any, source: Source | None) -> Source:
+def _open_source(section: FrozenConfigDict, source: Source | None) -> Source:
     """Return the set that `data` names, prepared if necessary, or the one that was passed."""
     if source is not None:
         if section.name != source.name:
@@ -165,7 +165,7 @@ def _digits() -> Source:
     return Source(DIGITS, train, test)
 
 
-def _facts_of_run(section: Any, stored: Facts) -> Facts:
+def _facts_of_run(section: FrozenConfigDict, stored: Facts) -> Facts:
     """Return what a run with this section `data` reads from a set.
 
     Raises:
@@ -185,7 +185,7 @@ def _facts_of_run(section: Any, stored: Facts) -> Facts:
     )
 
 
-def _number_to_train_on(section: Any, stored: Facts) -> int:
+def _number_to_train_on(section: FrozenConfigDict, stored: Facts) -> int:
     remaining = stored.train_examples - section.validation_examples
     if remaining < 1:
         raise UserError(
@@ -200,7 +200,7 @@ def _number_to_train_on(section: Any, stored: Facts) -> int:
     return section.train_examples or remaining
 
 
-def _input_shape(section: Any, stored: Facts) -> tuple[int, int, int]:
+def _input_shape(section: FrozenConfigDict, stored: Facts) -> tuple[int, int, int]:
     """Return H, W, C of the network's input."""
     height, width, channels = stored.image_shape
     size: int = section.image_size

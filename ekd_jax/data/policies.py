@@ -1,11 +1,11 @@
-"""RandAugment and TrivialAugment on the device, equal to torchvision's on PIL images bit for bit.
+"""RandAugment and TrivialAugment on the device, equal bit for bit to torchvision's on PIL images.
 
-An operation moves pixels, or mixes the image with a degenerate one, or replaces every level of gray by
-another. Each image passes through these three stages, all but one of which leave it as it is: of a
-branch for each of the 14 operations, `vmap` would compute all.
+An operation moves pixels, or blends the image with a degenerate one, or replaces every gray level by another.
+Each image passes through these three kinds in turn, and at most one of them changes it. Branches for the 14
+operations would not be cheaper: `vmap` computes all branches.
 
-What depends on an operation's strength is tabulated in double precision when the program is built, so
-that the arithmetic left for the device is exact: all devices give the same image, and it is PIL's.
+Whatever depends on an operation's strength is tabulated in double precision when the program is built. The
+arithmetic left for the device is exact: all devices compute the same image, and it is PIL's.
 """
 
 from typing import NamedTuple
@@ -22,12 +22,20 @@ OPERATIONS = (
     "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
 )  # fmt: skip
 LEVELS = 31
-_GREYS = 256
-_LUMA = (19595, 38470, 7471)  # of red, green, blue, in 1/65536: ITU-R 601 as PIL rounds it
+_GRAYS = 256
+_LUMA = (19595, 38470, 7471)  # weights of red, green and blue in 1/65536: ITU-R 601 as PIL rounds it
 
 
 class Space(NamedTuple):
-    """What the highest level means: slope, pixels, degrees, change of a factor, bits taken away."""
+    """The strength of each operation at the highest level.
+
+    Attributes:
+        shear: slope.
+        translate_x, translate_y: distance in pixels.
+        rotate: angle in degrees.
+        enhance: change of the factor by which brightness, color, contrast or sharpness is multiplied.
+        posterize: number of bits that are removed.
+    """
 
     shear: float
     translate_x: float
@@ -38,21 +46,21 @@ class Space(NamedTuple):
 
 
 def randaugment_space(height: int, width: int) -> Space:
-    """Of `torchvision.transforms.RandAugment`."""
+    """Return the strengths of `torchvision.transforms.RandAugment` for images of this size."""
     return Space(0.3, 150 / 331 * width, 150 / 331 * height, 30, 0.9, 4)
 
 
-TRIVIALAUGMENT_SPACE = Space(0.99, 32, 32, 135, 0.99, 6)  # of torchvision.transforms.TrivialAugmentWide
+TRIVIALAUGMENT_SPACE = Space(0.99, 32, 32, 135, 0.99, 6)  # torchvision.transforms.TrivialAugmentWide
 
 
 class Strengths(NamedTuple):
-    """A space's levels, as the device needs them; index 1 of an axis of 2 is the negative sign.
+    """Tables of all strengths, as the device needs them; index 1 of an axis of 2 is the negative sign.
 
     Attributes:
-        maps: (14, 31, 2, 6) int32, `affine_map` of every operation.
-        products: (31, 2, 511) float32, factor times difference of two grays, from -255 on.
-        masks: (31,) uint8, bits that Posterize keeps.
-        thresholds: (31,) float32, the lowest gray that Solarize inverts.
+        maps: `affine_map` of every operation, (14, 31, 2, 6) int32.
+        products: factor times the difference of two gray levels, for differences from -255, (31, 2, 511) float32.
+        masks: bits that Posterize keeps, (31,) uint8.
+        thresholds: lowest gray level that Solarize inverts, (31,) float32.
     """
 
     maps: np.ndarray
@@ -62,16 +70,16 @@ class Strengths(NamedTuple):
 
 
 def randaugment(key: Array, image: Array, operations: int, level: int) -> Array:
-    """So many random operations, one after another, all at the same level (Cubuk et al. 2020).
+    """Apply random operations one after another, all at the same level (Cubuk et al. 2020).
 
     Args:
-        key: of this image.
+        key: random key of this image.
         image: (H, W, C) uint8, C 1 or 3.
-        operations: how many, N in the paper.
-        level: 0 to 30, M in the paper.
+        operations: number of operations, N in the paper.
+        level: strength from 0 to 30, M in the paper.
 
     Returns:
-        (H, W, C) uint8.
+        The image (H, W, C) uint8.
     """
     size = image.shape[:2]
     strengths = tabulate(randaugment_space(*size), *size)
@@ -83,14 +91,14 @@ def randaugment(key: Array, image: Array, operations: int, level: int) -> Array:
 
 
 def trivialaugment(key: Array, image: Array) -> Array:
-    """One random operation at a random level (TrivialAugment Wide, Müller & Hutter 2021).
+    """Apply one random operation at a random level (TrivialAugment Wide, Müller & Hutter 2021).
 
     Args:
-        key: of this image.
+        key: random key of this image.
         image: (H, W, C) uint8, C 1 or 3.
 
     Returns:
-        (H, W, C) uint8.
+        The image (H, W, C) uint8.
     """
     strengths = tabulate(TRIVIALAUGMENT_SPACE, *image.shape[:2])
     pick, strength, sign = jax.random.split(key, 3)
@@ -102,17 +110,17 @@ def trivialaugment(key: Array, image: Array) -> Array:
 def apply(
     image: Array, operation: int | Array, level: int | Array, negative: int | Array, strengths: Strengths
 ) -> Array:
-    """One operation.
+    """Apply one operation.
 
     Args:
         image: (H, W, C) uint8, C 1 or 3.
-        operation: place in `OPERATIONS`.
-        level: 0 to 30; nothing to Identity, AutoContrast and Equalize.
-        negative: 1 for the negative sign of an operation that has one (ShearX to Sharpness).
-        strengths: of the levels.
+        operation: index into `OPERATIONS`.
+        level: strength from 0 to 30; ignored by Identity, AutoContrast and Equalize.
+        negative: 1 for the negative sign of an operation that has one (ShearX to Sharpness), otherwise 0.
+        strengths: tables for images of this size.
 
     Returns:
-        (H, W, C) uint8.
+        The image (H, W, C) uint8.
     """
     maps, products, masks, thresholds = map(jnp.asarray, strengths)
     image = warp(image, maps[operation, level, negative])
@@ -122,7 +130,7 @@ def apply(
 
 
 def tabulate(space: Space, height: int, width: int) -> Strengths:
-    """Levels evenly from 0 to what `space` says, for images of this size."""
+    """Return the tables for images of this size, with levels spaced evenly from 0 to the strengths in `space`."""
 
     def signed(highest: float) -> np.ndarray:
         magnitudes = np.linspace(0, highest, LEVELS, dtype=np.float32).astype(np.float64)
@@ -141,7 +149,7 @@ def tabulate(space: Space, height: int, width: int) -> Strengths:
     removed = np.round(np.linspace(0, space.posterize, LEVELS)).astype(int)
     return Strengths(
         maps=maps,
-        products=factors[..., None] * np.arange(1 - _GREYS, _GREYS, dtype=np.float32),
+        products=factors[..., None] * np.arange(1 - _GRAYS, _GRAYS, dtype=np.float32),
         masks=(255 >> removed << removed).astype(np.uint8),
         thresholds=np.linspace(255, 0, LEVELS, dtype=np.float32),
     )
@@ -151,13 +159,15 @@ def tabulate(space: Space, height: int, width: int) -> Strengths:
 
 
 def affine_map(*matrix: np.ndarray | float) -> np.ndarray:
-    """Where in the image each place of the result comes from, rounded as in PIL's Geometry.c, affine_fixed.
+    """Return the map from pixels of the result to positions in the image, rounded as in PIL's Geometry.c.
+
+    The rounding is that of its function affine_fixed.
 
     Args:
-        *matrix: a, b, c, d, e, f of x' = ax + by + c, y' = dx + ey + f, of shapes that broadcast.
+        *matrix: a, b, c, d, e, f of x' = ax + by + c, y' = dx + ey + f, with shapes that broadcast.
 
     Returns:
-        (..., 6) int32 in 1/65536 pixel, c and f being those of the middle of the first pixel.
+        The six numbers (..., 6) int32 in 1/65536 pixel; c and f refer to the center of the first pixel.
     """
     a, b, c, d, e, f = np.broadcast_arrays(*matrix)
     middle = np.stack([a, b, c + 0.5 * a + 0.5 * b, d, e, f + 0.5 * d + 0.5 * e], axis=-1)
@@ -165,7 +175,7 @@ def affine_map(*matrix: np.ndarray | float) -> np.ndarray:
 
 
 def rotation_map(degrees: np.ndarray, height: int, width: int) -> np.ndarray:
-    """`affine_map` of a counterclockwise turn about the center, like PIL's Image.rotate."""
+    """Return the `affine_map` of a counterclockwise rotation about the center, like PIL's Image.rotate."""
     angle = -np.radians(degrees)
     cos, sin = np.round(np.cos(angle), 15), np.round(np.sin(angle), 15)
     x, y = width / 2, height / 2
@@ -173,18 +183,22 @@ def rotation_map(degrees: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def warp(image: Array, affine: Array) -> Array:
-    """The nearest pixel of `image` (H, W, C) where `affine`, an `affine_map`, points; 0 outside."""
+    """Return, for each pixel, the nearest pixel of `image` (H, W, C) to which `affine` maps it; 0 outside.
+
+    `affine` is an `affine_map` (6,).
+    """
     a, b, c, d, e, f = affine
     y, x = jnp.indices(image.shape[:2])
     from_y, from_x = (d * x + e * y + f) >> 16, (a * x + b * y + c) >> 16
     return image.at[from_y, from_x].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-# --- the image is mixed with another ---------------------------------------------------------
+# --- the image is blended with a degenerate one ----------------------------------------------
 
 
 def _degenerate(image: Array, operation: int | Array) -> Array:
-    """What an image at factor 0 looks like (PIL's ImageEnhance), int32; the image itself for the others."""
+    """Return the image that factor 0 stands for (PIL's ImageEnhance), int32; the image itself for other
+    operations."""
     image = image.astype(jnp.int32)
     gray = image
     if image.shape[-1] == 3:
@@ -199,7 +213,7 @@ def _degenerate(image: Array, operation: int | Array) -> Array:
 
 
 def _smooth(image: Array) -> Array:
-    """PIL's ImageFilter.SMOOTH, which leaves the border alone."""
+    """Apply PIL's ImageFilter.SMOOTH, which leaves the border unchanged."""
     height, width, _ = image.shape
     windows = [image[y : height - 2 + y, x : width - 2 + x] for y in range(3) for x in range(3)]
     weighted = sum(windows) + 4 * windows[4]
@@ -207,36 +221,37 @@ def _smooth(image: Array) -> Array:
 
 
 def _blend(degenerate: Array, image: Array, products: Array) -> Array:
-    """degenerate + factor * (image - degenerate), cut off to a level of gray.
+    """Return degenerate + factor * (image - degenerate), clipped to gray levels.
 
-    The product comes from a table, since a compiler may fuse the two steps and round once, not twice.
+    The product comes from a table, because a compiler may fuse multiplication and addition and so round once
+    instead of twice.
     """
     return jnp.clip(degenerate + products[image - degenerate + 255], 0, 255).astype(jnp.uint8)
 
 
-# --- every level of gray is replaced ---------------------------------------------------------
+# --- every gray level is replaced ------------------------------------------------------------
 
 
 def _curve(image: Array, operation: int | Array, mask: Array, threshold: Array) -> Array:
-    """The gray (256, C) uint8 that takes the place of each (PIL's ImageOps)."""
-    grays = jnp.arange(_GREYS)[:, None]
+    """Return the gray level that replaces each gray level (PIL's ImageOps), (256, C) uint8."""
+    grays = jnp.arange(_GRAYS)[:, None]
     chosen = {
         "Posterize": grays & mask,
         "Solarize": jnp.where(grays < threshold, grays, 255 - grays),
         "AutoContrast": _autocontrast(image, grays),
         "Equalize": _equalize(image, grays),
     }
-    shape = (_GREYS, image.shape[-1])
+    shape = (_GRAYS, image.shape[-1])
     chosen = {name: jnp.broadcast_to(curve, shape) for name, curve in chosen.items()}
     return _select(operation, chosen, jnp.broadcast_to(grays, shape)).astype(jnp.uint8)
 
 
 def _autocontrast(image: Array, grays: Array) -> Array:
-    """From the darkest to the lightest gray of each channel, stretched to 0 to 255."""
+    """Stretch each channel's range of gray levels to 0 to 255."""
     low, high = (bound.astype(jnp.int32) for bound in (image.min((0, 1)), image.max((0, 1))))
     extent = jnp.maximum(high - low, 1)
     whole, rest = jnp.divmod((grays - low) * 255, extent)
-    # PIL subtracts two products in double precision, which may fall short of a whole number.
+    # PIL subtracts two products in double precision; the difference may fall just short of an integer.
     residues = jnp.asarray(_stretched_residues())
     error = lax.bitcast_convert_type(residues[extent, grays] - residues[extent, low], jnp.int32)
     spacing = 1 << 31 - lax.clz(jnp.maximum(whole - 1, 1))
@@ -245,10 +260,11 @@ def _autocontrast(image: Array, grays: Array) -> Array:
 
 
 def _stretched_residues() -> np.ndarray:
-    """(256, 256) uint32 of (extent, gray): the double gray * (255 / extent) in 1/2**52, modulo 2**32.
+    """Return the doubles gray * (255 / extent) in units of 2**-52, modulo 2**32, as a table (256, 256) uint32 of
+    (extent, gray).
 
-    The difference of two of them is how far the difference of the doubles is from a whole number, given
-    that it is all but one; 2**-52 is the spacing of doubles from 1 on.
+    If the difference of two such doubles is almost an integer, the difference of their entries tells how far it is
+    from the integer. 2**-52 is the spacing of doubles at 1.
     """
     grays = np.arange(256.0)
     products = grays * (255 / np.maximum(grays, 1))[:, None]
@@ -256,10 +272,10 @@ def _stretched_residues() -> np.ndarray:
 
 
 def _equalize(image: Array, grays: Array) -> Array:
-    """Each channel's grays spread so that all are about as frequent."""
+    """Spread each channel's gray levels so that all are about equally frequent."""
     pixels = image.reshape(-1, image.shape[-1])
     histogram = (
-        jnp.zeros((_GREYS, pixels.shape[1]), jnp.int32).at[pixels, jnp.arange(pixels.shape[1])].add(1)
+        jnp.zeros((_GRAYS, pixels.shape[1]), jnp.int32).at[pixels, jnp.arange(pixels.shape[1])].add(1)
     )
     below = jnp.cumsum(histogram, axis=0) - histogram
     step = below[pixels.max(0), jnp.arange(pixels.shape[1])] // 255
@@ -268,6 +284,7 @@ def _equalize(image: Array, grays: Array) -> Array:
 
 
 def _select(operation: int | Array, chosen: dict[str, Array], otherwise: Array) -> Array:
+    """Return the entry of the operation's name, or `otherwise` if there is none."""
     return jnp.select(
         [operation == OPERATIONS.index(name) for name in chosen], [*chosen.values()], otherwise
     )

@@ -4,12 +4,12 @@ import concurrent.futures
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
 
 from ekd_jax.common import parallel
 from ekd_jax.common.cache import Cache
@@ -27,7 +27,7 @@ EXAMPLES_PER_TASK = 256  # that a thread reads in one go
 class Resident:
     """A training set on the devices, where batches are gathered."""
 
-    def __init__(self, config: Any, data: Data, mesh: Mesh, placement: str):
+    def __init__(self, config: FrozenConfigDict, data: Data, mesh: Mesh, placement: str):
         self._mesh, self._seed, self._batch_size = mesh, config.seed, config.train.batch_size
         self._examples = len(data.train)
         self._images, self._labels = place_on_devices(data.train, data, mesh, placement)
@@ -94,7 +94,8 @@ def place_on_devices(examples: Examples, data: Data, mesh: Mesh, placement: str)
     labels = np.pad(labels, (0, missing)) if missing else labels
 
     def place(rows: np.ndarray) -> Array:
-        def cut(index: Any) -> np.ndarray:
+        def cut(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             first, last, _ = index[0].indices(count)
             return rows[first - own.start : last - own.start]
 

@@ -8,14 +8,15 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from absl import flags
 from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
@@ -78,7 +79,7 @@ class ProcessBatches:
         return in_memory(self._examples)
 
 
-def workers_and_threads(config: Any, in_memory: bool = False) -> tuple[int, int]:
+def workers_and_threads(config: FrozenConfigDict, in_memory: bool = False) -> tuple[int, int]:
     """Return the number of worker processes, 0 for threads alone, and of threads in each.
 
     Unless `data.workers` says so, examples in memory are not copied to worker processes.
@@ -101,7 +102,7 @@ class Batches:
         batch_size: size of a batch, over all processes.
     """
 
-    def __init__(self, config: Any, source: ProcessBatches, mesh: Mesh, batch_size: int):
+    def __init__(self, config: FrozenConfigDict, source: ProcessBatches, mesh: Mesh, batch_size: int):
         workers, threads = workers_and_threads(config, source.in_memory)
         sharding = parallel.split(mesh)
 
@@ -163,7 +164,7 @@ class Batches:
 class Streamed:
     """A training set that is read while training."""
 
-    def __init__(self, config: Any, data: Data, mesh: Mesh, steps: int):
+    def __init__(self, config: FrozenConfigDict, data: Data, mesh: Mesh, steps: int):
         self._config, self._data, self._mesh, self._steps = config, data, mesh, steps
         self._batch_size = config.train.batch_size
         self._batches: Batches | None = None
@@ -219,7 +220,7 @@ class Streamed:
 class StreamedEvaluation:
     """A set to evaluate on that is read each time."""
 
-    def __init__(self, config: Any, data: Data, examples: Examples, mesh: Mesh, name: str):
+    def __init__(self, config: FrozenConfigDict, data: Data, examples: Examples, mesh: Mesh, name: str):
         self.name, self.examples = name, len(examples)
         self._config, self._data, self._source, self._mesh = config, data, examples, mesh
         self._batch_size = evaluation_batch_size(config, self.examples, mesh)
@@ -243,7 +244,7 @@ class StreamedEvaluation:
         return _shapes(self._mesh, self._batch_size, self._data.facts.input_shape, numbers=False)
 
 
-def evaluation_batch_size(config: Any, examples: int, mesh: Mesh) -> int:
+def evaluation_batch_size(config: FrozenConfigDict, examples: int, mesh: Mesh) -> int:
     """Return the size of an evaluation batch that all devices share equally."""
     return -(-min(config.evaluate.batch_size, examples) // mesh.size) * mesh.size
 
@@ -268,7 +269,7 @@ def _follow_the_parent(worker: int, workers: int) -> None:
 def _shapes(
     mesh: Mesh, batch_size: int, input_shape: tuple[int, ...], numbers: bool
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
-    def struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    def struct(shape: tuple[int, ...], dtype: npt.DTypeLike) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.split(mesh))
 
     images = struct((batch_size, *input_shape), jnp.uint8)

@@ -1,1 +1,1 @@
-"""Data sets prepared by TensorFlow Datasets, without TensorFlow."""
+"""Image classification sets of TensorFlow Datasets (TFDS), prepared and read without TensorFlow."""

@@ -1,8 +1,8 @@
-"""TFDS's builders of well-known sets, done without TensorFlow.
+"""TFDS's builders of well-known sets, without TensorFlow.
 
-TFDS's own builders need TensorFlow to unpack an archive and to encode images. The builders here are
-theirs with those two steps replaced; what they write (array_record, the same features, version, order
-and place) is what TFDS writes.
+TFDS's own builders need TensorFlow to unpack archives and to encode images. The builders here are theirs with these
+two steps replaced. They write the same files as TFDS does in its format array_record: the same features, version,
+order and location.
 """
 
 import gzip
@@ -25,49 +25,55 @@ from tensorflow_datasets.image_classification import cifar, mnist
 from ekd_jax.common.errors import UserError, reason
 from ekd_jax.data.tfds import archives
 
-# SHA-256 of the .bin members in order of their names: an archive that was packed again, with the same
-# contents, is as good as the published one.
+# SHA-256 of the .bin members in the order of their names: an archive that was packed again with the same contents
+# is as good as the published one.
 CIFAR_CONTENTS = {
     "cifar10": "013ba16d14ecc4829da62bf2af648ca30f600491ecb3e7f329c827db0dd17522",
     "cifar100": "c963f1a2e2c344fd7045056095ea0659afca4c4099db589dbd05ed256b4fa1f5",
 }
 
-Examples = Iterator[tuple[int, dict[str, Any]]]  # of TFDS: key, features
+Examples = Iterator[tuple[int, dict[str, Any]]]  # TFDS's key and features of each example
 
 
 class _FromArchives:
-    """Finds a set's archives, their checksums verified; the standard class comes after it as a parent."""
+    """Finds and verifies a set's archives; a base class in front of TFDS's own builder."""
 
     manual_dir = ""
     name: str
-    url_infos: dict[str, Any]
-    info: Any
+    url_infos: dict[str, tfds.download.checksums.UrlInfo]
+    info: tfds.core.DatasetInfo
 
     @classmethod
-    def published(cls) -> dict[str, str]:
-        """The SHA-256 of every archive by its file name, as TFDS states them."""
+    def published_digests(cls) -> dict[str, str]:
+        """Return the SHA-256 of each archive by its file name, as TFDS states them."""
         return {_file(url): info.checksum for url, info in cls.url_infos.items()}
 
-    def _archives(self, dl_manager: Any) -> dict[str, pathlib.Path]:
-        """Where every archive lies: in `manual_dir`, else where TFDS downloads it to and verifies it."""
+    def _archives(self, dl_manager: tfds.download.DownloadManager) -> dict[str, pathlib.Path]:
+        """Return the path of each archive: in `manual_dir`, or where TFDS downloads and verifies it."""
         if not self.manual_dir:
             urls = {_file(url): url for url in self.url_infos}
             return {file: pathlib.Path(path) for file, path in dl_manager.download(urls).items()}
-        paths = {file: archives.find(self.manual_dir, file) for file in self._wanted()}
+        paths = {file: archives.find(self.manual_dir, file) for file in self._archives_to_use()}
         for file, path in paths.items():
-            self._verify(path, self.published()[file])
+            self._verify(path, self.published_digests()[file])
         return paths
 
-    def _wanted(self) -> list[str]:
-        return list(self.published())
+    def _archives_to_use(self) -> list[str]:
+        """Return the names of the archives to look for in `manual_dir`."""
+        return list(self.published_digests())
 
     def _verify(self, path: pathlib.Path, published: str) -> None:
+        """Raise UserError unless the archive has the published SHA-256 or the user vouches for it."""
         archives.check(path, archives.sha256(path), published)
 
-    def _checked(self, label: int, path: pathlib.Path, key: str = "label") -> int:
+    def _checked_label(self, label: int, path: pathlib.Path, key: str = "label") -> int:
+        """Return the label; raise UserError if it is out of range."""
         classes = self.info.features[key].num_classes
         if not 0 <= label < classes:
-            raise UserError(f"{path} holds the {key} {label}: {self.name} has {classes} classes, from 0")
+            raise UserError(
+                f"{path} holds the {key} {label}, but {self.name} has {classes} classes, counted from 0: "
+                f"download it again"
+            )
         return label
 
 
@@ -77,14 +83,17 @@ class _Cifar(_FromArchives):
         if found != published and _contents(path) != CIFAR_CONTENTS[self.name]:
             archives.check(path, found, published)
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Examples]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
         layout = self._cifar_info  # type: ignore[attr-defined]
         (path,) = self._archives(dl_manager).values()
         members = _unpack(path)
 
         def find(name: str) -> bytes:
             if layout.prefix + name not in members:
-                raise UserError(f"{path} holds no {layout.prefix}{name}: it is not the {self.name} archive")
+                raise UserError(
+                    f"{path} holds no {layout.prefix}{name}: it is not the archive of {self.name}, download "
+                    f"that again"
+                )
             return members[layout.prefix + name]
 
         for key, file in zip(layout.label_keys, layout.label_files, strict=True):
@@ -98,21 +107,23 @@ class _Cifar(_FromArchives):
         keys = self._cifar_info.label_keys  # type: ignore[attr-defined]
         length = len(keys) + 3072
         if len(data) % length:
-            raise UserError(f"{path} is damaged: {len(data)} bytes are no multiple of {length}")
+            raise UserError(
+                f"{path} is damaged ({len(data)} bytes are no multiple of {length}): download it again"
+            )
         for index, record in enumerate(np.frombuffer(data, np.uint8).reshape(-1, length)):
             image = record[len(keys) :].reshape(3, 32, 32).transpose(1, 2, 0)
-            labels = {k: self._checked(int(v), path, k) for k, v in zip(keys, record, strict=False)}
+            labels = {k: self._checked_label(int(v), path, k) for k, v in zip(keys, record, strict=False)}
             yield index, {"id": f"{prefix}{index:05d}", "image": _png(image), **labels}
 
 
 class _Svhn(_FromArchives):
-    def _wanted(self) -> list[str]:
-        """`extra` may be missing, and is the largest."""
+    def _archives_to_use(self) -> list[str]:
+        """Return all archives, without that of the split `extra`, the largest one, if it is missing."""
         extra = "extra_32x32.mat"
         there = (pathlib.Path(self.manual_dir).expanduser() / extra).is_file()
-        return [file for file in self.published() if file != extra or there]
+        return [file for file in self.published_digests() if file != extra or there]
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Examples]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
         paths = self._archives(dl_manager)
         named = {split: paths.get(f"{split}_32x32.mat") for split in ("train", "test", "extra")}
         return {split: self._generate_examples(path, f"{split}_") for split, path in named.items() if path}
@@ -121,21 +132,24 @@ class _Svhn(_FromArchives):
         try:
             arrays = scipy.io.loadmat(path)
             images, labels = arrays["X"], arrays["y"].reshape(-1)
-        except Exception as error:  # of a damaged file, loadmat raises anything
+        except Exception as error:  # for a damaged file, loadmat raises anything
             raise _damaged(path, error) from error
         if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)):
             raise UserError(
-                f"{path} holds X {images.shape} {images.dtype}, not (32, 32, 3, N) uint8 as SVHN"
+                f"{path} holds X {images.shape} {images.dtype}, not (32, 32, 3, N) uint8 as SVHN does: "
+                f"download it again"
             )
         for index, label in enumerate(labels):
             if not 1 <= label <= 10:
-                raise UserError(f"{path} holds the label {label}: those of SVHN are 1 to 10 (digit 0)")
+                raise UserError(
+                    f"{path} holds the label {label}, but those of SVHN are 1 to 10 (digit 0): download it again"
+                )
             features = {"image": _png(images[..., index]), "label": int(label) % 10}
             yield index, {"id": f"{prefix}{index:06d}", **features}
 
 
 class _Mnist(_FromArchives):
-    def _split_generators(self, dl_manager: Any) -> dict[str, Examples]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
         paths = self._archives(dl_manager)
         return {
             split: self._generate_examples(
@@ -149,10 +163,10 @@ class _Mnist(_FromArchives):
         if images.shape != (len(labels), 28, 28) or labels.ndim != 1:
             raise UserError(
                 f"{images_path} holds {images.shape} and {labels_path} {labels.shape}, "
-                f"not N images of 28 x 28 and N labels"
+                f"not N images of 28 x 28 and N labels: download them again"
             )
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            yield index, {"image": _png(image), "label": self._checked(int(label), labels_path)}
+            yield index, {"image": _png(image), "label": self._checked_label(int(label), labels_path)}
 
 
 with tfds.core.registered.skip_registration():
@@ -189,7 +203,7 @@ with tfds.core.registered.skip_registration():
         url_infos = mnist.KMNIST.url_infos
 
     class Imagenet2012(_FromArchives, imagenet2012_dataset_builder.Builder):
-        """ImageNet (ILSVRC 2012). Its archives are streamed by `ekd_jax.data.imagenet`."""
+        """ImageNet (ILSVRC 2012); `ekd_jax.data.tfds.imagenet` prepares it."""
 
         url_infos = imagenet2012_dataset_builder.Builder.url_infos
         pkg_dir_path = tfds.core.tfds_path("datasets/imagenet2012")
@@ -206,7 +220,7 @@ def _file(url: str) -> str:
 
 
 def _png(image: np.ndarray) -> bytes:
-    """Encodes (H, W, 3) or (H, W) uint8."""
+    """Return pixels (H, W, 3) or (H, W) uint8 as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "png")
     return file.getvalue()
@@ -217,7 +231,7 @@ def _damaged(path: pathlib.Path, error: Exception) -> UserError:
 
 
 def _unpack(path: pathlib.Path) -> dict[str, bytes]:
-    """All files of a .tar.gz by name."""
+    """Return the contents of all files in a .tar.gz by name."""
     try:
         with tarfile.open(path) as tar:
             return {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}  # type: ignore[union-attr]
@@ -226,7 +240,7 @@ def _unpack(path: pathlib.Path) -> dict[str, bytes]:
 
 
 def _contents(path: pathlib.Path) -> str:
-    """The SHA-256 of the .bin members of a .tar.gz."""
+    """Return the SHA-256 of the .bin members of a .tar.gz."""
     members = _unpack(path)
     digest = hashlib.sha256()
     for member in sorted(members):
@@ -236,13 +250,13 @@ def _contents(path: pathlib.Path) -> str:
 
 
 def _idx(path: pathlib.Path) -> np.ndarray:
-    """The uint8 array of a gzipped IDX file (http://yann.lecun.com/exdb/mnist/, "file format")."""
+    """Return the uint8 array of a gzipped IDX file (http://yann.lecun.com/exdb/mnist/, "file format")."""
     try:
         with gzip.open(path) as file:
             data = file.read()
         zero, kind, rank = int.from_bytes(data[:2], "big"), data[2], data[3]
         if (zero, kind) != (0, 8):
-            raise ValueError("no IDX file of bytes")
+            raise ValueError("not an IDX file of bytes")
         shape = np.frombuffer(data, ">i4", rank, offset=4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
     except (EOFError, OSError, zlib.error, ValueError, IndexError) as error:

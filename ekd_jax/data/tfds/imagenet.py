@@ -1,10 +1,9 @@
-"""ImageNet 2012 from its two archives to what TFDS writes, in one image's memory, and resumable.
+"""Preparation of ImageNet 2012 from its two archives: resumable, and in the memory of one image.
 
-TFDS's builder needs TensorFlow, begins anew when it is interrupted, and for a time takes twice the room
-on disk. Here an archive is read once from start to end to verify its checksum and to note where every
-image lies; then each shard is written with the images that belong in it. The order of the records, the
-shards and the metadata are TFDS's own. Images stay the bytes that they are: the 22 CMYK files and the
-PNG file among them, which TFDS encodes anew as RGB JPEG, too.
+TFDS's builder needs TensorFlow, starts again when it is interrupted, and temporarily takes twice the space on disk.
+Here an archive is read once from start to end, to verify its checksum and to note where each image is. Then each
+shard is written with its images. The order of the records, the shards and the metadata are those of TFDS. The bytes
+of the images are kept, even of the 22 CMYK files and the PNG file, which TFDS encodes again as RGB JPEGs.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -29,37 +28,47 @@ from ekd_jax.common.text import megabytes
 from ekd_jax.data.tfds import archives
 
 FORMAT = file_adapters.FileFormat.ARRAY_RECORD
-CHUNK = 4 << 20
-SHARD_OVERHEAD = 128 << 10  # bytes, at most: array_record's blocks are 64 kB
-
-Found = tuple[str, int, int, int]  # name of an image, label, where its bytes begin, how many they are
+CHUNK = 4 << 20  # bytes that are read at a time
+SHARD_OVERHEAD = 128 << 10  # upper limit in bytes: array_record's blocks have 64 kB
 
 
-def prepare(builder: Any, manual_dir: str) -> None:
-    """Writes the set to `builder.data_path`; what an interrupted run has written is kept.
+class Member(NamedTuple):
+    """An image in an archive: its bytes are `size` bytes from `offset`."""
+
+    name: str
+    label: int
+    offset: int
+    size: int
+
+
+def prepare(builder: tfds.core.DatasetBuilder, manual_dir: str) -> None:
+    """Write the set to `builder.data_path`, resuming after an interruption.
 
     Args:
-        builder: of imagenet2012, not prepared yet.
-        manual_dir: holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
+        builder: builder of imagenet2012, which is not prepared yet.
+        manual_dir: directory with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
 
     Raises:
-        UserError: an archive is not there, damaged or another one, or the disk is full.
+        UserError: an archive is missing, damaged or a different one, or the disk is full.
     """
     done = pathlib.Path(builder.data_dir)
-    work = done.with_name(f"{done.name}.incomplete")  # no version's name: TFDS passes it over
+    work = done.with_name(f"{done.name}.incomplete")  # TFDS ignores it: it is not the name of a version
     sources = {
-        "train": (archives.find(manual_dir, "ILSVRC2012_img_train.tar"), _training),
-        "validation": (archives.find(manual_dir, "ILSVRC2012_img_val.tar"), _validation),
+        "train": (archives.find(manual_dir, "ILSVRC2012_img_train.tar"), _training_images),
+        "validation": (archives.find(manual_dir, "ILSVRC2012_img_val.tar"), _validation_images),
     }
     work.mkdir(parents=True, exist_ok=True)
     writers = [_SplitWriter(builder, work, split, *source) for split, source in sources.items()]
     needed, free = sum(writer.missing_bytes() for writer in writers), shutil.disk_usage(work).free
     if free < needed:
-        raise UserError(f"{work} needs {megabytes(needed)} more, and its disk has {megabytes(free)} free")
+        raise UserError(
+            f"{work} needs {megabytes(needed)} more, but its disk has {megabytes(free)} free: free some space, or "
+            f"pass another --config.data.data_dir"
+        )
     builder.info.set_splits(splits.SplitDict([writer.write() for writer in writers]))
     builder.info.write_to_directory(work)
     for writer in writers:
-        writer.note.unlink()
+        writer.index_file.unlink()
     work.rename(done)
 
 
@@ -67,20 +76,20 @@ class _SplitWriter:
     """Writes the shards of a split.
 
     Args:
-        builder: whose features are written.
-        work: folder of shards and of the notes on what the archives hold.
+        builder: defines the features of a record.
+        work: directory of the shards, and of the notes on where the images are.
         split: "train" or "validation".
-        archive: its images.
-        members: finds them in it.
+        archive: path of the archive with the images.
+        find_images: yields the images in the archive.
     """
 
     def __init__(
         self,
-        builder: Any,
+        builder: tfds.core.DatasetBuilder,
         work: pathlib.Path,
         split: str,
         archive: pathlib.Path,
-        members: Callable[["_Once", pathlib.Path, list[str]], Iterator[Found]],
+        find_images: "_FindImages",
     ):
         self.split, self.archive = split, archive
         self.features = builder.info.features
@@ -88,21 +97,21 @@ class _SplitWriter:
         self.template = naming.ShardedFileTemplate(
             dataset_name=builder.name, data_dir=work, split=split, filetype_suffix=FORMAT.file_suffix
         )
-        self.note = work / f"{split}.images.npz"
-        self.images = self._look(members, builder.published()[archive.name])
-        self.order = self._ordered()
-        count = shard_utils.ShardConfig().get_number_shards(self.images.record_bytes, len(self.order))
+        self.index_file = work / f"{split}.images.npz"
+        self.index = self._inspect(find_images, builder.published_digests()[archive.name])
+        self.order = self._record_order()
+        count = shard_utils.ShardConfig().get_number_shards(self.index.record_bytes, len(self.order))
         self.ends = shard_utils.get_shard_boundaries(len(self.order), count)
         self.begins = [0, *self.ends[:-1]]
         self.shards = [pathlib.Path(path) for path in self.template.sharded_filepaths(count)]
 
     def missing_bytes(self) -> int:
-        """Room that the shards yet to be written take."""
+        """Return the space that the missing shards will take."""
         missing = sum(not shard.exists() for shard in self.shards)
-        return missing * (self.images.record_bytes // len(self.shards) + SHARD_OVERHEAD)
+        return missing * (self.index.record_bytes // len(self.shards) + SHARD_OVERHEAD)
 
     def write(self) -> splits.SplitInfo:
-        """Writes all shards that are not there yet."""
+        """Write all missing shards, and return the split's metadata."""
         lengths = [end - begin for begin, end in zip(self.begins, self.ends, strict=True)]
         there = [length for shard, length in zip(self.shards, lengths, strict=True) if shard.exists()]
         self.progress = Progress(f"imagenet2012 {self.split}", len(self.order), sum(there), "images")
@@ -116,7 +125,7 @@ class _SplitWriter:
         return splits.SplitInfo(
             name=self.split,
             shard_lengths=lengths,
-            num_bytes=self.images.record_bytes,
+            num_bytes=self.index.record_bytes,
             filename_template=self.template,
         )
 
@@ -124,68 +133,73 @@ class _SplitWriter:
         def records() -> Iterator[tuple[int, bytes]]:
             for position in range(begin, end):
                 i = self.order[position]
-                image = os.pread(archive.fileno(), self.images.sizes[i], self.images.offsets[i])
-                yield i, self._record(image, int(self.images.labels[i]), self.images.names[i].decode())
+                image = os.pread(archive.fileno(), self.index.sizes[i], self.index.offsets[i])
+                yield i, self._record(image, int(self.index.labels[i]), self.index.names[i].decode())
                 self.progress.add(1)
 
         try:
             file_adapters.ADAPTER_FOR_FORMAT[FORMAT].write_examples(path, records())
-        except Exception as error:  # of array_record or the system
+        except Exception as error:  # from array_record or the system
             path.unlink(missing_ok=True)
             kept = sum(shard.exists() for shard in self.shards)
             raise UserError(
-                f"cannot write {path} ({why(error)}): {kept} of {len(self.shards)} shards of "
-                f"{self.split} are kept; mend it and run the same command again to go on"
+                f"cannot write {path} ({writing_failure(error)}): {kept} of {len(self.shards)} shards of "
+                f"{self.split} are kept; fix this and run the same command again to resume"
             ) from error
 
     def _record(self, image: bytes, label: int, name: str) -> bytes:
+        """Return TFDS's record of an image."""
         example = {"image": image, "label": label, "file_name": name}
         message = self.serializer.get_tf_example(self.features.encode_example(example))
-        return message.SerializeToString(deterministic=True)  # else the order of features may vary
+        return message.SerializeToString(deterministic=True)  # otherwise the order of features may vary
 
-    def _ordered(self) -> list[int]:
-        """Places of images in the order that TFDS gives their records."""
+    def _record_order(self) -> list[int]:
+        """Return the indices of the images in the order of TFDS's records."""
         hasher = hashing.Hasher(self.split)
-        keys = [hasher.hash_key(name) for name in self.images.names.tolist()]
+        keys = [hasher.hash_key(name) for name in self.index.names.tolist()]
         order = sorted(range(len(keys)), key=keys.__getitem__)
         for one, other in itertools.pairwise(order):
             if keys[one] == keys[other]:
-                raise UserError(f"{self.archive} holds {self.images.names[one].decode()} twice")
+                raise UserError(
+                    f"{self.archive} holds {self.index.names[one].decode()} twice: download it again"
+                )
         return order
 
-    def _look(self, members: Callable[..., Iterator[Found]], published: str) -> "_Images":
-        """What the archive holds: noted by an earlier run, or found by reading it through."""
+    def _inspect(self, find_images: "_FindImages", published: str) -> "_Index":
+        """Return where the images are in the archive, as noted by an earlier run or found by reading it all."""
         status = self.archive.stat()
         stamp = (status.st_size, status.st_mtime_ns)
-        noted = _Images.load(self.note) if self.note.exists() else None
-        images = noted if noted and noted.stamp == stamp else self._scan(members, stamp)
-        if not noted or noted.sha256 != images.sha256:
-            for shard in self.note.parent.glob(f"*-{self.split}.*"):  # from another archive
+        noted = _Index.load(self.index_file) if self.index_file.exists() else None
+        index = noted if noted and noted.stamp == stamp else self._scan(find_images, stamp)
+        if not noted or noted.sha256 != index.sha256:
+            for shard in self.index_file.parent.glob(f"*-{self.split}.*"):  # from another archive
                 shard.unlink()
-        if images is not noted:
-            images.save(self.note)
-        archives.check(self.archive, images.sha256, published)
-        return images
+        if index is not noted:
+            index.save(self.index_file)
+        archives.check(self.archive, index.sha256, published)
+        return index
 
-    def _scan(self, members: Callable[..., Iterator[Found]], stamp: tuple[int, int]) -> "_Images":
+    def _scan(self, find_images: "_FindImages", stamp: tuple[int, int]) -> "_Index":
+        """Read the whole archive, and return where its images are."""
         classes: list[str] = self.features["label"].names
-        found: list[Found] = []
+        found: list[Member] = []
         record_bytes = 0
         with open(self.archive, "rb") as file:
-            once = _Once(file, Progress(f"verifying {self.archive.name}", stamp[0], unit="bytes"))
+            progress = Progress(f"verifying {self.archive.name}", stamp[0], unit="bytes")
+            reader = _SequentialReader(file, progress)
             try:
-                for name, label, offset, size in members(once, self.archive, classes):
-                    found.append((name, label, offset, size))
-                    record_bytes += len(self._record(bytes(size), label, name))
+                for member in find_images(reader, self.archive, classes):
+                    found.append(member)
+                    record_bytes += len(self._record(bytes(member.size), member.label, member.name))
             except tarfile.TarError as error:
                 raise UserError(
                     f"{self.archive} is truncated or damaged ({reason(error)}): download it again"
                 ) from error
-            digest = once.finish()
+            digest = reader.finish()
         if not found:
             raise UserError(f"{self.archive} holds no images: download it again")
         names, labels, offsets, sizes = zip(*found, strict=True)
-        return _Images(
+        return _Index(
             names=np.array(names, np.bytes_),
             labels=np.array(labels, np.int16),
             offsets=np.array(offsets, np.int64),
@@ -197,17 +211,17 @@ class _SplitWriter:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Images:
-    """What an archive holds.
+class _Index:
+    """Where the images are in an archive.
 
     Attributes:
-        names: (N,) of the images.
-        labels: (N,).
-        offsets: (N,), where in the archive their bytes begin.
-        sizes: (N,), how many they are.
-        record_bytes: of all images as TFDS's records.
-        sha256: of the archive.
-        stamp: its size and time of change, while it was read.
+        names: name of each image, (N,) bytes.
+        labels: label of each image, (N,).
+        offsets: offset of each image's bytes in the archive, (N,).
+        sizes: number of each image's bytes, (N,).
+        record_bytes: size of TFDS's records of all images.
+        sha256: SHA-256 of the archive.
+        stamp: the archive's size and modification time in ns, when it was read.
     """
 
     names: np.ndarray
@@ -224,7 +238,7 @@ class _Images:
         partial.rename(path)
 
     @classmethod
-    def load(cls, path: pathlib.Path) -> "_Images":
+    def load(cls, path: pathlib.Path) -> "_Index":
         with np.load(path) as file:
             values = {name: file[name] for name in file.files}
         size, time_ns = values["stamp"].tolist()
@@ -232,33 +246,43 @@ class _Images:
         return cls(**values | scalars | {"stamp": (size, time_ns)})
 
 
-def _training(file: "_Once", path: pathlib.Path, names: list[str]) -> Iterator[Found]:
-    """Images of a tar that holds a tar for every synset."""
+def _training_images(file: "_SequentialReader", path: pathlib.Path, names: list[str]) -> Iterator[Member]:
+    """Yield the images of a tar that holds a tar for each synset."""
     labels = {name: label for label, name in enumerate(names)}
-    for part in _members(file):
+    for part in _tar_members(file):
         synset = part.name.removesuffix(".tar")
         if synset not in labels:
-            raise UserError(f"{path} holds {part.name}: no synset of ImageNet 2012 has that name")
-        for member in _members(file):  # of the inner tar: it begins where the reader stands now
+            raise UserError(
+                f"{path} holds {part.name}: no synset of ImageNet 2012 has that name; remove it, or download the "
+                f"archive again"
+            )
+        for member in _tar_members(file):  # of the inner tar, which begins where the reader is now
             if member.offset_data + member.size > part.offset_data + part.size:
-                raise tarfile.ReadError(f"{member.name} goes beyond {part.name}")
+                raise tarfile.ReadError(f"{member.name} extends beyond {part.name}")
             if not member.name.endswith(".JPEG"):
-                raise UserError(f"{path} holds {member.name} in {part.name}: that is no image of ImageNet")
-            yield member.name, labels[synset], member.offset_data, member.size
+                raise UserError(
+                    f"{path} holds {member.name} in {part.name}: that is not an image of ImageNet; remove it, or "
+                    f"download the archive again"
+                )
+            yield Member(member.name, labels[synset], member.offset_data, member.size)
 
 
-def _validation(file: "_Once", path: pathlib.Path, names: list[str]) -> Iterator[Found]:
-    """Images of a tar; their labels go by the number in the name, so that some may be missing."""
+def _validation_images(file: "_SequentialReader", path: pathlib.Path, names: list[str]) -> Iterator[Member]:
+    """Yield the images of a tar. The number in the name determines the label, so some images may be missing."""
     listed = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text().split()
-    for member in _members(file):
+    for member in _tar_members(file):
         match = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", member.name)
         if not match or not 1 <= int(match[1]) <= len(listed):
-            raise UserError(f"{path} holds {member.name}: that is no validation image of ImageNet 2012")
-        yield member.name, names.index(listed[int(match[1]) - 1]), member.offset_data, member.size
+            raise UserError(
+                f"{path} holds {member.name}: that is not a validation image of ImageNet 2012; remove it, or "
+                f"download the archive again"
+            )
+        label = names.index(listed[int(match[1]) - 1])
+        yield Member(member.name, label, member.offset_data, member.size)
 
 
-def _members(file: "_Once") -> Iterator[tarfile.TarInfo]:
-    """Files of a tar that begins where the reader stands; "./" before their names is left out."""
+def _tar_members(file: "_SequentialReader") -> Iterator[tarfile.TarInfo]:
+    """Yield the files of a tar that begins where the reader is, without "./" in front of their names."""
     with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[call-overload]
         for member in tar:
             if not member.isdir():
@@ -266,8 +290,8 @@ def _members(file: "_Once") -> Iterator[tarfile.TarInfo]:
                 yield member
 
 
-class _Once:
-    """Reads a file once, from start to end, and hashes all of it; to seek is to read on."""
+class _SequentialReader:
+    """Reads a file once from start to end and hashes all of it; seeking reads forward."""
 
     def __init__(self, file: BinaryIO, progress: Progress):
         self.file, self.progress = file, progress
@@ -289,13 +313,16 @@ class _Once:
             pass
 
     def finish(self) -> str:
-        """The SHA-256 of the whole file."""
+        """Read the rest, and return the SHA-256 of the whole file."""
         while self.read(CHUNK):
             pass
         self.progress.finish()
         return self.digest.hexdigest()
 
 
-def why(error: Exception) -> str:
-    """What an exception from writing says: of a full disk, array_record speaks at length."""
+def writing_failure(error: Exception) -> str:
+    """Return in one line why writing failed; array_record's own message about a full disk is long."""
     return "the disk is full" if "No space left" in str(error) else reason(error)
+
+
+_FindImages = Callable[[_SequentialReader, pathlib.Path, list[str]], Iterator[Member]]
