@@ -32,7 +32,9 @@ def test_every_command_is_listed_without_starting_jax():
     assert done.stdout == overview() + "\n"
     assert set(re.findall(r"^  ekd (\w+)", done.stdout, re.M)) == COMMANDS.keys()
     code = "import sys, ekd_jax.__main__ as m; m.main(['--help']); print('jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert done.stdout.splitlines()[-1] == "False"
 
 
