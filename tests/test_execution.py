@@ -259,7 +259,7 @@ def test_the_fastest_mode_is_measured_and_kept(cache):
         np.savez(kept, **{mode: 0.001 if mode == fast else 0.02 for mode in seconds})
         networks, said = choose_execution(setup, state, measured=True)
         assert networks.ensemble.execution == fast
-        assert said.startswith(f"branches run {fast} (1 ms a step; ")
+        assert said.startswith(f"branches run {fast} (1 ms per step; ")
         assert said.endswith(" 20; measured before on cpu)")
 
 

@@ -10,7 +10,7 @@ from program import Program
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
-from ekd_jax.config.build import make_ensemble, make_method
+from ekd_jax.config.build import build_method, build_networks
 from ekd_jax.runs.describe import describe, memory
 from ekd_jax.runs.metrics import read_metrics
 from ekd_jax.runs.state import init_state
@@ -24,10 +24,9 @@ SHAPE = (8, 8, 1)
 
 
 def state_and_step(config, groups=1, accumulate=1, classes=10):
-    ensemble, method = make_ensemble(config, classes, groups), make_method(config)
-    sgd = optax.sgd(1.0)
-    state = init_state(ensemble.trace(SHAPE), method, sgd, 0)
-    return state, jax.jit(make_step(ensemble, method, sgd, accumulate=accumulate))
+    networks, sgd = build_networks(config, classes, SHAPE, groups), optax.sgd(1.0)
+    step = make_step(networks, sgd, accumulation_steps=accumulate)
+    return init_state(networks, sgd, 0), jax.jit(step)
 
 
 def batch(size=12):
@@ -88,11 +87,10 @@ def test_what_is_computed_again_is_not_kept():
     images, _ = batch(8)
     for what in (False, True):
         config = tiny_config(model__name="resnet56", model__students=(1,), train__rematerialize=what)
-        ensemble, method = make_ensemble(config, 10), make_method(config)
-        trace = ensemble.trace(SHAPE)
-        state = init_state(trace, method, optax.sgd(1.0), 0)
+        built = build_networks(config, 10, SHAPE)
+        state = init_state(built, optax.sgd(1.0), 0)
 
-        def loss(params, state=state, ensemble=ensemble):
+        def loss(params, state=state, ensemble=built.ensemble):
             networks = {"params": params, "batch_stats": state.batch_stats}
             return ensemble.apply(networks, jnp.asarray(images), train=True)[0].logits_SxBxK.sum()
 
@@ -100,8 +98,8 @@ def test_what_is_computed_again_is_not_kept():
         _, backward = jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p), networks)
         both = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (backward, networks)]
         kept[what] = both[0] - both[1]  # beside the parameters
-        description = describe(config, trace, method, ())
-        estimated[what] = memory(config, trace, method, description, 0)["activations"]
+        description = describe(built, "resnet56")
+        estimated[what] = memory(built, config, description, 0)["activations"]
     assert kept[True] < kept[False] / 4
     assert estimated[True] < estimated[False] / 2
 
@@ -109,10 +107,10 @@ def test_what_is_computed_again_is_not_kept():
 def test_memory_is_that_of_a_device():
     """Each has its part of the batch, and with fsdp its part of the state."""
     config = tiny_config(train__fsdp=4)
-    own = make_ensemble(config, 10).trace(SHAPE), make_method(config)
-    description = describe(config, *own)
-    alone, shared = (memory(tiny_config(), *own, description, 7, devices) for devices in (1, 8))
-    cut = memory(config, *own, description, 7, 8)
+    networks = build_networks(config, 10, SHAPE)
+    description = describe(networks, "resnet8")
+    alone, shared = (memory(networks, tiny_config(), description, 7, devices) for devices in (1, 8))
+    cut = memory(networks, config, description, 7, 8)
     assert shared == {**alone, "activations": alone["activations"] // 8}
     parameters = alone["state"] // 3  # beside gradients and momentum
     assert cut == {**shared, "state": 2 * parameters // 4 + 2 * parameters}
@@ -169,7 +167,7 @@ def rates(steps, **changes):
     """The learning rate of each step, seen in what plain SGD does to a parameter with gradient 1."""
     config = tiny_config("baseline", optimizer__momentum=0.0, optimizer__nesterov=False, **changes)
     tree = {"method": {}, "w": jnp.zeros(())}
-    optimizer = make_optimizer(config, make_method(config), steps)
+    optimizer = make_optimizer(config, build_method(config), steps)
     state, found = optimizer.init(tree), []
     for _ in range(steps):
         updates, state = optimizer.update({"method": {}, "w": jnp.ones(())}, state, tree)

@@ -204,7 +204,7 @@ class Run:
         return Preprocessing(tuple(data.mean), tuple(data.std), data.fit, data.image_size)
 
     def best_student_within(self, max_parameters: int) -> int:
-        """Return the student with at most so many parameters that did best in the last evaluation.
+        """Return the student that did best among those with at most `max_parameters`, in the last evaluation.
 
         Raises:
             UserError: none is small enough.
