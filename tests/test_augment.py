@@ -1,4 +1,4 @@
-"""Augmentation against PIL and plain NumPy, exactly, and a function of key and example alone."""
+"""Augmentation equals PIL and plain NumPy exactly, and is a function of key and example alone."""
 
 import collections
 import itertools
@@ -39,7 +39,7 @@ EVERYTHING = {
 
 
 def knobs(**changes):
-    """The configuration's section for data, everything off but `changes`."""
+    """Return a section `data` of a configuration in which everything but `changes` is off."""
     changes = {"crop_padding": 0, "flip": False} | changes
     return tiny_config(**{f"data__{name}": value for name, value in changes.items()}).data
 
@@ -113,7 +113,7 @@ def from_pil(image):
     (4, True, "reflect"),
 ])  # fmt: skip
 def test_a_padded_crop_and_a_flip(padding, flip, mode):
-    """Every result is one of the crops and flips that NumPy makes, and all of them occur alike."""
+    """Every result is one of NumPy's crops and flips, and all of them are equally frequent."""
     number = 1600
     images = np.random.default_rng(0).integers(1, 255, (number, 10, 10, 3), dtype=np.uint8)
     data = knobs(crop_padding=padding, flip=flip, padding_mode=mode)
@@ -133,7 +133,7 @@ def test_a_padded_crop_and_a_flip(padding, flip, mode):
 @pytest.mark.parametrize("most", [10.0, 180.0])
 @pytest.mark.parametrize("images", IMAGES)
 def test_rotation_is_pils(images, most):
-    """Every result is PIL's, at one of 1001 angles that are all as likely."""
+    """Every result is PIL's at one of 1001 equally likely angles."""
     image = images(3)[2]
     found = np.asarray(augmented(KEY, np.tile(image, (600, 1, 1, 1)), np.arange(600), knobs(rotation=most)))
     turns = [from_pil(to_pil(image).rotate(angle)).tobytes() for angle in np.linspace(-most, most, 1001)]
@@ -145,7 +145,7 @@ def test_rotation_is_pils(images, most):
 
 
 def test_order_is_pad_rotate_crop_flip_policy():
-    """Each step's result is the next one's input, and none changes the others' draws."""
+    """Each operation gets the result of the one before, and none changes the draws of the others."""
     images, numbers = colors(40), np.arange(40) * 7
     rest = {"flip": True, "policy": "trivialaugment"}
     whole = augmented(KEY, images, numbers, knobs(crop_padding=4, rotation=20.0, **rest))
@@ -192,7 +192,7 @@ def magnitudes(policy, height, width):
 
 
 def by_pil(name, image, magnitude):
-    """What torchvision does to a PIL image (`_apply_op`), without torchvision."""
+    """Return torchvision's result for a PIL image (`_apply_op`), without torchvision."""
 
     def affine(*matrix):
         return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
@@ -222,7 +222,7 @@ def by_pil(name, image, magnitude):
 
 
 def possible(policy, image):
-    """(name, level, negative) -> what torchvision makes of `image` (H, W, C)."""
+    """Return torchvision's result for `image` (H, W, C) by (name, level, negative)."""
     return {
         (name, level, negative): from_pil(by_pil(name, to_pil(image), -m if negative else m))
         for name, (levels, signed) in magnitudes(policy, *image.shape[:2]).items()
@@ -274,7 +274,7 @@ def test_every_two_grays_are_mixed_as_pil_mixes_them(policy):
 
 
 def test_autocontrast_between_every_two_grays_is_pils():
-    """PIL's double precision falls short of a whole number now and then, and so do we."""
+    """PIL's double precision falls just short of an integer now and then, and so do we."""
     bounds = np.array(list(itertools.combinations_with_replacement(range(256), 2))[:32895]).reshape(
         -1, 3, 2
     )
@@ -287,7 +287,7 @@ def test_autocontrast_between_every_two_grays_is_pils():
 
 
 def test_randaugment_takes_operations_one_after_another():
-    """Results of two are PIL's of two, of whatever operations and signs; all are as likely."""
+    """Two operations give PIL's result of two, with any operations and signs; all are equally likely."""
     image = colors(1)[0]
     once = {
         (name, negative): result
@@ -440,7 +440,7 @@ def test_an_image_depends_on_key_and_example_alone(policy):
 
 @pytest.mark.parametrize("policy", ["randaugment", "trivialaugment"])
 def test_one_and_eight_devices_give_the_same(policy):
-    """And the eight need not talk to each other."""
+    """The eight devices exchange nothing."""
     data = knobs(**EVERYTHING | {"policy": policy, "mixup": 0.0})
     batch = colors(24), np.arange(24) % 10, np.arange(24) * 7
     program = batch_of.lower(KEY, *split(batch, parallel.make_mesh()), data).compile()
@@ -453,7 +453,7 @@ def test_one_and_eight_devices_give_the_same(policy):
 
 
 def test_mixup_on_one_and_eight_devices():
-    """Their last bits differ, as compilers round differently for vectors of other lengths."""
+    """Their last bits differ: compilers round differently for vectors of other lengths."""
     data = knobs(mixup=1.0)
     batch = colors(24), np.arange(24) % 10, np.arange(24) * 7
     found = batch_of(KEY, *split(batch, parallel.make_mesh()), data)

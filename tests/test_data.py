@@ -1,5 +1,4 @@
-"""Which examples a run reads, in which order, and how they come to the devices: exact, and clear when
-something is wrong."""
+"""Which examples a run reads, in which order, and how they reach the devices; messages when something is wrong."""
 
 import io
 import logging
@@ -32,14 +31,14 @@ from ekd_jax.training import loop
 # --- order -----------------------------------------------------------------------------------
 
 
-def test_every_example_once_an_epoch_in_a_fresh_order():
+def test_every_example_is_seen_once_per_epoch_in_a_new_order():
     one, two = (order.epoch_order(0, epoch, 101) for epoch in (3, 4))
     assert sorted(one) == sorted(two) == list(range(101))
     assert list(one) != list(two) != list(order.epoch_order(1, 4, 101))
 
 
-def test_the_order_is_the_same_for_ever():
-    """A run goes on after an upgrade: the order is fixed, not only a function of its arguments."""
+def test_the_order_never_changes():
+    """A run can be resumed after an upgrade: the numbers themselves are fixed."""
     assert order.epoch_order(7, 2, 10).tolist() == [6, 7, 8, 4, 0, 1, 5, 3, 9, 2]
     assert order.holdout_order(10).tolist() == [7, 9, 8, 5, 0, 2, 4, 3, 6, 1]
 
@@ -58,7 +57,7 @@ def test_draws_differ_by_seed_and_place():
 
 
 def batches(config, steps, mesh=None, start=0):
-    """Images, labels and numbers of the training batches, as numpy arrays."""
+    """Return images, labels and numbers of the training batches, as NumPy arrays."""
     mesh = mesh or one_device()
     feed = training_feed(config, open_data(config), mesh, start + steps)
     pick = jax.jit(feed.select_batch)
@@ -161,7 +160,7 @@ feed.close()
     ],
 )
 def test_processes_share_the_same_batches(reference, processes, placement, tmp_path):
-    """Each reads its own part, and together they have the batches that one process has."""
+    """Each process reads only its own part; together these are the batches of one process."""
     port = 20_000 + os.getpid() % 10_000 + processes * 7 + len(placement)
     environment = plain_environment()
     started = [
@@ -217,14 +216,14 @@ def test_streamed_and_resident_runs_are_the_same(finished, tmp_path):
             ), name
 
 
-def test_waiting_for_images_is_told_from_training(tmp_path, monkeypatch):
-    """Reading at a twentieth of a second an image takes .4 s a batch; a step of this network some .05 s."""
+def test_waiting_for_images_is_measured_apart_from_training(tmp_path, monkeypatch):
+    """A batch takes .4 s at a twentieth of a second per image; a step of this network takes about .05 s."""
     read = stream.read_example
     changes = {"data__placement": "stream", "data__threads": 1}
     changes |= {"train__batch_size": 8, "train__epochs": 0.56, "train__log_every_steps": 7}
     waited = {}
     for name, seconds in (("quick", 0.0), ("slow", 0.05)):
-        # a training image comes with its draws
+        # training images are read with draws, test images without
         pause = lambda *a, seconds=seconds: time.sleep(0 if a[-1] is None else seconds) or read(*a)
         monkeypatch.setattr(stream, "read_example", pause)
         loop.run(tiny_config(**changes), tmp_path / name, one_device())
@@ -251,7 +250,7 @@ def test_images_live_where_they_fit(monkeypatch, share, fit, expected):
     assert chosen == expected
 
 
-def test_what_is_cut_anew_cannot_stay_on_the_device():
+def test_images_cropped_in_every_epoch_cannot_stay_on_the_device():
     config = tiny_config(data__placement="replicated", data__fit="crop", data__image_size=8)
     with pytest.raises(UserError, match="placement=stream"):
         training_feed(config, open_data(config), one_device(), 1)
@@ -272,7 +271,7 @@ def test_digits_are_what_the_package_says():
 
 
 def test_images_are_held_out_for_validation():
-    """The same for every seed, apart from training, and training is what is left."""
+    """They are the same for every seed, and all others are training images."""
     data = [
         open_data(tiny_config(seed=seed, data__validation_examples=199, data__train_examples=0))
         for seed in (0, 1)
@@ -331,7 +330,7 @@ def test_impossible_data(changes, message):
 
 
 def picture(seed, height=40, width=60):
-    """An image with structure at several scales, (height, width, 3) uint8."""
+    """Return an image with structure at several scales, (height, width, 3) uint8."""
     generator = np.random.default_rng(seed)
     small = generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
@@ -398,7 +397,7 @@ def test_a_folder_with_train_and_test(folder):
         open_data(folder_config(folder))
 
 
-def test_folders_that_do_not_do(folder):
+def test_directories_that_cannot_be_used(folder):
     for message, spoil in (
         ("class directory .*ant holds no image", lambda: (folder / "ant").mkdir()),
         ("differ in size", None),
@@ -420,7 +419,7 @@ def test_folders_that_do_not_do(folder):
 
 @pytest.mark.slow
 def test_a_run_on_a_folder(folder, tmp_path):
-    """Streamed, cut at random, by worker processes; and the student that comes out of it predicts."""
+    """It is streamed and cropped by worker processes, and its student predicts."""
     flags = [f"--config={ROOT}/configs/digits.py"]
     flags += [
         f"--config.{k.replace('__', '.')}={v}"
@@ -448,7 +447,7 @@ def test_a_run_on_a_folder(folder, tmp_path):
 # --- images ----------------------------------------------------------------------------------
 
 
-def test_colour_models_come_to_rgb_and_gray():
+def test_color_models_are_converted_to_rgb_and_gray():
     pixels = picture(1)
     gray = np.asarray(Image.fromarray(pixels).convert("L"))
     files = {
@@ -484,7 +483,7 @@ def _saved(image, kind, **options):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("pillow_only", [False, True])
 def test_images_are_upright(orientation, pillow_only, monkeypatch):
-    """As Pillow's exif_transpose turns them; also their size before they are decoded."""
+    """Pixels, and the size before they are decoded, are those of Pillow's exif_transpose."""
     from PIL import ImageOps
 
     if pillow_only:
@@ -500,7 +499,7 @@ def test_images_are_upright(orientation, pillow_only, monkeypatch):
     assert images._size(file) == expected.shape[:2]
 
 
-def test_the_middle_of_an_image_is_what_torchvision_takes():
+def test_the_center_crop_is_torchvisions():
     """Resize(256), CenterCrop(224), written with Pillow as torchvision does."""
     for height, width in ((300, 500), (500, 300), (224, 224), (100, 90)):
         pixels = picture(3, height, width)
@@ -517,7 +516,7 @@ def test_the_middle_of_an_image_is_what_torchvision_takes():
         np.testing.assert_array_equal(found, expected)
 
 
-def test_random_parts_have_the_area_and_proportions_of_the_recipe():
+def test_random_crops_have_the_area_and_proportions_of_the_recipe():
     parts = np.array([images.random_box(375, 500, order.crop_draws(0, i)) for i in range(4000)])
     top, left, height, width = parts.T
     assert (top >= 0).all()
@@ -529,7 +528,7 @@ def test_random_parts_have_the_area_and_proportions_of_the_recipe():
     assert area.max() > 0.97
     assert 0.73 < ratio.min() < 0.77
     assert 1.3 < ratio.max() < 1.37
-    # Of the parts that area and proportions name, those that fit.
+    # Areas and proportions are drawn again until the part fits into the image.
     generator = np.random.default_rng(0)
     areas, ratios = (
         generator.uniform(0.08, 1, 10**5),
@@ -541,8 +540,8 @@ def test_random_parts_have_the_area_and_proportions_of_the_recipe():
 
 
 @pytest.mark.parametrize("pillow_only", [False, True])
-def test_a_random_part_is_cut_and_resized(pillow_only, monkeypatch):
-    """Against Pillow's crop of the whole image; what is left is interpolation."""
+def test_a_random_crop_is_resized(pillow_only, monkeypatch):
+    """It differs from Pillow's crop of the whole image by interpolation only."""
     if pillow_only:
         monkeypatch.setattr(images, "simplejpeg", None)
         monkeypatch.setattr(images, "cv2", None)
@@ -563,7 +562,7 @@ def test_a_random_part_is_cut_and_resized(pillow_only, monkeypatch):
 @pytest.mark.parametrize(
     "options", [{}, {"subsampling": 0}, {"progressive": True}, {"restart_marker_rows": 1}]
 )
-def test_a_jpeg_cut_short_decodes_to_the_same_pixels(options):
+def test_a_jpeg_with_fewer_rows_decodes_to_the_same_pixels(options):
     file = encoded(picture(6, 375, 500), quality=90, **options)
     whole = images.decode(file, 3, fast=True)
     for rows in (1, 8, 100, 201, 375):
@@ -633,7 +632,7 @@ def test_labels_out_of_range_are_named(placement, monkeypatch):
     [(1, {}, (0, 1)), (2, {}, (0, 2)), (8, {}, (0, 8)), (9, {}, (2, 5)), (96, {}, (12, 8)),
      (8, {"data__workers": 4}, (4, 2)), (8, {"data__workers": 0, "data__threads": 3}, (0, 3))],
 )  # fmt: skip
-def test_workers_are_as_many_as_pay(cores, asked, expected, monkeypatch):
+def test_number_of_workers_and_threads(cores, asked, expected, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     assert stream.workers_and_threads(tiny_config(**asked)) == expected
 
@@ -665,7 +664,7 @@ def test_prepare_says_what_is_ready():
 
 
 def test_pixels_that_took_long_to_read_are_kept(tmp_path, monkeypatch):
-    """The second run reads none of the images; a damaged copy is read anew; other examples are others."""
+    """The second run reads no image; a damaged cache entry is computed again, and other examples have their own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(resident, "CACHE_SECONDS", 0.0)
     data = open_data(tiny_config())

@@ -138,7 +138,7 @@ MAKERS = {
 
 
 def vouch(folder):
-    """Writes SHA256SUMS as `sha256sum` does."""
+    """Write SHA256SUMS as `sha256sum` does."""
     lines = [
         f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n"
         for file in folder.iterdir()
@@ -156,7 +156,7 @@ def manual(tmp_path):
 
 @pytest.fixture(params=MAKERS)
 def made(request, manual):
-    """(name, folder of archives that SHA256SUMS vouches for, what is in them)."""
+    """Return name, directory of archives that SHA256SUMS vouches for, and their contents."""
     contents = MAKERS[request.param](manual, np.random.default_rng(0))
     vouch(manual)
     return request.param, manual, contents
@@ -172,7 +172,7 @@ def open_set(name, data_dir, manual="", extra=False, test_split=""):
 
 
 def as_set(pairs):
-    """Images, whether encoded or not, with their labels; ImageNet's are no images here."""
+    """Return decoded images with their labels, sorted; those of ImageNet are random bytes here."""
 
     def key(image, label):
         if isinstance(image, bytes) and image.startswith(b"\x89PNG"):
@@ -187,7 +187,7 @@ def read(examples):
 
 
 def versions(data_dir, name):
-    """Folders of a set that TFDS would take for complete."""
+    """Return the directories that TFDS would take for a complete set."""
     return [path.name for path in (data_dir / name).glob("*") if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
 
 
@@ -252,7 +252,7 @@ def test_names_and_shapes(manual, tmp_path):
     assert re.fullmatch(r"imagenet2012 validation ILSVRC2012_val_\d{8}\.JPEG", source.test[0].name)
 
 
-def test_nominal_sizes():
+def test_published_sizes():
     assert prepared.published_facts("svhn_cropped", extra=True).train_examples == 73_257 + 531_131
     assert prepared.published_facts("imagenet2012").test_examples == 50_000
     assert prepared.published_facts("beans") is None
@@ -448,7 +448,7 @@ print(len(prepared.open_set("imagenet2012", data_dir, manual_dir, False, "").tra
 
 
 def prepare_imagenet(data_dir, manual_dir, images=-1):
-    """In a process of its own, which is killed after so many images."""
+    """Prepare in a process of its own, which is killed after `images` images."""
     return subprocess.Popen(
         [sys.executable, "-c", PREPARE, data_dir, manual_dir, str(images)],
         cwd=ROOT,
@@ -503,7 +503,7 @@ def test_two_processes_at_once(imagenet_archives, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of its own with 128 kB."""
+    """Mount a disk of 128 kB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)], check=False)
@@ -566,7 +566,7 @@ def test_another_set_is_killed_and_prepared_again(manual, tmp_path):
 
 @pytest.fixture
 def svhn(manual, tmp_path):
-    """(data_dir, version folder) of a prepared set."""
+    """Return data_dir and version directory of a prepared set."""
     make_svhn(manual, np.random.default_rng(0))
     vouch(manual)
     open_set("svhn_cropped", tmp_path / "tfds", manual)
@@ -657,7 +657,7 @@ def test_other_sets_need_tensorflow_once(tmp_path, monkeypatch):
 
 
 class Bucket(http.server.BaseHTTPRequestHandler):
-    """As much of Google Storage's JSON interface as reading takes; `root` is the bucket."""
+    """The part of Google Storage's JSON interface that reading needs; `root` is the bucket."""
 
     protocol_version = "HTTP/1.1"
     root: pathlib.Path

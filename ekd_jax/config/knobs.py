@@ -77,8 +77,8 @@ KNOBS: dict[str, Knob] = {
     "method.name": Knob("oem", "Training method; `ekd methods` lists them.", one_of(METHODS)),
     "data.name": Knob(
         "cifar100",
-        "Data set: digits, folder, cifar10, cifar100, svhn_cropped, imagenet2012, or any image "
-        "classification set of TFDS.",
+        "Data set: digits, folder, cifar10, cifar100, svhn_cropped, imagenet2012, one that a module of `imports` "
+        "registers, or any image classification set of TFDS.",
     ),
     "data.data_dir": Knob(
         "",
