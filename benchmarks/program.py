@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError, nearest
@@ -46,6 +47,14 @@ def configuration(model: str, students: Any, batch_size: int, method: str = "oem
     return resolve(config)
 
 
+def with_data_of(config: Any, source: Source) -> FrozenConfigDict:
+    """Return the configuration with all images of a set in memory as its data."""
+    changed = ConfigDict(config)
+    own = {"name": source.name, "train_examples": 0, "validation_examples": 0, "image_size": 0}
+    changed.data.update({**own, "fit": "native"})
+    return FrozenConfigDict(changed)
+
+
 class Program:
     """The training step of a configuration with its state and random images on the devices.
 
@@ -77,6 +86,7 @@ class Program:
         """
         self.mesh = parallel.make_mesh(jax.devices()[: devices or None], config.train.fsdp)
         source = random_images(examples or config.train.batch_size, image_size, classes)
+        config = with_data_of(config, source)
         self.setup = prepare(config, self.mesh, source=source)
         networks = self.setup.networks
         self.state = init_state(networks, self.setup.optimizer, seed=0)

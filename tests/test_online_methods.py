@@ -16,7 +16,7 @@ from ekd_jax.methods import METHODS
 from ekd_jax.methods import kdcl as kdcl_module
 from ekd_jax.methods.base import Batch
 from ekd_jax.models.ensemble import Outputs
-from ekd_jax.models.initializers import draw, trace
+from ekd_jax.models.initializers import trace
 from ekd_jax.runs.state import init_variables, method_variables, network_variables
 
 EPOCH = 33.4
@@ -71,7 +71,7 @@ def inputs(widths=(6, 6, 4), batch=6, classes=7, scale=1.0, identical=False):
 def initial(method, outputs, batch):
     """Random parameters, all of them, and initial batch statistics."""
     generator = np.random.default_rng(1)
-    variables = draw(trace(method, outputs, batch).variables, 0, "method")
+    variables = trace(method, outputs, batch).init(0, "method")
     params = jax.tree.map(
         lambda x: jnp.asarray(generator.normal(size=x.shape)), variables.get("params", {})
     )

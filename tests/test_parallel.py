@@ -123,7 +123,7 @@ def test_the_state_is_cut_over_the_second_axis():
     cut = 0
     for leaf, began in zip(jax.tree.leaves(after), jax.tree.leaves(program.state), strict=True):
         here = leaf.addressable_shards[0].data.size
-        assert here == leaf.size // (4 if leaf.size >= parallel.LEAST_CUT else 1)
+        assert here == leaf.size // (4 if leaf.size >= parallel.SMALLEST_SHARDED else 1)
         cut += here < leaf.size
         assert leaf.shape == np.shape(began)
     assert cut >= 4  # parameters and momentum of both students' widest convolutions
