@@ -20,7 +20,7 @@ try:
     import cv2
     import simplejpeg
 except ImportError:
-    cv2 = simplejpeg = None  # type: ignore[assignment]
+    cv2 = simplejpeg = None
 else:
     cv2.setNumThreads(0)  # our own threads read one image each
 
