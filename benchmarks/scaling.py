@@ -209,7 +209,7 @@ def purpose(op: str, name: str, batch_norm: str) -> str:
 
 
 class Tally(NamedTuple):
-    """What a step exchanges for one purpose.
+    """The data that a step exchanges for one purpose.
 
     Attributes:
         arrays: number of arrays.
@@ -277,7 +277,7 @@ def theory(state: TrainState, batch_norm: str) -> dict[str, Tally]:
 
 
 class Setting(NamedTuple):
-    """What is measured: a network, its batch norm and number of devices, and the flags of the same names."""
+    """One measurement: a network, its batch norm, the number of devices, and the flags of these names."""
 
     model: str
     batch_norm: str

@@ -1,4 +1,4 @@
-"""What the commands share: flags, the configuration, help, and one line for every error."""
+"""Flags, configuration, help and one-line errors, shared by all commands."""
 
 import os
 import pathlib

@@ -1,1 +1,1 @@
-"""What every room may use: errors, knobs, records, files, logging, progress, devices and processes."""
+"""Shared by every other package: errors, knobs, records, files, logging, progress, devices and processes."""

@@ -1,4 +1,4 @@
-"""How far a long task is, and when it will be done."""
+"""Progress and remaining time of long tasks."""
 
 import shutil
 import sys

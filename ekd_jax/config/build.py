@@ -42,7 +42,7 @@ class Networks:
 
     @property
     def students(self) -> int:
-        """How many students can be extracted: those of every copy that the method keeps, if it keeps any."""
+        """Number of students that can be extracted. If the method keeps copies, each copy has its students."""
         return len(self.ensemble.students) * max(1, self.method.number_of_copies)
 
 

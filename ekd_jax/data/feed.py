@@ -74,7 +74,7 @@ class EvaluationSet(Protocol):
 
 
 class Placements(NamedTuple):
-    """Where the images of a run are: whole on every device, divided over them, or streamed from disk.
+    """The images of a run: whole on every device, divided over the devices, or streamed from disk.
 
     Attributes:
         train: images to train on.

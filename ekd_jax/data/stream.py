@@ -75,7 +75,7 @@ class ProcessBatches:
 
     @property
     def in_memory(self) -> bool:
-        """Whether the examples are arrays in memory."""
+        """True if the examples are arrays in memory."""
         return in_memory(self._examples)
 
 

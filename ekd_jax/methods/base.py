@@ -202,8 +202,8 @@ class Method(nn.Module):
 
     @property
     def number_of_copies(self) -> int:
-        """How many copies of the networks are kept. If there are any, they are evaluated and extracted
-        instead of the networks that learn."""
+        """Number of copies of the networks that the method keeps. If there are any, they are evaluated and
+        extracted instead of the networks that learn."""
         return 0
 
     def update_copies(
@@ -224,12 +224,12 @@ class Method(nn.Module):
 
     @property
     def teacher_sources(self) -> tuple[str, ...]:
-        """Where the frozen teachers are, in order: directories, or `RUN:2` for student 2 of a run."""
+        """Paths of the frozen teachers, in order: directories, or `RUN:2` for student 2 of a run."""
         return ()
 
     @property
     def uses_teacher_maps(self) -> bool:
-        """Whether the loss reads the teachers' feature maps, not only their logits."""
+        """True if the loss reads the teachers' feature maps, not only their logits."""
         return False
 
 

@@ -1,4 +1,4 @@
-"""What methods share: a choice of KD losses, frozen teachers, a ramp-up, several teachers as one."""
+"""Parts shared by several methods: a choice of KD losses, frozen teachers, a ramp-up, several teachers as one."""
 
 import math
 from collections.abc import Callable

@@ -25,7 +25,7 @@ FACTOR = 8  # features divided by the size of queries and keys
 
 
 class Attention(nn.Module):
-    """How much each peer attends to each other peer, per image: softmax_b((W_q h_a) . (W_k h_b)).
+    """Attention of each peer to each other peer, per image: softmax_b((W_q h_a) . (W_k h_b)).
 
     All peers share W_q and W_k. Peers of unequal width, which the paper does not have, share them with
     those of their own width only.

@@ -70,7 +70,7 @@ class EnsembleSpec:
 
     @property
     def mode(self) -> Mode:
-        """How layers compute, in evaluation mode."""
+        """The mode in which layers compute during evaluation."""
         return Mode(
             dtype=jnp.dtype(self.dtype),
             groups=self.batch_norm_groups,
@@ -115,7 +115,7 @@ def assemble(spec: EnsembleSpec, families: Sequence[Family]) -> Ensemble:
 
 
 class _Cut(NamedTuple):
-    """Where networks are cut.
+    """The positions at which networks are cut.
 
     Attributes:
         shared: number of stages in the base block.

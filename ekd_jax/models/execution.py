@@ -1,4 +1,4 @@
-"""How the branches of an ensemble run: three ways that compute the same up to rounding.
+"""Three ways to run the branches of an ensemble, equal up to rounding.
 
 separate: each branch in turn. This is the reference.
 stacked: equal branches as one under `jax.vmap`, their variables stacked leaf by leaf.

@@ -1,4 +1,4 @@
-"""How a family of networks is defined, and how widths become channels.
+"""Definition of a family of networks, and conversion of widths to channels.
 
 A family builds its network as a stem, stages and a head, each stage at its own width. Cutting the network
 into base block and branches is the same for all families: `assemble`.

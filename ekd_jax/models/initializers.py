@@ -25,7 +25,7 @@ Initializer = Callable[[Any, tuple[int, ...], Any], Any]  # (unused key, shape, 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How the host draws a parameter.
+    """The distribution from which the host draws a parameter.
 
     Attributes:
         kind: "constant", "normal" (mean 0) or "uniform" (mean 0).

@@ -25,7 +25,7 @@ Activation = Callable[[Array], Array]
 
 @flax.struct.dataclass
 class Mode:
-    """How a forward pass is computed, the same for every layer of a network.
+    """The mode of a forward pass, shared by every layer of a network.
 
     Attributes:
         train: whether batch norm uses the batch's statistics and updates the running ones, and whether

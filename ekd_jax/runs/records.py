@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class StudentInfo:
-    """What a student is, before it is trained.
+    """Description of a student before training.
 
     Attributes:
         student: its number, from 1.
-        network: its name.
+        network: name of its network.
         width: its width multiplier, or one per stage, as text.
         channels: of the feature maps that students are compared by.
         parameters: how many, the base block included.
@@ -39,10 +39,10 @@ class TeacherInfo:
 
 @dataclasses.dataclass(frozen=True)
 class RunDescription:
-    """What a run trains, and on what; `students.json`.
+    """Description of the students and the data of a run; `students.json`.
 
     Attributes:
-        model: the network that students have unless they name another.
+        model: network of the students that do not name another.
         num_classes: K.
         input_shape: H, W, C.
         base_parameters: parameters that all students share; counted in each of them.

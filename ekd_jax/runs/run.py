@@ -33,10 +33,10 @@ A_RUN = "the directory of a run"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a run had learned at a step.
+    """The variables that a run had learned at a step.
 
     Attributes:
-        step: of the checkpoint.
+        step: step of the checkpoint.
         variables: all that predictions depend on, numpy arrays.
         digests: SHA-256 of every array of the checkpoint, by its path.
     """
@@ -199,7 +199,7 @@ class Run:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What is done to an image first."""
+        """The preprocessing of an image."""
         data = self.config.data
         return Preprocessing(tuple(data.mean), tuple(data.std), data.fit, data.image_size)
 

@@ -59,7 +59,7 @@ class Teacher:
 
     @property
     def frozen(self) -> Any:
-        """What must be on the devices to call it."""
+        """The arrays that must be on the devices to call this teacher."""
         return {"variables": self.variables, "method": self.method}
 
     def shapes(self) -> TeacherOutputs:

@@ -8,10 +8,10 @@ FORMAT = 5
 
 @dataclasses.dataclass(frozen=True)
 class NetworkDescription:
-    """What is needed to build a student's network again.
+    """The network of a student, complete enough to build it again.
 
     Attributes:
-        name: of the network, as `list_models` has it.
+        name: name of the network, one of `list_models`.
         widths: width multiplier of every stage, as fractions ("4/5").
         num_classes: K.
         input_shape: H, W, C.
@@ -33,7 +33,7 @@ class NetworkDescription:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How an image is brought to the network's input: resized as `fit` says, then normalized.
+    """The preprocessing of an image: resizing, as `fit` says, then normalization.
 
     Attributes:
         mean: per channel, or one value; subtracted from pixels scaled to [0, 1].
@@ -52,7 +52,7 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Where a student comes from: a run and a step of it, or a file of PyTorch weights.
+    """The origin of a student: a run and its step, or a file of PyTorch weights.
 
     Attributes:
         data: the data set it was trained for, as the knob `data.name`.

@@ -55,12 +55,12 @@ class Entry:
 
     @property
     def complete(self) -> bool:
-        """Whether it has been trained to its end."""
+        """True if the run has been trained to its end."""
         return (self.path / SUMMARY).exists()
 
     @property
     def ready(self) -> bool:
-        """Whether everything that it needs is complete."""
+        """True if every run that this one needs is complete."""
         return all((path / SUMMARY).exists() for path in self.needs.values())
 
     def summary(self) -> Summary:

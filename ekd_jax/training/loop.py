@@ -206,7 +206,7 @@ def _through_the_loop(setup: Setup, state: TrainState, log: Log, record: "Record
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Where a run writes to, and what can interrupt it.
+    """The directory that a run writes to, and the signals that interrupt it.
 
     Attributes:
         path: directory of the run.

@@ -34,7 +34,7 @@ Runs = dict[pathlib.Path, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a method needs before its own run.
+    """The runs that a method needs before its own.
 
     Attributes:
         earlier: (resolved configuration, run directory) -> name -> configuration of each earlier run, in

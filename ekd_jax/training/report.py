@@ -1,4 +1,4 @@
-"""What a run remembers and says about itself: its log, its lines on the terminal, its summary."""
+"""The report of a run: its log, its lines on the terminal and its summary."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from ekd_jax.training.setup import Setup
 
 @dataclasses.dataclass
 class Log:
-    """What a run remembers besides its state; saved with every checkpoint.
+    """The log of a run, saved with every checkpoint beside the training state.
 
     Attributes:
         sums: metrics, added up since the last training record; on the devices while training.

@@ -49,7 +49,7 @@ class Setup:
 
     @property
     def examples(self) -> int:
-        """How many training examples there are."""
+        """Number of training examples."""
         return len(self.data.train)
 
     @property

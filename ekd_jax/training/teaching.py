@@ -1,4 +1,4 @@
-"""What frozen teachers say during training: computed with each batch, or read from a table made once."""
+"""The outputs of frozen teachers: computed for each batch, or read from a table computed once."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -212,7 +212,7 @@ class _SplitWriter:
 
 @dataclasses.dataclass(frozen=True)
 class _Index:
-    """Where the images are in an archive.
+    """The positions of the images in an archive.
 
     Attributes:
         names: name of each image, (N,) bytes.
