@@ -1,8 +1,10 @@
 """Files that are written as a whole or not at all, and the user's cache directory."""
 
+import errno
 import json
 import os
 import pathlib
+import stat
 from typing import Any
 
 
@@ -25,3 +27,23 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_bytes(path: pathlib.Path, limit: int | None = None) -> bytes:
+    """Read a regular file. Anything else, such as a pipe or a device, might never end.
+
+    Args:
+        path: of the file, or of a link to it.
+        limit: the largest size in bytes.
+
+    Raises:
+        OSError: it is missing, is not a regular file, is larger than the limit, or cannot be read.
+    """
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(f"{path} is not a regular file")
+    if limit is not None and found.st_size > limit:
+        raise OSError(f"{path} has {found.st_size:,} bytes, more than the {limit:,} that are allowed")
+    return path.read_bytes()

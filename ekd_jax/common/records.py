@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 import msgspec
 
 from ekd_jax.common.errors import UserError, reason
-from ekd_jax.common.files import write_json
+from ekd_jax.common.files import read_bytes, write_json
 
 Record = TypeVar("Record")
+MAX_BYTES = 256 * 2**20  # of a JSON file; a million class names take a tenth of that
 
 
 def write_record(path: pathlib.Path, record: Any) -> None:
@@ -33,9 +34,32 @@ def read_record(path: pathlib.Path, kind: type[Record], what: str) -> Record:
     Raises:
         UserError: the file is missing, is not JSON, or a field is missing or of another type.
     """
+    return as_record(read_json(path, what), kind, path)
+
+
+def as_record(value: Any, kind: type[Record], path: pathlib.Path) -> Record:
+    """Return nested dicts, lists, numbers and strings as a dataclass; `path` is where they are from, for the error.
+
+    Raises:
+        UserError: a field is missing or of another type.
+    """
     try:
-        return msgspec.convert(json.loads(path.read_bytes()), kind)
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path} is damaged, or of another version: {reason(error)}") from error
+
+
+def read_json(path: pathlib.Path, what: str) -> Any:
+    """Read a JSON file; for the arguments see `read_record`.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(read_bytes(path, MAX_BYTES))
     except OSError as error:
         raise UserError(f"{path.parent} is not {what}: {reason(error)}") from error
-    except (ValueError, msgspec.ValidationError) as error:
-        raise UserError(f"{path} is damaged, or of another version: {reason(error)}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is damaged: it is nested too deeply") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {reason(error)}") from error

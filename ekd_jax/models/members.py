@@ -1,10 +1,15 @@
 """The students of an ensemble as they are asked for: networks and widths."""
 
 import dataclasses
+import re
 from fractions import Fraction
 from typing import Any
 
 from ekd_jax.common.errors import UserError
+
+MAX_STUDENTS, MAX_WIDTH = 100, 64
+NUMBER = r"\d+/\d+|(\d+\.?\d*|\.\d+)([eE][-+]?\d\d?)?"  # a fraction, or a decimal as Python prints it
+MAX_DIGITS = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,24 +49,40 @@ def parse_students(value: Any) -> tuple[Member, ...]:
         f"networks ('resnet20', 'wrn_16_2:0.5')"
     )
     if isinstance(value, int) and not isinstance(value, bool):
-        if value < 1:
-            raise UserError(f"{problem}, at least one")
+        if not 1 <= value <= MAX_STUDENTS:
+            raise UserError(f"{problem}, 1 to {MAX_STUDENTS} of them")
         return tuple(Member("", Fraction(value - j, value)) for j in range(value))
     if not isinstance(value, list | tuple) or not value:
         raise UserError(problem)
+    if len(value) > MAX_STUDENTS:
+        raise UserError(f"model.students has {len(value)} entries: at most {MAX_STUDENTS} are possible")
     try:
-        members = tuple(_member(entry) for entry in value)
-    except ValueError:
-        raise UserError(problem) from None
-    if any(width <= 0 for member in members for width in member.widths):
-        raise UserError(f"{problem}, each above 0")
-    return members
+        return tuple(_member(entry) for entry in value)
+    except ValueError as error:
+        raise UserError(f"{problem}: {error}") from None
 
 
 def _member(entry: Any) -> Member:
     if isinstance(entry, list | tuple):
-        return Member("", tuple(Fraction(str(width)) for width in entry))
+        return Member("", tuple(map(parse_width, entry)))
     if isinstance(entry, str) and entry[:1].isalpha():
-        name, _, width = entry.partition(":")
-        return Member(name, Fraction(width or "1"))
-    return Member("", Fraction(str(entry)))  # exact decimals: 0.7 * 10 is 7
+        name, colon, width = entry.partition(":")
+        return Member(name, parse_width(width) if colon else Fraction(1))
+    return Member("", parse_width(entry))
+
+
+def parse_width(value: Any) -> Fraction:
+    """Return a width multiplier, exactly: 0.7 is 7/10, and "2/3" stays that.
+
+    Raises:
+        ValueError: it is not a number above 0 and at most MAX_WIDTH; the message says so.
+    """
+    text = str(value)
+    if re.fullmatch(NUMBER, text, re.ASCII) and len(text) <= MAX_DIGITS:
+        try:
+            width = Fraction(text)
+        except ZeroDivisionError:
+            width = Fraction(0)
+        if 0 < width <= MAX_WIDTH:
+            return width
+    raise ValueError(f"width {text[:MAX_DIGITS]!r} is not a number above 0 and at most {MAX_WIDTH}")

@@ -9,7 +9,6 @@ import hashlib
 import os
 import pathlib
 import shutil
-from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -20,16 +19,20 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ekd_jax.common.errors import UserError, reason
+from ekd_jax.common.files import read_bytes
 from ekd_jax.common.imports import import_modules
-from ekd_jax.common.records import read_record, write_record
+from ekd_jax.common.records import as_record, read_json, write_record
 from ekd_jax.data.augment import normalize
 from ekd_jax.data.dataset import Example
 from ekd_jax.data.decode import CorruptImageError, Reader
 from ekd_jax.models import EnsembleSpec, build
-from ekd_jax.models.ensemble import Student, Variables
-from ekd_jax.models.members import Member
+from ekd_jax.models.cost import count_parameters
+from ekd_jax.models.ensemble import Ensemble, Student, Variables
+from ekd_jax.models.members import Member, parse_width
 from ekd_jax.students.description import FORMAT, StudentDescription
+from ekd_jax.students.validation import problem_of_description, problem_of_weights
 
+MAX_FILE_BYTES = 2**30  # of an image file
 WEIGHTS, DESCRIPTION = "weights.safetensors", "student.json"
 
 
@@ -56,19 +59,24 @@ class LoadedStudent:
         return self.description.network.input_shape
 
     @cached_property
-    def network(self) -> Student:
-        """The network, without its variables."""
+    def ensemble(self) -> Ensemble:
+        """The network as an ensemble of one, without its variables."""
         own = self.description.network
         import_modules(own.imports, f"student {self.description.student}")
         spec = EnsembleSpec(
             name=own.name,
-            students=(Member(own.name, tuple(Fraction(width) for width in own.widths)),),
+            students=(Member(own.name, tuple(map(parse_width, own.widths))),),
             num_classes=own.num_classes,
             dtype=own.dtype,
             sharing="none",
             **own.options,
         )
-        return build(spec).student(1)
+        return build(spec)
+
+    @cached_property
+    def network(self) -> Student:
+        """The network, without its variables."""
+        return self.ensemble.student(1)
 
     def logits(self, images: Any) -> jax.Array:
         """Return the logits (B, K) float32 of images (B, H, W, C) uint8. May be jitted.
@@ -99,29 +107,57 @@ class LoadedStudent:
 def load_student(directory: str | os.PathLike[str]) -> LoadedStudent:
     """Load the student in a directory that `extract` or `convert` wrote.
 
+    Everything is checked: the description, the digest of the weights, and that they are finite and fit the network.
+
     Raises:
         UserError: a file is missing or damaged, or a module that registers the network is missing.
     """
     path = pathlib.Path(directory)
-    description = read_record(
-        path / DESCRIPTION, StudentDescription, "a student's directory, as extract writes it"
-    )
-    if description.format != FORMAT:
-        raise UserError(
-            f"{path / DESCRIPTION} has format {description.format}, this version reads {FORMAT}"
-        )
+    description = _read_description(path / DESCRIPTION)
+    file = path / WEIGHTS
     try:
-        data = (path / WEIGHTS).read_bytes()
+        data = read_bytes(file)
     except OSError as error:
-        raise UserError(
-            f"{path / WEIGHTS} cannot be read ({reason(error)}): extract the student again"
-        ) from error
+        raise UserError(f"{file} cannot be read ({reason(error)}): extract the student again") from error
     if hashlib.sha256(data).hexdigest() != description.weights_sha256:
-        raise UserError(f"{path / WEIGHTS} is damaged (its SHA-256 differs): extract the student again")
-    variables = unflatten_dict(safetensors.numpy.load(data), sep="/")
-    student = LoadedStudent(description, variables)
-    _ = student.network  # a missing module is said now
-    return student
+        raise UserError(f"{file} is damaged (its SHA-256 differs): extract the student again")
+    try:
+        weights = safetensors.numpy.load(data)
+    except Exception as error:  # a header that was tampered with raises many kinds
+        raise UserError(f"{file} is damaged ({reason(error)}): extract the student again") from error
+    student = LoadedStudent(description, {})
+    try:
+        trace = student.ensemble.trace(student.input_shape)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # a network that its input is too small for raises many kinds
+        raise UserError(
+            f"{path / DESCRIPTION} is damaged: its network cannot be built ({reason(error)})"
+        ) from error
+    like = student.ensemble.student_variables(trace.init(None), 1)
+    if problem := problem_of_weights(weights, like):
+        raise UserError(f"{file} does not fit {path / DESCRIPTION}: {problem}")
+    costs = count_parameters(like["params"]), trace.cost(1).macs
+    if costs != (description.parameters, description.macs):
+        stated = f"{description.parameters:,} parameters and {description.macs:,} multiply-accumulates"
+        raise UserError(
+            f"{path / DESCRIPTION} is damaged: it states {stated}, its network has {costs[0]:,} and {costs[1]:,}"
+        )
+    return LoadedStudent(description, unflatten_dict(weights, sep="/"))
+
+
+def _read_description(path: pathlib.Path) -> StudentDescription:
+    """Read and check `student.json`."""
+    stored = read_json(path, "a student's directory, as extract writes it")
+    found = stored.get("format") if isinstance(stored, dict) else None
+    if isinstance(found, int) and found != FORMAT:
+        raise UserError(
+            f"{path} has format {found}, this version reads {FORMAT}: extract the student again"
+        )
+    description = as_record(stored, StudentDescription, path)
+    if problem := problem_of_description(description):
+        raise UserError(f"{path} is damaged: {problem}")
+    return description
 
 
 def read_image(path: pathlib.Path, student: LoadedStudent) -> np.ndarray:
@@ -133,7 +169,7 @@ def read_image(path: pathlib.Path, student: LoadedStudent) -> np.ndarray:
     crop = student.description.preprocessing.fit == "crop"
     read = Reader(student.input_shape, "crop" if crop else "stretch")
     try:
-        return read(Example(path.read_bytes(), 0, str(path)))[None]
+        return read(Example(read_bytes(path, MAX_FILE_BYTES), 0, str(path)))[None]
     except (OSError, CorruptImageError) as error:
         why = reason(error.__cause__ or error)
         raise UserError(f"cannot read an image from {path}: {why}") from error
