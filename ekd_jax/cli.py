@@ -1,5 +1,6 @@
 """Flags, configuration, help and one-line errors, shared by all commands."""
 
+import math
 import os
 import pathlib
 import sys
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 import jax
 from absl import app, flags, logging
-from ml_collections import FrozenConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from ekd_jax.common import parallel
 from ekd_jax.common.compilation import keep_compiled_programs
@@ -19,6 +20,7 @@ from ekd_jax.common.log import shown
 from ekd_jax.config.resolve import resolve
 
 FLAGS = flags.FLAGS
+MAY_BE_EMPTY = ("compilation_cache", "data_dir", "manual_dir")  # flags for which nothing is a value
 KNOBS_HELP = (
     "change a knob of the recipe, as in --config.optimizer.learning_rate=0.05; `ekd knobs` lists them"
 )
@@ -64,12 +66,17 @@ def recipe(example: str = "configs/digits.py") -> Any:
     """
     if FLAGS.config is None:
         raise UserError(f"--config=FILE is missing; for example --config={example}")
-    path = pathlib.Path(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0])
+    name = config_flags.get_config_filename(FLAGS["config"]).partition(":")[0]
+    if not name:
+        raise UserError(f"--config= is empty: name a recipe, for example --config={example}")
+    path = pathlib.Path(name)
     if not path.is_file():
         others = [str(p) for p in (path.parent.glob("*.py") if path.parent.is_dir() else ())]
         raise UserError(
             f"there is no config file {path}{nearest(str(path), sorted(others)) if others else ''}"
         )
+    if not isinstance(FLAGS.config, ConfigDict):
+        raise UserError(f"{path} is not a recipe: its function get_config must return a ConfigDict")
     return FLAGS.config
 
 
@@ -78,6 +85,29 @@ def config_name() -> str:
     path, _, argument = config_flags.get_config_filename(FLAGS["config"]).partition(":")
     name = os.path.splitext(os.path.basename(path))[0]
     return f"{name}-{argument.replace(',', '-')}" if argument else name
+
+
+def check_checkpoint_flags() -> None:
+    """Raise UserError unless --step and --best make sense together."""
+    if FLAGS.step is not None and FLAGS.best:
+        raise UserError("pass --step=N or --best, not both")
+
+
+def output_file(flag: str, suffixes: Sequence[str]) -> pathlib.Path | None:
+    """Return the file that a flag names, None if the flag was not given.
+
+    Raises:
+        UserError: it has another suffix, is a directory, or its directory does not exist.
+    """
+    given: str | None = FLAGS[flag].value
+    if given is None:
+        return None
+    path = pathlib.Path(given)
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"--{flag}={given} must end in {' or '.join(suffixes)}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--{flag}={given} must be a file in a directory that exists")
+    return path
 
 
 def run(command: Command, arguments: Sequence[str] | None = None, name: str = "") -> None:
@@ -112,11 +142,13 @@ def guarded(start: Callable[[], None]) -> None:
             raise
         lost = f"{parallel.who()}a computation over all processes failed, most likely because one of them"
         leave(1, f"error: {lost} ended ({reason(error)}): run the same command in all of them to resume")
-    except KeyboardInterrupt:
-        leave(130, "interrupted; run the same command to resume")
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a full disk, a name that is too long: nothing that a traceback explains
+        leave(2, f"error: {parallel.who()}{reason(error)}")
+    except KeyboardInterrupt:
+        leave(130, "interrupted; run the same command to resume")
 
 
 def leave(code: int, message: str) -> None:
@@ -131,16 +163,39 @@ def leave(code: int, message: str) -> None:
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = FLAGS(argv)
-    except (flags.Error, OSError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except UserError:
+        raise
+    except Exception as error:  # a config file is code, which may raise anything
+        raise UserError(_about_parsing(argv, error)) from error
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value")
+    for name in (
+        flag for flag in FLAGS if not flag.startswith("config.")
+    ):  # knobs are checked by `resolve`
+        value: Any = FLAGS[name].value
+        if FLAGS[name].present and value in ("", []) and name not in MAY_BE_EMPTY:
+            raise UserError(f"--{name}= is empty: give it a value, or leave it out")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name}={value} must be a finite number")
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)
     # An error in a thread of Orbax is raised again where the run waits for it: one line is enough.
     threading.excepthook = lambda failed: logging.info("in the background: %s", failed.exc_value)
     sys.unraisablehook = lambda failed: logging.info("in the background: %s", failed.exc_value)
     return list(rest)
+
+
+def _about_parsing(argv: Sequence[str], error: Exception) -> str:
+    """Return what went wrong while flags were parsed and the config file was read, in one line."""
+    text = " ".join(str(error).split())
+    file = next((arg.partition("=")[2] for arg in argv if arg.startswith("--config=")), "the config file")
+    if "no attribute 'get_config'" in text:
+        return f"{file} is not a recipe: it has no function get_config"
+    if isinstance(error, flags.Error | OSError | KeyError | AttributeError | TypeError) and text:
+        return text
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f"{error.filename or file}, line {error.lineno}: {error.msg}"
+    return f"{file} fails: {type(error).__name__}: {reason(error)}"
 
 
 def _starting(main: Callable[[], int | None]) -> Callable[[Sequence[str]], None]:

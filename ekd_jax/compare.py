@@ -48,7 +48,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "workdir", None, "directory of the comparison; runs/<name of the config> if not given"
     )
-    flags.DEFINE_integer("seeds", None, "how many seeds, instead of the config's", lower_bound=1)
+    flags.DEFINE_integer("seeds", None, "how many seeds, instead of the config's", 1, 1000)
     flags.DEFINE_list("methods", None, "labels to train, and those they refer to; all if not given")
     flags.DEFINE_boolean("report", False, "train nothing: print the table of what is complete")
     flags.DEFINE_boolean("json", False, "print JSON")

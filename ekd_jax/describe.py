@@ -18,12 +18,19 @@ from ekd_jax.data.opening import known_facts
 from ekd_jax.runs.describe import as_text, describe
 
 FLAGS = flags.FLAGS
+MAX_CLASSES = 1_000_000
 
 
 def define_flags() -> None:
     """Define the command's own flags."""
     cli.define_config()
-    flags.DEFINE_integer("num_classes", None, "number of classes, instead of the data set's")
+    flags.DEFINE_integer(
+        "num_classes",
+        None,
+        "number of classes, instead of the data set's",
+        lower_bound=2,
+        upper_bound=MAX_CLASSES,
+    )
     flags.DEFINE_integer("arrays", None, "list the parameter arrays of this student, from 1, instead")
     flags.DEFINE_boolean("json", False, "print JSON")
 
@@ -32,8 +39,6 @@ def main() -> None:
     """Run the command."""
     config = cli.config()
     known = known_facts(config)
-    if FLAGS.num_classes is not None and FLAGS.num_classes < 1:
-        raise UserError(f"--num_classes={FLAGS.num_classes} must be at least 1")
     networks = build_networks(config, FLAGS.num_classes or known.num_classes, known.input_shape)
     if FLAGS.arrays is not None:
         print(_arrays_of(networks, FLAGS.arrays))

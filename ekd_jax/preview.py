@@ -23,8 +23,8 @@ def define_flags() -> None:
     """Define the command's own flags."""
     cli.define_config()
     flags.DEFINE_string("output", None, "file to write, .png", required=True)
-    flags.DEFINE_integer("examples", 6, "number of rows", lower_bound=1)
-    flags.DEFINE_integer("epochs", 7, "number of columns besides the image as stored", lower_bound=1)
+    flags.DEFINE_integer("examples", 6, "number of rows", 1, 1000)
+    flags.DEFINE_integer("epochs", 7, "number of columns besides the image as stored", 1, 1000)
 
 
 def main() -> None:

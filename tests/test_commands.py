@@ -24,12 +24,31 @@ DIGITS = f"--config={ROOT}/configs/digits.py"
         ("main", [DIGITS, "--config.train.batch_size=2000"], "above the 899 training examples"),
         ("main", [DIGITS, "--workdir=pyproject.toml"], "is not a directory"),
         ("main", [f"--config={ROOT}/configs/resnet_cifar100.py:dept=20"], "did you mean 'depth'"),
-        ("describe", [DIGITS, "--num_classes=0"], "at least 1"),
+        ("describe", [DIGITS, "--num_classes=0"], "not an integer in the range [2,"),
         ("extract", ["--workdir=nowhere", "--output=x", "--student=1"], "is not the directory of a run"),
         ("extract", ["--workdir=nowhere", "--output=x"], "pass --student=N"),
         ("evaluate", [], "pass --workdir=RUN"),
         ("evaluate", ["--student_dir=nowhere"], "is not a student's directory"),
+        ("evaluate", ["--student_dir="], "--student_dir= is empty"),
+        ("evaluate", ["--student_dir=nowhere", "--split=validation"], "is for a run"),
+        ("evaluate", ["--student_dir=nowhere", "--best"], "--best is for a run"),
+        ("evaluate", ["--student_dir=nowhere", "--confusion=nowhere/x.csv"], "a directory that exists"),
+        ("predict", ["--student_dir=nowhere", "--image=x.png"], "is not a student's directory"),
+        ("compare", ["--config=configs/compare_digits.py", "--methods="], "--methods= is empty"),
+        ("main", [DIGITS, "--workdir="], "--workdir= is empty"),
+        ("main", [DIGITS, f"--workdir={'x' * 5000}"], "File name too long"),
+        ("main", ["--config="], "--config= is empty"),
+        ("main", ["--config=README.md"], "README.md"),
+        ("main", [DIGITS, "--config.model.name=²"], "must be one of"),
+        ("main", [DIGITS, "--config.train.epochs=inf"], "must be a finite number"),
+        ("main", [DIGITS, f"--config.seed={10**23}"], "must be at most"),
+        ("main", [DIGITS, "--config.model.students=('vgg8:1/0',)"], "is not a number above 0"),
+        ("main", [DIGITS, "--config.model.students=1000000000"], "1 to 100 of them"),
+        ("main", [DIGITS, "--config.model.sharing=", "--config.model.name="], "config.model.name=''"),
+        ("main", [DIGITS, "--compilation_cache_gb=nan"], "must be a finite number"),
+        ("describe", [DIGITS, "--num_classes=100000000000"], "not an integer in the range"),
     ],
+    ids=lambda value: str(value)[:50],
 )
 def test_mistakes_get_one_line(module, flags, message):
     result = command(module, *flags)
@@ -38,6 +57,29 @@ def test_mistakes_get_one_line(module, flags, message):
     assert message in result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:", ", line 1: invalid syntax"),
+        ("x = 1", "get_config"),
+        ("def get_config():\n    return 1 / 0", "ZeroDivisionError: division by zero"),
+        ("import no_such_module", "No module named 'no_such_module'"),
+        ("def get_config():\n    return 5", "must return a ConfigDict"),
+        ("", "get_config"),
+    ],
+    ids=range(6),
+)
+def test_recipes_that_fail_get_one_line(tmp_path, text, message):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    result = command("main", f"--config={file}", f"--workdir={tmp_path}/run")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert str(file) in result.stderr
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

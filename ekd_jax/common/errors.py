@@ -4,9 +4,17 @@ import difflib
 import re
 from collections.abc import Iterable
 
+LONGEST = 160  # characters of another library's message
+
 
 class UserError(Exception):
-    """An error that the user can mend: one line with what is wrong, where, and what to do."""
+    """An error that the user can mend: one line with what is wrong, where, and what to do.
+
+    Characters that cannot be printed, such as line breaks in the name of a file, are escaped.
+    """
+
+    def __init__(self, *messages: str):
+        super().__init__(*map(printable, messages))
 
 
 class Interrupted(Exception):  # noqa: N818  it is no error
@@ -21,20 +29,28 @@ class Interrupted(Exception):  # noqa: N818  it is no error
         self.signal = signal
 
 
+def printable(text: str) -> str:
+    """Return text in one line that every terminal prints; other characters are written as Python escapes."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
+
+
 def reason(error: BaseException) -> str:
     """Return an exception's message in one line; of a long one the end, where the cause stands."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and len(text) > LONGEST:
+        return f"{error.strerror}: {str(error.filename)[:60]}..."
     text = re.sub(r" \[\w+='.*?'\]", "", text)  # what TensorStore appends
-    return text if len(text) <= 160 else f"... {text[-160:]}"
+    return text if len(text) <= LONGEST else f"... {text[-LONGEST:]}"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` with the choice nearest to `word`, or a list of all choices if none is near."""
     names = [str(choice) for choice in choices]
 
-    def likeness(
-        name: str,
-    ) -> tuple[float, int]:  # of two equally near names the one with the nearer number
+    def likeness(name: str) -> tuple[float, int]:
+        """Of two equally near names, the one with the nearer number counts as nearer."""
         ratio = difflib.SequenceMatcher(None, word, name).ratio()
         return ratio, -abs(_number(word) - _number(name))
 
@@ -45,4 +61,4 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def _number(word: str) -> int:
-    return int("0" + "".join(filter(str.isdigit, word)))
+    return int("0" + "".join(filter(str.isdecimal, word[:50])))

@@ -1,10 +1,13 @@
 """A knob: one setting of a configuration, with its default, its meaning and the values it may have."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from ekd_jax.common.errors import UserError, nearest
+
+LARGEST = 2**31 - 1  # integers are counted in 32 bits on devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +44,31 @@ class Knob:
 
     def check(self, path: str, value: Any) -> None:
         """Raise UserError, naming the knob `path`, if it may not have this value."""
-        if self.rule.allowed(value):
+        must, hint = _problem_of_numbers(value), ""
+        if not must and self.rule.allowed(value):
             return
-        must, hint = self.rule.must, ""
-        if self.rule.choices:
+        must = must or self.rule.must
+        if self.rule.choices and isinstance(value, str):
             choices = self.rule.choices()
             must = f"be one of {', '.join(choices)}"
-            hint = nearest(value, choices) if isinstance(value, str) else ""
-        raise UserError(f"{path}={value!r} must {must}{hint if 'did you' in hint else ''}")
+            hint = nearest(value, choices)
+        raise UserError(f"{path}={shown(value)} must {must}{hint if 'did you' in hint else ''}")
+
+
+def shown(value: Any) -> str:
+    """Return a value as it is shown in a message: a long one is cut."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _problem_of_numbers(value: Any) -> str:
+    """Return what numbers in a value must be, "" if all are possible."""
+    for one in value if isinstance(value, tuple) else (value,):
+        if isinstance(one, float) and not math.isfinite(one):
+            return "be a finite number"
+        if isinstance(one, int) and abs(one) > LARGEST:
+            return f"be at most {LARGEST:,}"
+    return ""
 
 
 def one_of(choices: Iterable[str] | Callable[[], Iterable[str]]) -> Rule:
@@ -70,7 +90,6 @@ def between(low: float, high: float) -> Rule:
 POSITIVE = above(0)
 NOT_NEGATIVE = Rule(lambda value: value >= 0, "not be negative")
 FRACTION = Rule(lambda value: 0 <= value < 1, "be at least 0 and below 1")
-BELOW_ONE = Rule(lambda value: value < 1, "be below 1")
 ALL_POSITIVE = Rule(lambda values: all(value > 0 for value in values), "be above 0")
 INCREASING_FRACTIONS = Rule(
     lambda values: all(a < b for a, b in zip((0.0, *values), (*values, 1.0), strict=True)),

@@ -52,7 +52,7 @@ def start(coordinator: str | None, processes: int | None, number: int | None, ti
             raise UserError(f"{' and '.join(missing)} missing: give all of {', '.join(given)}, or none")
     else:
         host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdecimal():
             raise UserError(f"--coordinator={coordinator} must be HOST:PORT, such as 10.0.0.2:1234")
         if not 0 <= number < processes:
             raise UserError(f"--process_id={number} must be from 0 to {processes - 1}")

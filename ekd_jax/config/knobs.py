@@ -7,7 +7,6 @@ from ml_collections import ConfigDict, FieldReference
 
 from ekd_jax.common.knob import (
     ALL_POSITIVE,
-    BELOW_ONE,
     FRACTION,
     INCREASING_FRACTIONS,
     NOT_NEGATIVE,
@@ -22,6 +21,9 @@ from ekd_jax.methods.base import knobs_of
 from ekd_jax.models import MODELS
 from ekd_jax.models.ensemble import SHARINGS
 from ekd_jax.models.execution import EXECUTIONS
+
+EPOCHS = Rule(lambda value: 0 < value <= 1e6, "be above 0 and at most 1,000,000")
+RATE = Rule(lambda value: value == -1 or 0 <= value < 1, "be -1, or at least 0 and below 1")
 
 KNOBS: dict[str, Knob] = {
     "seed": Knob(0, "Random seed of initial values, order of examples and augmentation.", NOT_NEGATIVE),
@@ -46,16 +48,18 @@ KNOBS: dict[str, Knob] = {
     "model.compressed_stages": Knob(
         0, "Number of stages of a branch that are compressed, counted from the last; 0: all.", NOT_NEGATIVE
     ),
-    "model.shared_stages": Knob(-1, "Number of stages in the base block; -1: the method's default."),
+    "model.shared_stages": Knob(
+        -1, "Number of stages in the base block; -1: the method's default.", between(-1, 100)
+    ),
     "model.last_map": Knob(
         "",
         "Which feature map is matched last: the last stage's output, or the map pooled for the classifier. "
         "Empty: as in the official code.",
         one_of(("", "stage", "pooled")),
     ),
-    "model.dropout": Knob(-1.0, "Dropout rate before the classifier; -1: the network's own.", BELOW_ONE),
+    "model.dropout": Knob(-1.0, "Dropout rate before the classifier; -1: the network's own.", RATE),
     "model.stochastic_depth": Knob(
-        -1.0, "Rate at which residual blocks are dropped; -1: the network's own.", BELOW_ONE
+        -1.0, "Rate at which residual blocks are dropped; -1: the network's own.", RATE
     ),
     "model.padding": Knob(
         "",
@@ -111,10 +115,10 @@ KNOBS: dict[str, Knob] = {
         one_of(("native", "stretch", "crop")),
     ),
     "data.image_size": Knob(
-        0, "Height and width of the network's input, in pixels; 0: as stored.", NOT_NEGATIVE
+        0, "Height and width of the network's input, in pixels; 0: as stored.", between(0, 4096)
     ),
     "data.crop_padding": Knob(
-        4, "Pixels added on each side of an image before the random crop.", NOT_NEGATIVE
+        4, "Pixels added on each side of an image before the random crop.", between(0, 4096)
     ),
     "data.padding_mode": Knob("zero", "Values of the added pixels.", one_of(("zero", "reflect"))),
     "data.rotation": Knob(
@@ -126,7 +130,7 @@ KNOBS: dict[str, Knob] = {
         "Augmentation policy on top of crop and flip.",
         one_of(("none", "randaugment", "trivialaugment")),
     ),
-    "data.policy_operations": Knob(2, "randaugment: number of operations per image.", POSITIVE),
+    "data.policy_operations": Knob(2, "randaugment: number of operations per image.", between(1, 100)),
     "data.policy_magnitude": Knob(9, "randaugment: strength of each operation, 0 to 30.", between(0, 30)),
     "data.mean": Knob(
         (0.0,), "Mean of images scaled to [0, 1], which is subtracted: one value, or one per channel."
@@ -158,10 +162,14 @@ KNOBS: dict[str, Knob] = {
     "data.workers": Knob(
         -1,
         "Processes that decode images; 0: threads only; -1: chosen for the machine.",
+        between(-1, 1000),
         changes_result=False,
     ),
     "data.threads": Knob(
-        0, "Decoding threads per process; 0: chosen for the machine.", NOT_NEGATIVE, changes_result=False
+        0,
+        "Decoding threads per process; 0: chosen for the machine.",
+        between(0, 1000),
+        changes_result=False,
     ),
     "optimizer.name": Knob(
         "sgd", "Optimizer; weight decay is L2, as in PyTorch.", one_of(("sgd", "adam", "rmsprop"))
@@ -196,7 +204,7 @@ KNOBS: dict[str, Knob] = {
     "optimizer.decay_every_epochs": Knob(
         0.0, "Epochs between further drops of the learning rate; 0: milestones only.", NOT_NEGATIVE
     ),
-    "train.epochs": Knob(300.0, "Passes over the training set.", POSITIVE),
+    "train.epochs": Knob(300.0, "Passes over the training set.", EPOCHS),
     "train.batch_size": Knob(128, "Examples per step, over all devices.", POSITIVE),
     "train.accumulation_steps": Knob(
         1,
@@ -227,10 +235,8 @@ KNOBS: dict[str, Knob] = {
     "train.log_every_steps": Knob(
         100, "Steps that one training record averages.", POSITIVE, changes_result=False
     ),
-    "train.evaluate_every_epochs": Knob(5.0, "Epochs between evaluations.", POSITIVE, changes_result=False),
-    "train.checkpoint_every_epochs": Knob(
-        1.0, "Epochs between checkpoints.", POSITIVE, changes_result=False
-    ),
+    "train.evaluate_every_epochs": Knob(5.0, "Epochs between evaluations.", EPOCHS, changes_result=False),
+    "train.checkpoint_every_epochs": Knob(1.0, "Epochs between checkpoints.", EPOCHS, changes_result=False),
     "evaluate.batch_size": Knob(
         500, "Examples per evaluation step, over all devices.", POSITIVE, changes_result=False
     ),

@@ -8,8 +8,10 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ekd_jax.common.errors import UserError, nearest, reason
+from ekd_jax.common.errors import UserError, nearest
 from ekd_jax.common.imports import import_modules
+from ekd_jax.common.knob import shown
+from ekd_jax.common.records import read_json
 from ekd_jax.config.build import build_networks
 from ekd_jax.config.knobs import KNOBS, all_knobs, nest
 
@@ -65,13 +67,13 @@ def read_config(path: pathlib.Path, what: str) -> FrozenConfigDict:
     Raises:
         UserError: there is none, it is damaged, or it needs a module that is missing.
     """
+    stored = read_json(path, what)
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} is damaged: it does not hold a configuration")
     try:
-        stored = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path.parent} is not {what}: {reason(error)}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {reason(error)}") from error
-    return resolve(stored)
+        return resolve(stored)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def to_dict(config: FrozenConfigDict) -> dict[str, Any]:
@@ -125,6 +127,6 @@ def _coerce(path: str, value: Any, like: Any) -> Any:
         return tuple(_coerce(path, v, like[0] if like else "") for v in values)
     if type(value) is not type(like):
         raise UserError(
-            f"config.{path}={value!r} must be of type {type(like).__name__}, like its default {like!r}"
+            f"config.{path}={shown(value)} must be of type {type(like).__name__}, like its default {like!r}"
         )
     return value

@@ -10,11 +10,12 @@ from ml_collections import FrozenConfigDict
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
+from ekd_jax.common.knob import LARGEST
 from ekd_jax.config.build import Networks, build_networks
 from ekd_jax.data.dataset import Source
 from ekd_jax.data.opening import Data, open_data
 from ekd_jax.methods.base import TeacherOutputs
-from ekd_jax.runs.describe import describe
+from ekd_jax.runs.describe import describe, describe_data
 from ekd_jax.runs.records import RunDescription
 from ekd_jax.runs.state import predictor_names
 from ekd_jax.runs.teachers import Teacher, load_teachers
@@ -91,11 +92,12 @@ def prepare(
     check_batches(config, mesh, len(data.train))
     steps = steps_in(config.train.epochs, config, len(data.train))
     networks = build_networks(config, classes, shape, mesh.size)
-    teachers = load_teachers(networks.method.teacher_sources, path, classes, shape)
+    teachers = load_teachers(networks.method.teacher_sources, path, data.facts)
     taught = [teacher.shapes() for teacher in teachers]
     description = dataclasses.replace(
         describe(networks, config.model.name, taught),
         class_names=tuple(data.facts.class_names),
+        data=describe_data(data),
         teachers=tuple(teacher.info for teacher in teachers),
     )
     optimizer = make_optimizer(config, networks.method, steps)
@@ -124,7 +126,14 @@ def check_batches(config: FrozenConfigDict, mesh: Mesh, examples: int | None) ->
     if accumulation > 1:
         what += f" x train.accumulation_steps={accumulation}"
     parallel.check_divisible("train.batch_size", config.train.batch_size, parts, what)
-    if examples is not None and config.train.batch_size > examples:
+    if examples is None:
+        return
+    if config.train.batch_size > examples:
         raise UserError(
             f"train.batch_size={config.train.batch_size} is above the {examples} training examples"
+        )
+    steps = steps_in(config.train.epochs, config, examples)
+    if steps > LARGEST:
+        raise UserError(
+            f"train.epochs={config.train.epochs:g} are {steps:,} steps: at most {LARGEST:,} are possible"
         )
