@@ -114,3 +114,20 @@ def _files(folder: pathlib.Path, classes: list[str], may_be_empty: bool = False)
         return hashlib.md5(os.path.relpath(file[0], folder).encode(), usedforsecurity=False).digest()
 
     return sorted(found, key=hash_of_path)
+
+
+def find_images(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the image files in a directory, at any depth, in the order of their paths.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = [
+        pathlib.Path(place) / file
+        for place, _, files in os.walk(folder)
+        for file in files
+        if file.lower().endswith(SUFFIXES) and file[0] != "."
+    ]
+    if not found:
+        raise UserError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+    return sorted(found)
