@@ -34,8 +34,7 @@ def main() -> None:
     """Run the command."""
     if (FLAGS.student is None) == (FLAGS.max_parameters is None):
         raise UserError("pass --student=N, or --max_parameters=N for the best student that fits")
-    if FLAGS.step is not None and FLAGS.best:
-        raise UserError("pass --step=N or --best, not both")
+    cli.check_checkpoint_flags()
     output = pathlib.Path(FLAGS.output)
     check_output(output)
     run = load_run(FLAGS.workdir, FLAGS.step, FLAGS.best)

@@ -1,5 +1,8 @@
 """Numbers, times and tables as text."""
 
+import csv
+import io
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -35,3 +38,10 @@ def human(count: float) -> str:
         if count >= size:
             return f"{count / size:.1f}{unit}"
     return f"{count:.0f}"
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Return rows as CSV, with quotes where a value needs them."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

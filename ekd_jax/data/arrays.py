@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ekd_jax.common.errors import UserError
-from ekd_jax.data.dataset import Example, Examples, Facts, Source, Subset
+from ekd_jax.data.dataset import Example, Examples, Facts, Joined, Relabeled, Source, Subset
 
 ARRAYS = "arrays"  # value of `data.name` for arrays that are passed from Python
 
@@ -41,8 +41,10 @@ class ArrayExamples:
 
 def in_memory(examples: Examples) -> bool:
     """Return whether examples, or the set that they are chosen from, are arrays in memory."""
-    if isinstance(examples, Subset):
+    if isinstance(examples, Subset | Relabeled):
         return in_memory(examples.examples)
+    if isinstance(examples, Joined):
+        return all(map(in_memory, examples.parts))
     return isinstance(examples, ArrayExamples)
 
 

@@ -7,14 +7,17 @@ next image of the batch). It does not depend on where in the batch, or on which 
 import enum
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from ml_collections import FrozenConfigDict
 
 from ekd_jax.data import policies
+
+if TYPE_CHECKING:  # a student that predicts needs no configuration
+    from ml_collections import FrozenConfigDict
 
 Array = jax.Array
 
@@ -33,7 +36,7 @@ class Purpose(enum.IntEnum):
 
 
 def training_batch(
-    key: Array, images: Array, labels: Array, examples: Array, num_classes: int, data: FrozenConfigDict
+    key: Array, images: Array, labels: Array, examples: Array, num_classes: int, data: "FrozenConfigDict"
 ) -> tuple[Array, Array]:
     """Return the network's input for a step: augmented and normalized images, and their targets.
 
@@ -60,7 +63,7 @@ def training_batch(
     return images, targets
 
 
-def augment(key: Array, images: Array, examples: Array, data: FrozenConfigDict) -> Array:
+def augment(key: Array, images: Array, examples: Array, data: "FrozenConfigDict") -> Array:
     """Pad, rotate, crop and flip images and apply a policy, as far as the configuration asks for it.
 
     The order is that of torchvision's Pad, RandomAffine, RandomCrop, RandomHorizontalFlip, RandAugment.

@@ -1,10 +1,15 @@
 """Data sets: facts that are known before an image is read, and examples by number."""
 
+import bisect
 import dataclasses
 import hashlib
+import itertools
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+
+from ekd_jax.common.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +102,15 @@ class Source:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def check_label(example: Example, facts: Facts) -> None:
+    """Raise UserError unless the label of an example is the number of a class."""
+    if not 0 <= example.label < facts.num_classes:
+        raise UserError(
+            f"the label of {example.name} is {example.label}, but {facts.name} has {facts.num_classes} "
+            f"classes, counted from 0: prepare the set again, or correct it"
+        )
+
+
 class Subset:
     """Some of the examples of a set, given by their numbers (N,)."""
 
@@ -113,3 +127,51 @@ class Subset:
     def fingerprint(self) -> str:
         numbers = hashlib.sha256(self._numbers.astype(np.int64).tobytes()).hexdigest()
         return f"{self.examples.fingerprint} {numbers}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Relabeled:
+    """Examples of a set whose labels count in other class names.
+
+    Attributes:
+        examples: of the set.
+        facts: of the set; they say which labels there are.
+        labels: the new label of each class of the set.
+    """
+
+    examples: Examples
+    facts: Facts
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.examples[index]
+        check_label(example, self.facts)
+        return dataclasses.replace(example, label=self.labels[example.label])
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.examples.fingerprint} {self.labels}"
+
+
+class Joined:
+    """The examples of several sets, one set after the other."""
+
+    def __init__(self, parts: Sequence[Examples]):
+        self.parts = tuple(parts)
+        self._ends = tuple(itertools.accumulate(map(len, self.parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        part = bisect.bisect_right(self._ends, index)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.parts[part][index - (self._ends[part - 1] if part else 0)]
+
+    @property
+    def fingerprint(self) -> str:
+        return " ".join(part.fingerprint for part in self.parts)

@@ -7,8 +7,10 @@ validation, and test examples.
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import FrozenConfigDict
@@ -19,7 +21,8 @@ from ekd_jax.common.log import logger
 from ekd_jax.common.progress import Progress
 from ekd_jax.data import folder, order, registry
 from ekd_jax.data.arrays import ARRAYS, ArrayExamples
-from ekd_jax.data.dataset import Examples, Facts, Source, Subset
+from ekd_jax.data.classes import label_map
+from ekd_jax.data.dataset import Examples, Facts, Joined, Relabeled, Source, Subset, check_label
 from ekd_jax.data.decode import CorruptImageError, Reader
 
 DIGITS = Facts(
@@ -45,6 +48,62 @@ class Data:
     validation: Examples | None
     test: Examples
     reader: Reader
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that differ if any example, its split or its class differs."""
+        held_out = "" if self.validation is None else self.validation.fingerprint
+        parts = (self.train.fingerprint, held_out, self.test.fingerprint, *self.facts.class_names)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def to_evaluate(self, split: str) -> "Data":
+        """Return the data with another split to test on.
+
+        Args:
+            split: "test", "validation", "train", or "all" for all of these together.
+
+        Raises:
+            UserError: no images are held out for validation.
+        """
+        if split == "validation" and self.validation is None:
+            raise UserError("--split=validation: no images were held out (data.validation_examples=0)")
+        held_out = [self.validation] if self.validation is not None else []
+        chosen = {"test": [self.test], "train": [self.train], "validation": held_out}
+        parts = chosen.get(split, [self.train, *held_out, self.test])
+        examples = parts[0] if len(parts) == 1 else Joined(parts)
+        facts = dataclasses.replace(self.facts, test_examples=len(examples))
+        return dataclasses.replace(self, facts=facts, test=examples)
+
+    def with_input(self, shape: tuple[int, int, int]) -> "Data":
+        """Return the data with images of another shape (H, W, C); color is converted where images are decoded."""
+        facts = dataclasses.replace(self.facts, image_shape=shape)
+        return dataclasses.replace(self, facts=facts, reader=dataclasses.replace(self.reader, shape=shape))
+
+    def with_classes(self, class_names: Sequence[str], owner: str) -> "Data":
+        """Return the data with labels that count in other class names, which are matched by name.
+
+        Args:
+            class_names: every class of the data, and perhaps more, in any order.
+            owner: whose class names these are, for the error.
+
+        Raises:
+            UserError: the data has a class that is not among them.
+        """
+        names = tuple(class_names)
+        if names == self.facts.class_names:
+            return self
+        labels = label_map(self.facts.class_names, names, f"the data set {self.facts.name}", owner)
+
+        def relabeled(examples: Examples) -> Examples:
+            return Relabeled(examples, self.facts, labels)
+
+        return dataclasses.replace(
+            self,
+            facts=dataclasses.replace(self.facts, class_names=names),
+            train=relabeled(self.train),
+            validation=None if self.validation is None else relabeled(self.validation),
+            test=relabeled(self.test),
+        )
 
 
 def facts(config: FrozenConfigDict, source: Source | None = None) -> Facts | None:
@@ -233,11 +292,7 @@ def read_example(
         UserError: the image cannot be read, or the label is out of range.
     """
     example = examples[number]
-    if not 0 <= example.label < facts.num_classes:
-        raise UserError(
-            f"the label of {example.name} is {example.label}, but {facts.name} has {facts.num_classes} "
-            f"classes, counted from 0: prepare the set again, or correct it"
-        )
+    check_label(example, facts)
     return reader(example, draws), example.label
 
 

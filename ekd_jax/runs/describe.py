@@ -7,9 +7,10 @@ from ml_collections import FrozenConfigDict
 
 from ekd_jax.common.text import human, table
 from ekd_jax.config.build import Networks
+from ekd_jax.data.opening import Data
 from ekd_jax.methods.base import TeacherOutputs
 from ekd_jax.models.cost import count_parameters
-from ekd_jax.runs.records import RunDescription, StudentInfo
+from ekd_jax.runs.records import DataDescription, RunDescription, StudentInfo
 from ekd_jax.runs.state import init_variables
 
 
@@ -52,6 +53,17 @@ def describe(
             )
             for number, (i, member) in enumerate(members, 1)
         ),
+    )
+
+
+def describe_data(data: Data) -> DataDescription:
+    """Describe the examples of a run."""
+    return DataDescription(
+        name=data.facts.name,
+        train_examples=len(data.train),
+        validation_examples=0 if data.validation is None else len(data.validation),
+        test_examples=len(data.test),
+        fingerprint=data.fingerprint,
     )
 
 

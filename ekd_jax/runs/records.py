@@ -38,6 +38,25 @@ class TeacherInfo:
 
 
 @dataclasses.dataclass(frozen=True)
+class DataDescription:
+    """The examples that a run reads: a run resumes on the same ones only.
+
+    Attributes:
+        name: name of the data set.
+        train_examples: number of examples to train on.
+        validation_examples: number of examples held out for validation.
+        test_examples: number of examples to test on.
+        fingerprint: 64 hexadecimal digits that differ if any example or its class differs.
+    """
+
+    name: str
+    train_examples: int
+    validation_examples: int
+    test_examples: int
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
 class RunDescription:
     """Description of the students and the data of a run; `students.json`.
 
@@ -50,6 +69,7 @@ class RunDescription:
             depends on teachers that are not there yet.
         students: one entry each.
         class_names: K names; a label is the place in them.
+        data: the examples; None before the data is opened.
         teachers: the frozen teachers.
     """
 
@@ -60,6 +80,7 @@ class RunDescription:
     method_parameters: int | None
     students: tuple[StudentInfo, ...]
     class_names: tuple[str, ...] = ()
+    data: DataDescription | None = None
     teachers: tuple[TeacherInfo, ...] = ()
 
 

@@ -17,13 +17,15 @@ from ekd_jax.config.build import Networks, build_networks, network_options
 from ekd_jax.config.resolve import identity, read_config
 from ekd_jax.data.augment import normalize
 from ekd_jax.data.dataset import Source
+from ekd_jax.data.opening import open_data
 from ekd_jax.models.ensemble import Variables
 from ekd_jax.runs.checkpoint import open_checkpoints
-from ekd_jax.runs.evaluation import Predict, Results, evaluate_predictor, with_places
+from ekd_jax.runs.describe import describe_data
+from ekd_jax.runs.evaluation import Evaluation, Predict, Predictors, evaluate_predictors, with_data
 from ekd_jax.runs.metrics import read_metrics
 from ekd_jax.runs.records import RunDescription
 from ekd_jax.runs.state import deployed_variables, joined_outputs, method_variables, predictor_names
-from ekd_jax.runs.workdir import CONFIG, STUDENTS
+from ekd_jax.runs.workdir import CONFIG, STUDENTS, check_same_data
 from ekd_jax.students.description import NetworkDescription, Preprocessing, Provenance, StudentDescription
 from ekd_jax.students.student import LoadedStudent, write_student
 from ekd_jax.version import __version__
@@ -120,21 +122,41 @@ class Run:
         return dict(zip(self.names, jax.nn.softmax(self.logits(images)), strict=True))
 
     def evaluate(
-        self, split: str = "test", places: Mapping[str, str] | None = None, source: Source | None = None
-    ) -> Results:
+        self,
+        split: str = "test",
+        data: Mapping[str, str] | None = None,
+        source: Source | None = None,
+        confusion: bool = False,
+    ) -> Evaluation:
         """Evaluate every student and the ensemble.
 
         Args:
-            split: "test", or "validation" for the images that the run held out.
-            places: `data_dir` and `manual_dir`, if the data is not where the run had it.
+            split: "test", "train", "validation" for the images that the run held out, or "all".
+            data: knobs of the section `data` that differ: `data_dir` and `manual_dir` if the data is not where the
+                run had it, `name` to evaluate on another set.
             source: the data set itself, if it is in memory.
+            confusion: also count images by class and predicted class.
 
         Returns:
-            `{"student_1/top1": per cent, "student_1/top5": per cent, "student_1/nll": nats, ...}`.
+            Metrics by name, `student_1/top1` and so on.
+
+        Raises:
+            UserError: the data is missing, has a class that the run does not have, or, with split="validation",
+                is not the data that the run held its validation images out of.
         """
-        config = with_places(self.config, places or {})
-        predict = make_predict(self.networks)
-        return evaluate_predictor(predict, self.checkpoint.variables, config, self.names, split, source)
+        own = self.description
+        config = with_data(self.config, data or {}, own.input_shape)
+        if split == "validation":
+            now = open_data(config, source)
+            check_same_data(self.path, own, now.facts.class_names, describe_data(now))
+        predictors = Predictors(
+            call=make_predict(self.networks),
+            variables=self.checkpoint.variables,
+            names=self.names,
+            class_names=own.class_names,
+            input_shape=own.input_shape,
+        )
+        return evaluate_predictors(predictors, config, split, source, confusion)
 
     def student(self, number: int) -> LoadedStudent:
         """Return student `number`, from 1; nothing else is read from the checkpoint.
@@ -232,7 +254,11 @@ def load_run(workdir: str | os.PathLike[str], step: int | None = None, best: boo
     """
     path = pathlib.Path(workdir)
     config = read_config(path / CONFIG, A_RUN)
-    return Run(path, config, read_record(path / STUDENTS, RunDescription, A_RUN), step, best)
+    description = read_record(path / STUDENTS, RunDescription, A_RUN)
+    numbers = [student.student for student in description.students]
+    if numbers != [*range(1, len(numbers) + 1)] or len(description.class_names) != description.num_classes:
+        raise UserError(f"{path / STUDENTS} is damaged: its students or its classes are not complete")
+    return Run(path, config, description, step, best)
 
 
 def make_predict(networks: Networks) -> Predict:

@@ -12,6 +12,7 @@ import optax
 from flax.traverse_util import flatten_dict
 
 from ekd_jax.common.errors import UserError
+from ekd_jax.common.log import logger
 from ekd_jax.config.build import Networks
 from ekd_jax.methods.base import Batch, Method, TeacherOutputs
 from ekd_jax.models.ensemble import Ensemble, Outputs, Variables
@@ -136,39 +137,72 @@ def init_state(
     return _copied(TrainState(np.zeros((), np.int32), **variables, opt_state=opt_state, copies=copies))
 
 
-def start_from(state: TrainState, ensemble: Ensemble, variables: Variables, source: str) -> TrainState:
-    """Return the state with student 1, and the parts it shares, replaced by the variables of a network.
+@dataclasses.dataclass(frozen=True)
+class InitialWeights:
+    """The weights of a trained network to start from.
 
-    A classifier for another number of classes stays as it is.
+    Attributes:
+        source: where they are from, for messages.
+        variables: of the network, as `Student` takes them.
+        class_names: names of its classes, in the order of its logits.
+    """
+
+    source: str
+    variables: Variables
+    class_names: tuple[str, ...]
+
+
+def start_from(
+    state: TrainState, ensemble: Ensemble, given: InitialWeights, class_names: Sequence[str]
+) -> TrainState:
+    """Return the state with student 1, and the parts it shares, replaced by the weights of a trained network.
+
+    In the classifier, classes are matched by name: a class that the given network does not know keeps its initial
+    weights. A head that is not a linear classifier is taken over only if both networks have the same classes.
 
     Args:
         state: before the first step.
         ensemble: the networks of the state.
-        variables: of one network, as `Student` takes them.
-        source: where they are from, for the error.
+        given: the weights to start from.
+        class_names: names of the classes of the run.
 
     Raises:
         UserError: they belong to another network.
     """
-
-    def filled(path: Any, leaf: Any, given: Any) -> Any:
-        names = [key.key for key in path]
-        if given.shape == leaf.shape:
-            return given
-        if names[1:3] == ["head", "linear"]:
-            return leaf
-        raise UserError(
-            f"model.initial_weights={source}: {'/'.join(names[1:])} has shape {given.shape}, this network "
-            f"{leaf.shape}: take a student of the same network and width"
-        )
-
     networks = network_variables(state.variables)
-    own = ensemble.student_variables(networks, 1)
-    if flatten_dict(own).keys() != flatten_dict(variables).keys():
+    own, source = ensemble.student_variables(networks, 1), f"model.initial_weights={given.source}"
+    if flatten_dict(own).keys() != flatten_dict(given.variables).keys():
+        raise UserError(f"{source} is another network: take a student with the same network name")
+    same_classes = tuple(class_names) == given.class_names
+    shared = [name for name in class_names if name in given.class_names]
+    to = [list(class_names).index(name) for name in shared]
+    of = [given.class_names.index(name) for name in shared]
+    is_linear = "linear" in own["params"]["head"]
+
+    def filled(path: Any, leaf: Any, theirs: Any) -> Any:
+        names = [key.key for key in path][1:]
+        in_head = names[:2] == ["head", "linear"] if is_linear else names[0] == "head"
+        if in_head and not same_classes:
+            if not is_linear:
+                return leaf
+            if theirs.shape[:-1] == leaf.shape[:-1]:
+                new = leaf.copy()
+                new[..., to] = theirs[..., of]
+                return new
+        elif theirs.shape == leaf.shape:
+            return theirs
         raise UserError(
-            f"model.initial_weights={source} is another network: take a student with the same network name"
+            f"{source}: {'/'.join(names)} has shape {theirs.shape}, this network {leaf.shape}: take a student "
+            f"of the same network and width"
         )
-    new = jax.tree_util.tree_map_with_path(filled, own, variables)
+
+    new = jax.tree_util.tree_map_with_path(filled, own, given.variables)
+    if not same_classes:
+        taken = len(shared) if is_linear else 0
+        logger.info(
+            f"{source}: the classifier starts from the weights of {taken} of the {len(class_names)} classes; "
+            f"the others are initialized"
+        )
     placed = ensemble.with_student_variables(networks, 1, new)
     placed = {kind: {**tree, "method": state.variables[kind]["method"]} for kind, tree in placed.items()}
     return _copied(dataclasses.replace(state, **placed))

@@ -10,12 +10,15 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ekd_jax.common.errors import UserError
+from ekd_jax.data.classes import check_same_classes, label_map
+from ekd_jax.data.dataset import Facts
 from ekd_jax.methods.base import EARLIER, TeacherOutputs
 from ekd_jax.models.ensemble import Student, Variables
 from ekd_jax.runs.records import TeacherInfo
@@ -36,7 +39,7 @@ class Teacher:
 
     Attributes:
         info: where it is from, and the SHA-256 of its weights.
-        num_classes: K.
+        class_names: names of its K classes, in the order of its logits.
         input_shape: H, W, C.
         preprocessing: how its images are normalized.
         variables: numpy arrays.
@@ -45,7 +48,7 @@ class Teacher:
     """
 
     info: TeacherInfo
-    num_classes: int
+    class_names: tuple[str, ...]
     input_shape: Shape
     preprocessing: Preprocessing
     variables: Variables
@@ -68,19 +71,34 @@ class Teacher:
         given: TeacherOutputs = jax.eval_shape(self, self.frozen, image)
         return given
 
+    def with_classes(self, class_names: Sequence[str]) -> "Teacher":
+        """Return the teacher with its logits in the order of other class names.
 
-def load_teachers(
-    sources: Sequence[str], workdir: pathlib.Path, num_classes: int, input_shape: Shape
-) -> list[Teacher]:
-    """Load teachers that fit the data.
+        Raises:
+            UserError: one of the classes is unknown to it.
+        """
+        names, call = tuple(class_names), self.call
+        if names == self.class_names:
+            return self
+        columns = np.array(label_map(names, self.class_names, "the data", self.info.source))
+
+        def reordered(variables: Variables, images: Array) -> tuple[Array, tuple[Array, ...]]:
+            logits, maps = call(variables, images)
+            return logits[:, columns], maps
+
+        return dataclasses.replace(self, class_names=names, call=reordered)
+
+
+def load_teachers(sources: Sequence[str], workdir: pathlib.Path, facts: Facts) -> list[Teacher]:
+    """Load teachers that fit the data; their logits are in the order of its classes.
 
     Raises:
         UserError: one is missing, or was trained for other classes or images of another size.
     """
     teachers = [load_teacher(source, workdir) for source in sources]
     for teacher in teachers:
-        check_fit(teacher.info.source, teacher.num_classes, teacher.input_shape, num_classes, input_shape)
-    return teachers
+        check_fit(teacher.info.source, teacher.class_names, teacher.input_shape, facts)
+    return [teacher.with_classes(facts.class_names) for teacher in teachers]
 
 
 def load_teacher(source: str, workdir: pathlib.Path, knob: str = "method.teachers") -> Teacher:
@@ -100,7 +118,21 @@ def load_teacher(source: str, workdir: pathlib.Path, knob: str = "method.teacher
     return _from_run(load_run(path), source, number)
 
 
-def network_of(source: str, workdir: pathlib.Path) -> tuple[NetworkDescription, Preprocessing]:
+class OneNetwork(NamedTuple):
+    """A teacher that is one network, without its weights.
+
+    Attributes:
+        network: the network.
+        preprocessing: how its images are normalized.
+        class_names: names of its classes, in the order of its logits.
+    """
+
+    network: NetworkDescription
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+
+
+def network_of(source: str, workdir: pathlib.Path) -> OneNetwork:
     """Describe a teacher that is one network, without loading it; for the arguments see `load_teacher`.
 
     Raises:
@@ -109,39 +141,31 @@ def network_of(source: str, workdir: pathlib.Path) -> tuple[NetworkDescription, 
     path, number = _find(source, workdir)
     if (path / DESCRIPTION).exists():
         student = load_student(path).description
-        return student.network, student.preprocessing
+        return OneNetwork(student.network, student.preprocessing, student.class_names)
     run = load_run(path)
     students = run.networks.students
     _check_number(source, number, students)
     if not number and students > 1:
         raise UserError(f"method.teachers: {source} has {students} students: take one of them, {source}:1")
     member = (int(number or 1) - 1) % len(run.networks.ensemble.students)
-    return run.network_of(member), run.preprocessing
+    return OneNetwork(run.network_of(member), run.preprocessing, run.description.class_names)
 
 
-def check_fit(
-    source: str, classes: int, images: Shape, num_classes: int, input_shape: Sequence[int]
-) -> None:
-    """Raise UserError unless a teacher's classes and images are those of the data."""
-    for what, own, wanted in (
-        ("classes", classes, num_classes),
-        ("images", images, tuple(input_shape)),
-    ):
-        if own != wanted:
-            raise UserError(
-                f"method.teachers: {source} was trained for {what} {_text(own)}, the data has {_text(wanted)}: "
-                f"use a teacher that was trained for the same"
-            )
-
-
-def _text(value: Any) -> str:
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def check_fit(source: str, class_names: Sequence[str], input_shape: Shape, facts: Facts) -> None:
+    """Raise UserError unless a teacher has the classes of the data, in any order, and takes its images."""
+    check_same_classes(facts.class_names, class_names, "the data", f"method.teachers: {source}")
+    if tuple(input_shape) != facts.input_shape:
+        own, wanted = ("x".join(map(str, shape)) for shape in (input_shape, facts.input_shape))
+        raise UserError(
+            f"method.teachers: {source} was trained for images {own}, the data has {wanted}: "
+            f"use a teacher that was trained for the same"
+        )
 
 
 def _find(source: str, workdir: pathlib.Path, knob: str = "method.teachers") -> tuple[pathlib.Path, str]:
     """Return the directory of a student or of a complete run, and the number of the student, "" without one."""
     name, _, number = source.rpartition(":")
-    if not (name and number.isdigit()):
+    if not (name and number.isdecimal()):
         name, number = source, ""
     path = workdir / name if name.startswith(f"{EARLIER}/") else pathlib.Path(name)
     if not path.is_dir():
@@ -167,7 +191,7 @@ def _from_student(path: pathlib.Path, source: str) -> Teacher:
     own = student.description
     return Teacher(
         info=TeacherInfo(source, own.weights_sha256),
-        num_classes=own.network.num_classes,
+        class_names=student.class_names,
         input_shape=student.input_shape,
         preprocessing=own.preprocessing,
         variables=student.variables,
@@ -193,7 +217,7 @@ def _from_run(run: Run, source: str, number: str) -> Teacher:
     digests = json.dumps([number, learned.digests], sort_keys=True)
     return Teacher(
         info=TeacherInfo(source, hashlib.sha256(digests.encode()).hexdigest()),
-        num_classes=run.description.num_classes,
+        class_names=run.description.class_names,
         input_shape=run.description.input_shape,
         preprocessing=run.preprocessing,
         variables=variables,

@@ -29,8 +29,9 @@ from ekd_jax.common.errors import UserError, reason
 from ekd_jax.common.files import write_json
 from ekd_jax.common.records import read_record, write_record
 from ekd_jax.config.resolve import result_fields, to_dict
+from ekd_jax.data.classes import listed
 from ekd_jax.methods.base import EARLIER
-from ekd_jax.runs.records import RunDescription, TeacherInfo
+from ekd_jax.runs.records import DataDescription, RunDescription
 
 CONFIG, STUDENTS, ENVIRONMENT, SUMMARY = "config.json", "students.json", "environment.json", "summary.json"
 PACKAGES = (
@@ -113,17 +114,41 @@ def check_same_everywhere(path: pathlib.Path, config: FrozenConfigDict) -> None:
             )
 
 
-def check_teachers(path: pathlib.Path, teachers: Sequence[TeacherInfo]) -> None:
-    """Raise UserError unless a run that resumes in `path` has the teachers that it started with."""
+def check_description(path: pathlib.Path, description: RunDescription) -> None:
+    """Raise UserError unless a run that resumes in `path` has the data and the teachers that it started with."""
     if not (path / STUDENTS).exists():
         return
-    before = read_record(path / STUDENTS, RunDescription, "the directory of a run").teachers
-    for old, new in zip(before, teachers, strict=False):
+    before = read_record(path / STUDENTS, RunDescription, "the directory of a run")
+    assert description.data
+    check_same_data(path, before, description.class_names, description.data)
+    for old, new in zip(before.teachers, description.teachers, strict=True):
         if old.sha256 != new.sha256:
             raise UserError(
                 f"method.teachers: the weights in {new.source} are not those that the run in {path} "
                 f"started with: put them back, or choose another --workdir"
             )
+
+
+def check_same_data(
+    path: pathlib.Path, before: RunDescription, class_names: Sequence[str], data: DataDescription
+) -> None:
+    """Raise UserError unless data has the classes and examples that the run in `path` started with."""
+    old = before.data
+    if old == data and before.class_names == tuple(class_names):
+        return
+    lost = [name for name in before.class_names if name not in class_names]
+    new = [name for name in class_names if name not in before.class_names]
+    changes = [f"{what} class {listed(names)}" for what, names in (("no", lost), ("new", new)) if names]
+    if not changes and before.class_names != tuple(class_names):
+        changes = [f"its classes are in another order, {listed(class_names)}"]
+    for field in ("train_examples", "validation_examples", "test_examples"):
+        there, here = getattr(old, field, 0), getattr(data, field)
+        if there != here:
+            changes.append(f"{field.replace('_', ' ')}: {there} then, {here} now")
+    raise UserError(
+        f"the data set {data.name} is not the one that the run in {path} was started with "
+        f"({'; '.join(changes) or 'other images'}): put it back, or choose another --workdir"
+    )
 
 
 def claim(path: pathlib.Path, config: FrozenConfigDict) -> None:

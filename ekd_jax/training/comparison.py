@@ -230,7 +230,7 @@ def check(runs: list[Entry]) -> None:
             make_optimizer(config, method, steps_in(config.train.epochs, config, known.train_examples))
             outside = [source for source in method.teacher_sources if not _is_inside(source, run, runs)]
             describe(networks, config.model.name, None if method.teacher_sources else ())
-            load_teachers(outside, run.path, known.num_classes, known.input_shape)
+            load_teachers(outside, run.path, known)
 
 
 def _is_inside(source: str, run: Entry, runs: list[Entry]) -> bool:

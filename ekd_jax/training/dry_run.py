@@ -48,7 +48,7 @@ def _describe_run(
     networks = build_networks(config, classes, shape)
     taught = None
     if not later:
-        teachers = load_teachers(networks.method.teacher_sources, path, classes, shape)
+        teachers = load_teachers(networks.method.teacher_sources, path, known)
         taught = [teacher.shapes() for teacher in teachers]
     description = describe(networks, config.model.name, taught)
     where = placements(config, known, mesh)

@@ -37,7 +37,7 @@ from ekd_jax.runs.evaluation import Results, make_evaluator, measure, results
 from ekd_jax.runs.metrics import MetricWriter
 from ekd_jax.runs.records import Summary
 from ekd_jax.runs.run import make_predict
-from ekd_jax.runs.state import TrainState, init_state, start_from
+from ekd_jax.runs.state import InitialWeights, TrainState, init_state, start_from
 from ekd_jax.runs.teachers import load_teacher
 from ekd_jax.training.autotune import choose_execution
 from ekd_jax.training.optimizer import rate_in_words
@@ -120,7 +120,7 @@ def run(
         logger.info(f"{path} holds the complete run: nothing to train")
         return read_record(path / workdir.SUMMARY, Summary, "the directory of a run")
     setup = prepare(config, mesh, path, source)
-    workdir.check_teachers(path, setup.description.teachers)
+    workdir.check_description(path, setup.description)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with workdir.locked(path):
@@ -143,8 +143,9 @@ def _train(setup: Setup, path: pathlib.Path) -> Summary:
             state, remembered = checkpoints.restore(state, checkpoints.choose())
             log = Log.from_json(remembered["log"])
         elif source := setup.config.model.initial_weights:
-            network = load_teacher(source, path, "model.initial_weights").variables
-            state = start_from(state, setup.networks.ensemble, network, source)
+            network = load_teacher(source, path, "model.initial_weights")
+            given = InitialWeights(source, network.variables, network.class_names)
+            state = start_from(state, setup.networks.ensemble, given, setup.data.facts.class_names)
         if parallel.is_main():
             workdir.write_description(path, setup.description)
         writer = MetricWriter(path if parallel.is_main() else None, int(state.step))
@@ -376,8 +377,8 @@ class Loop:
     def _measure(self, evaluate: Any, examples: EvaluationSet) -> Results:
         """Evaluate on a set, write it down and say it."""
         setup, record, epoch = self.setup, self.record, self.setup.epochs(self.step)
-        sums_3xP = measure(evaluate, self.state.variables, examples, setup.mesh)
-        evaluation = results(sums_3xP, examples.examples, setup.names)
+        scores_3xP = measure(evaluate, self.state.variables, examples, setup.mesh)["scores"]
+        evaluation = results(scores_3xP, examples.examples, setup.names)
         record.writer.write(self.step, epoch, examples.name, evaluation)
         record.progress.line(evaluation_line(examples.name, epoch, evaluation, setup.names))
         return evaluation

@@ -97,10 +97,9 @@ def _srm_earlier(config: FrozenConfigDict, path: pathlib.Path) -> dict[str, Any]
             f"srm trains one student from one teacher, not {number} from {len(sources)}: pass one of "
             f"each, as in --config.model.students='(1,)'"
         )
-    network, preprocessing = network_of(sources[0], path)
-    shape = network.input_shape
+    network, preprocessing, class_names = network_of(sources[0], path)
     if known := facts(config):
-        check_fit(sources[0], network.num_classes, shape, known.num_classes, known.input_shape)
+        check_fit(sources[0], class_names, network.input_shape, known)
 
     first, second = config.to_dict(), config.to_dict()
     first["method"] = {
@@ -137,7 +136,12 @@ def _srm_earlier(config: FrozenConfigDict, path: pathlib.Path) -> dict[str, Any]
     for earlier in (first, second):
         earlier["model"]["last_map"] = "stage"  # the maps that a frozen teacher gives
     taught, learning = (
-        [row[0] for row in build_networks(resolve(run), network.num_classes, shape).trace.outputs.features]
+        [
+            row[0]
+            for row in build_networks(
+                resolve(run), network.num_classes, network.input_shape
+            ).trace.outputs.features
+        ]
         for run in (first, second)
     )
     check_map_sizes(learning, taught)

@@ -4,17 +4,15 @@ A set is read from TFDS's own location, DATA_DIR/NAME/VERSION, in a directory or
 it is prepared first.
 """
 
-import bisect
 import dataclasses
 import hashlib
-import itertools
 import os
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from ekd_jax.common.errors import UserError, nearest
-from ekd_jax.data.dataset import Example, Examples, Facts, Source
+from ekd_jax.data.dataset import Example, Examples, Facts, Joined, Source
 from ekd_jax.data.tfds import lookup
 from ekd_jax.data.tfds.builders import BUILDERS
 from ekd_jax.data.tfds.preparation import prepare
@@ -95,7 +93,7 @@ def open_set(name: str, data_dir: str, manual_dir: str, extra: bool, test_split:
     sizes = _sizes(builder)
     splits = _choose_splits(name, sizes, builder.data_dir, extra, test_split)
     parts = [_Records(builder, name, split) for split in splits.train]
-    train: Examples = _Joined(parts) if len(parts) > 1 else parts[0]
+    train: Examples = Joined(parts) if len(parts) > 1 else parts[0]
     return Source(_facts(builder, name, sizes, splits), train, _Records(builder, name, splits.test))
 
 
@@ -181,24 +179,3 @@ class _Records:
         record = self.source[position]
         name = record[self.record_name].decode() if self.record_name else f"[{position}]"
         return Example(record[self.image], int(record[self.label]), f"{self.name} {name}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Joined:
-    """The examples of several sets, one set after the other."""
-
-    parts: list[_Records]
-
-    @property
-    def fingerprint(self) -> str:
-        return " ".join(part.fingerprint for part in self.parts)
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    def __getitem__(self, index: int) -> Example:
-        starts = [0, *itertools.accumulate(map(len, self.parts))]
-        part = bisect.bisect_right(starts, index) - 1
-        if not 0 <= part < len(self.parts):
-            raise IndexError(index)
-        return self.parts[part][index - starts[part]]
