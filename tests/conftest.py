@@ -1,5 +1,8 @@
 """Eight virtual CPU devices, a tiny configuration, and commands run as a user runs them."""
 
+import dataclasses
+import importlib
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -20,11 +23,15 @@ import jax
 import numpy as np
 import pytest
 
+from ekd_jax import cli
 from ekd_jax.common import parallel
 from ekd_jax.config.knobs import default_config
 from ekd_jax.config.resolve import resolve
+from ekd_jax.models.cost import count_parameters
 from ekd_jax.runs.checkpoint import open_checkpoints
 from ekd_jax.students.convert import match_arrays
+from ekd_jax.students.description import NetworkDescription, Preprocessing, Provenance, StudentDescription
+from ekd_jax.students.student import LoadedStudent
 from ekd_jax.training import loop
 
 # Networks are tiny here: compiling is what takes time. Commands run optimized programs, as a user's do.
@@ -79,17 +86,46 @@ def one_device():
     return parallel.make_mesh(jax.devices()[:1])
 
 
-def command(module: str, *args: object, **kwargs) -> subprocess.CompletedProcess:
-    """Runs `python -m ekd_jax.<module>` on one device, in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", f"ekd_jax.{module}", *map(str, args)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=plain_environment(),
-        timeout=300,
-        **kwargs,
-    )
+# Commands are forked from a process that has imported them: the same as `python -m ekd_jax.<module>`, without the
+# two seconds of imports.
+COMMANDS = (
+    "main",
+    "compare",
+    "extract",
+    "evaluate",
+    "predict",
+    "describe",
+    "convert",
+    "prepare",
+    "preview",
+)
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([f"ekd_jax.{name}" for name in COMMANDS])
+
+
+def command(module: str, *args: object) -> subprocess.CompletedProcess:
+    """Run a command on one device, in a process of its own."""
+    with tempfile.TemporaryDirectory() as directory:
+        files = [pathlib.Path(directory) / name for name in ("stdout", "stderr")]
+        process = FORKS.Process(target=_run_command, args=(module, list(map(str, args)), files))
+        process.start()
+        process.join(300)
+        assert process.exitcode is not None, f"{module} did not end"
+        return subprocess.CompletedProcess(args, process.exitcode, *(file.read_text() for file in files))
+
+
+def _run_command(module: str, args: list[str], files: list[pathlib.Path]) -> None:
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.pop("XLA_FLAGS", None)
+    os.chdir(ROOT)
+    sys.argv = [module, *args]
+    cli.run(importlib.import_module(f"ekd_jax.{module}"))
+
+
+def forward(ensemble, variables, images, **mode):
+    """Return `Ensemble.apply` as one program: operations one by one would each be compiled."""
+    return jax.jit(lambda variables, images: ensemble.apply(variables, images, **mode))(variables, images)
 
 
 def student_from_torch(like, state, rules, dtype=np.float32):
@@ -115,3 +151,24 @@ def finished(tmp_path_factory):
     """Return the directory and the summary of a complete run."""
     path = tmp_path_factory.mktemp("finished") / "run"
     return path, loop.run(tiny_config(), path, one_device())
+
+
+def fresh_student(class_names: tuple[str, ...], shape: tuple[int, int, int] = (8, 8, 1), seed: int = 0):
+    """Return an untrained student of a tiny network, which is nevertheless complete."""
+    network = NetworkDescription("resnet8", ("1/4",) * 3, len(class_names), shape, "float32", {})
+    own = StudentDescription(
+        network=network,
+        student=1,
+        parameters=0,
+        macs=0,
+        class_names=class_names,
+        preprocessing=Preprocessing((0.5,), (0.5,)),
+        provenance=Provenance("arrays"),
+    )
+    student = LoadedStudent(own, {})
+    trace = student.ensemble.trace(shape)
+    variables = student.ensemble.student_variables(trace.init(seed), 1)
+    own = dataclasses.replace(
+        own, parameters=count_parameters(variables["params"]), macs=trace.cost(1).macs
+    )
+    return LoadedStudent(own, variables)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import tiny_config
+from conftest import forward, tiny_config
 
 from ekd_jax import models
 from ekd_jax.common.errors import UserError
@@ -85,7 +85,7 @@ def test_a_part_computes_what_its_module_computes():
     models.register_network("plain", plain_network())
     ensemble = models.build_ensemble("plain", (1, 0.5), 10)
     variables = ensemble.trace(SHAPE).init(0)
-    outputs, _ = ensemble.apply(variables, images_of(), train=False)
+    outputs, _ = forward(ensemble, variables, images_of(), train=False)
     own = ensemble.student_variables(variables, 2)
     part = lambda name: {kind: tree[name] for kind, tree in own.items() if name in tree}
     x = nn.Conv(4, (3, 3)).apply(part("stem"), images_of())
@@ -171,7 +171,7 @@ def test_linen_modules_and_layers_of_the_package_mix():
     kernels = variables["params"]["students"]["1"]["stage1"]["rest"]["Conv_0"]["kernel"]
     assert kernels.shape == (7, 3, 3, 4, 4)
     assert not np.array_equal(kernels[0], kernels[1])
-    outputs, _ = ensemble.apply(variables, images_of(), train=True, key=jax.random.key(0))
+    outputs, _ = forward(ensemble, variables, images_of(), train=True, key=jax.random.key(0))
     assert outputs.logits_SxBxK.shape == (2, 6, 3)
 
 

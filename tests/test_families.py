@@ -24,6 +24,15 @@ OFFICIAL = json.loads((REFERENCE / "param_counts.json").read_text())["models"]
 OUR_NAMES = {"DenseNetBC_12_100": "densenet_bc_12_100", "DenseNet121": "densenet121"}
 CIFAR = ("cifar", "_bc_", "wrn_", "vgg", "x4", "_a", "resnet110", "resnet8", "resnet14")
 SMALL = [n for n in models.MODELS if "resnet" not in n or n in ("resnet8", "resnet18", "resnet8x4")]
+DEEPER = (
+    "densenet_bc_24_250",
+    "densenet_bc_40_190",
+    "densenet121",
+    *(f"efficientnet_b{k}" for k in range(1, 8)),
+)
+BY_DEPTH = [
+    pytest.param(n, marks=pytest.mark.slow) if n in DEEPER else n for n in SMALL
+]  # of a family one is enough
 
 
 def size_of(name):
@@ -78,7 +87,7 @@ def test_activations_are_those_of_the_convolutions():
     assert cost.activations / 1e6 == pytest.approx(11.1, abs=0.05)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", BY_DEPTH)
 def test_maps_of_students_of_any_width_have_the_same_size(name):
     """Maps of three students, one very narrow, have equal height and width and fewer channels."""
     size = size_of(name)
@@ -135,24 +144,28 @@ def test_impossible_cuts():
 @pytest.mark.parametrize(("last_map", "channels"), [("", 1280), ("pooled", 1280), ("stage", 320)])
 def test_which_map_of_an_efficientnet_is_matched(last_map, channels):
     """The official code matches the 1280-channel map, the paper's figure shows 320 channels."""
-    ensemble = models.build_ensemble("efficientnet_b0", 5, 10, last_map=last_map)
+    ensemble = models.build_ensemble("efficientnet_b0", (1, 0.2), 10, last_map=last_map)
     outputs = ensemble.trace((64, 64, 3)).outputs
     assert [row[0].shape[-1] for row in outputs.features] == [40, 112, channels]
-    smallest = [row[4].shape[-1] for row in outputs.features]
+    smallest = [row[1].shape[-1] for row in outputs.features]
     assert smallest == [8, 24, 256 if channels == 1280 else 64]
 
 
-def test_channels_of_efficientnet_students():
-    """B2 and B4 of docs/reference/networks.md#efficientnet; the last map of each stage."""
-    expected = {
-        "efficientnet_b2": [(48, 120, 1408), (32, 96, 1128), (24, 72, 848), (16, 48, 560), (8, 24, 280)],
-        "efficientnet_b4": [(56, 160, 1792), (48, 128, 1432), (32, 96, 1072), (24, 64, 720), (16, 32, 360)],
-    }
-    for name, widths in expected.items():
-        ensemble = models.build_ensemble(name, 5, 10)
-        outputs = ensemble.trace((64, 64, 3)).outputs
-        found = [tuple(row[i].shape[-1] for row in outputs.features) for i in range(5)]
-        assert found == widths, name
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("efficientnet_b2", [(48, 120, 1408), (32, 96, 1128), (24, 72, 848), (16, 48, 560), (8, 24, 280)]),
+        pytest.param(
+            "efficientnet_b4",
+            [(56, 160, 1792), (48, 128, 1432), (32, 96, 1072), (24, 64, 720), (16, 32, 360)],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_channels_of_efficientnet_students(name, expected):
+    """Those of docs/reference/networks.md#efficientnet; the last map of each stage."""
+    outputs = models.build_ensemble(name, 5, 10).trace((64, 64, 3)).outputs
+    assert [tuple(row[i].shape[-1] for row in outputs.features) for i in range(5)] == expected
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b7", "resnext101_32x8d", "densenet_bc_40_190"])
@@ -170,7 +183,7 @@ def test_initial_values_follow_their_rules(name):
 
 
 def test_dropout_depends_only_on_key_and_student():
-    ensemble = models.build_ensemble("efficientnet_b0", (0.2, 0.2), 5, stochastic_depth=0.5, dropout=0.5)
+    ensemble = models.build_ensemble("mobilenet_v2_cifar", (0.2, 0.2), 5, stochastic_depth=0.5, dropout=0.5)
     variables = ensemble.trace((32, 32, 3)).init(0)
     images = jax.random.normal(jax.random.key(1), (8, 32, 32, 3))
     apply = lambda images, key: ensemble.apply(variables, images, train=True, key=key)[0].logits_SxBxK

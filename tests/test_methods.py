@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, tiny_config
+from conftest import ROOT, forward, tiny_config
 
 from ekd_jax import methods
 from ekd_jax.common.errors import UserError
@@ -31,7 +31,7 @@ def batch():
 
 def gradients(batch, **knobs):
     """Gradient of the loss in every parameter."""
-    config = tiny_config(model__students=STUDENTS, **{f"method__{k}": v for k, v in knobs.items()})
+    config = tiny_config(**{f"method__{k}": v for k, v in knobs.items()})
     networks = build_networks(config, 10, SHAPE)
     variables = init_variables(networks, 0)
 
@@ -52,7 +52,7 @@ def moved(gradients):
     return {name for name, tree in parts.items() if any(jnp.any(x != 0) for x in jax.tree.leaves(tree))}
 
 
-ALL = {"base", "student 1", "student 2", "student 3"}
+ALL = {"base", "student 1", "student 2"}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ ALL = {"base", "student 1", "student 2", "student 3"}
         ({"alpha": 0.0, "beta": 1.0, "gamma": 0.0, "adaptation": "channel_mean"}, ALL - {"student 1"}),
         (
             {"alpha": 0.0, "beta": 1.0, "gamma": 0.0, "base_gradient": "pseudo_teacher"},
-            {"student 2", "student 3", "adaptation_layers"},
+            {"student 2", "adaptation_layers"},
         ),
         ({"alpha": 0.0, "beta": 0.0, "gamma": 0.0, "ensemble_weights": "learned"}, {"weighting"}),
         ({"alpha": 0.0, "beta": 0.0, "gamma": 0.0, "ensemble_weights": "gated"}, {"weighting"}),
@@ -79,12 +79,11 @@ def test_base_block_learns_from_the_pseudo_teacher_alone(batch):
     """base_gradient="pseudo_teacher" leaves student 1 and the base exactly what student 1 gives."""
     blocked = gradients(batch, beta=0.0, gamma=0.0, base_gradient="pseudo_teacher")
     everyone = gradients(batch, beta=0.0, gamma=0.0)
-    for name in ("2", "3"):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-            blocked["students"][name],
-            everyone["students"][name],
-        )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        blocked["students"]["2"],
+        everyone["students"]["2"],
+    )
     assert not np.allclose(
         blocked["base"]["stem"]["conv"]["kernel"], everyone["base"]["stem"]["conv"]["kernel"]
     )
@@ -96,10 +95,14 @@ def test_one_student_is_the_baseline(batch):
         config = tiny_config(method=name, model__students=(0.5,))
         networks = build_networks(config, 10, SHAPE)
         variables = init_variables(networks, 0)
-        outputs, _ = networks.ensemble.apply(network_variables(variables), batch[0], train=True)
-        loss, (metrics, _) = objective(
-            networks.method, method_variables(variables), outputs, Batch(batch[1], jnp.zeros(()))
-        )
+
+        @jax.jit
+        def compute(variables, networks=networks):
+            outputs, _ = networks.ensemble.apply(network_variables(variables), batch[0], train=True)
+            own = method_variables(variables)
+            return objective(networks.method, own, outputs, Batch(batch[1], jnp.zeros(())))
+
+        loss, (metrics, _) = compute(variables)
         assert float(loss) == pytest.approx(scale * float(metrics["student_1/loss_ce"]), rel=1e-6)
 
 
@@ -109,7 +112,7 @@ def test_ensemble_weights_begin_uniform_and_sum_to_one(batch):
     networks = build_networks(config, 10, SHAPE)
     own = init_variables(networks, 0)["params"]["method"]
     variables = init_variables(networks, 0)
-    outputs, _ = networks.ensemble.apply(network_variables(variables), batch[0], train=False)
+    outputs, _ = forward(networks.ensemble, network_variables(variables), batch[0], train=False)
     outputs = outputs.replace(logits_SxBxK=logits)
     combined = networks.method.apply({"params": own}, outputs, method="ensemble_logits")
     np.testing.assert_allclose(combined, logits.mean(0), atol=1e-6)
@@ -143,25 +146,22 @@ def test_the_optimizer_begins_as_optax_says(name):
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, optimizer.init(state.params))
 
 
-def test_adaptation_layers_learn_at_their_own_rate(batch):
-    """One step of plain SGD moves them by the scale times the rate times the gradient."""
-    changes = {"optimizer__momentum": 0.0, "optimizer__nesterov": False, "optimizer__weight_decay": 0.0}
-    deltas = {}
-    for scale in (1.0, 0.5, 0.0):
-        config = tiny_config(**changes, method__adaptation_learning_rate_scale=scale)
-        networks = build_networks(config, 10, SHAPE)
-        optimizer = make_optimizer(config, networks.method, 100)
-        before = init_state(networks, optimizer, 0)
-        after, _ = jax.jit(make_step(networks, optimizer))(before, *batch)
-        deltas[scale] = jax.tree.map(lambda a, b: np.asarray(a - b), after.params, before.params)
-    layer = lambda d: d["method"]["adaptation_layers"]["block1_student2"]["kernel"]
-    np.testing.assert_allclose(layer(deltas[0.5]), 0.5 * layer(deltas[1.0]), atol=1e-7)
-    assert not layer(deltas[0.0]).any()
-    assert np.abs(layer(deltas[1.0])).max() > 1e-4
-    np.testing.assert_array_equal(
-        deltas[0.0]["students"]["2"]["head"]["linear"]["kernel"],
-        deltas[1.0]["students"]["2"]["head"]["linear"]["kernel"],
-    )
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
+def test_adaptation_layers_learn_at_their_own_rate(scale):
+    """A step of plain SGD moves them by the scale times the rate times the gradient, and all else by the rate."""
+    plain = {"optimizer__momentum": 0.0, "optimizer__nesterov": False, "optimizer__weight_decay": 0.0}
+    config = tiny_config(**plain, method__adaptation_learning_rate_scale=scale)
+    networks = build_networks(config, 10, SHAPE)
+    optimizer = make_optimizer(config, networks.method, 100)
+    params = init_state(networks, optimizer, 0).params
+    gradients = jax.tree.map(np.ones_like, params)
+    updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+    rate = -config.optimizer.learning_rate
+    own = jax.tree.leaves(updates["method"]["adaptation_layers"])
+    assert own
+    assert all(np.allclose(leaf, scale * rate) for leaf in own)
+    others = jax.tree.leaves({name: tree for name, tree in updates.items() if name != "method"})
+    assert all(np.allclose(leaf, rate) for leaf in others)
 
 
 def test_learning_rate_drops_at_the_milestones():
@@ -175,7 +175,7 @@ def test_learning_rate_drops_at_the_milestones():
     [
         ("temperature", 0.0, "be above 0"),
         ("temperature", -2.0, "be above 0"),
-        ("temperature", float("nan"), "be above 0"),
+        ("temperature", float("nan"), "be a finite number"),
         ("beta", -0.1, "not be negative"),
         ("ensemble_weights", "unifrom", "be one of uniform, learned, gated; did you mean 'uniform'?"),
         ("base_gradient", "none", "be one of all, pseudo_teacher"),
@@ -258,7 +258,7 @@ def test_the_worked_example_of_the_docs(batch, monkeypatch):
     assert methods.METHODS["codistillation"] is module["Codistillation"]
     networks = build_networks(tiny_config("dml", model__students=STUDENTS), 10, SHAPE)
     variables = init_variables(networks, 0)
-    outputs, _ = networks.ensemble.apply(network_variables(variables), batch[0], train=True)
+    outputs, _ = forward(networks.ensemble, network_variables(variables), batch[0], train=True)
     for epoch, share in ((4.0, 0.0), (5.0, 1.0)):
         given = Batch(batch[1], jnp.asarray(epoch))
         loss, terms = module["Codistillation"]().apply({}, outputs, given)

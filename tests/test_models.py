@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import forward
 from jax import lax
 
 from ekd_jax import models
@@ -170,7 +171,7 @@ def test_widths_are_floored(students, expected):
 def test_compressed_blocks_are_the_matched_ones(compressed_stages, widths, maps):
     ensemble = models.build_ensemble("resnet8", (1, 0.5), 10, compressed_stages=compressed_stages)
     assert widths_of(ensemble)[1] == widths[-maps:]
-    outputs, _ = ensemble.apply(variables_of(ensemble), jnp.zeros((2, 16, 16, 3)), train=False)
+    outputs = ensemble.trace((16, 16, 3)).outputs
     sizes = [(16, 16, 16), (8, 8, 32), (4, 4, 64)][-maps:]
     assert [row[0].shape[1:] for row in outputs.features] == sizes
     assert all(row[1].shape[-1] * 2 == row[0].shape[-1] for row in outputs.features)
@@ -219,9 +220,9 @@ def test_an_extracted_student_gives_the_same_logits_as_in_the_ensemble():
     ensemble = models.build_ensemble("resnet14", 3, 10)
     variables = variables_of(ensemble)
     images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
-    outputs, _ = ensemble.apply(variables, images, train=False)
+    outputs, _ = forward(ensemble, variables, images, train=False)
     for i in (1, 2, 3):
-        alone = ensemble.student(i).logits(ensemble.student_variables(variables, i), images)
+        alone = jax.jit(ensemble.student(i).logits)(ensemble.student_variables(variables, i), images)
         np.testing.assert_allclose(alone, outputs.logits_SxBxK[i - 1], atol=1e-6)
 
 
@@ -229,8 +230,8 @@ def test_bfloat16_keeps_logits_and_statistics_in_float32():
     wide, narrow = (models.build_ensemble("resnet8", 2, 10, dtype=d) for d in ("float32", "bfloat16"))
     variables = variables_of(wide)
     images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
-    full, _ = wide.apply(variables, images, train=True)
-    half, stats = narrow.apply(variables, images, train=True)
+    full, _ = forward(wide, variables, images, train=True)
+    half, stats = forward(narrow, variables, images, train=True)
     assert half.features[0][0].dtype == jnp.bfloat16
     assert half.logits_SxBxK.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves(stats)} == {jnp.dtype("float32")}

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REFERENCE, student_from_torch, tiny_config
+from conftest import REFERENCE, forward, student_from_torch, tiny_config
 
 from ekd_jax import models
 from ekd_jax.config.build import Networks, build_method
@@ -127,5 +127,5 @@ def test_statistics_after_a_step(reference, network, trained):
 
 def test_evaluation_mode(reference, network):
     variables = official_at(reference, network, "after1")
-    outputs, _ = network[0].apply(variables, reference["x"].transpose(0, 2, 3, 1), train=False)
+    outputs, _ = forward(network[0], variables, reference["x"].transpose(0, 2, 3, 1), train=False)
     np.testing.assert_allclose(outputs.logits_SxBxK, reference["eval_true/student_logits"], atol=1e-4)

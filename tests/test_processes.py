@@ -214,7 +214,7 @@ def open_mpi(number, job):
 
 JOIN = """
 import jax
-from ekd_jax import parallel
+from ekd_jax.common import parallel
 parallel.start(None, None, None, 60)
 numbers = parallel.gathered(jax.process_index())
 print(parallel.who(), parallel.is_main(), jax.process_count(), int(numbers.sum()))
