@@ -240,10 +240,11 @@ def _help(name: str, doc: str, names: Sequence[str]) -> str:
         if flag.name.startswith("config."):
             continue
         value = "" if flag.boolean else f"={'FILE[:argument]' if flag.name == 'config' else 'VALUE'}"
-        default = "" if flag.value in (None, False, "", []) else f" (default: {flag.default_as_str})"
-        rows.append(
-            (f"--{flag.name}{value}", f"{flag.help}{default}".removeprefix("path to config file. "))
-        )
+        value_shown = str(flag.default_as_str).strip("'")
+        default = "" if flag.value in (None, False, "", []) else f" (default: {value_shown})"
+        text = " ".join((flag.help or "").split()).removeprefix("path to config file. ")
+        text = text.removesuffix("; repeat this option to specify a list of values").removesuffix(";")
+        rows.append((f"--{flag.name}{value}", text + default))
         if flag.name == "config":
             rows.append(("--config.SECTION.KNOB=VALUE", KNOBS_HELP))
     width = max(len(flag) for flag, _ in rows)

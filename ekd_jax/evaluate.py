@@ -37,6 +37,9 @@ def define_flags() -> None:
         "directory of prepared TFDS sets, if it is not where the run had it; of --data=folder",
     )
     flags.DEFINE_string("manual_dir", "", "directory of archives, if it is not where the run had it")
+    flags.DEFINE_enum(
+        "corrupt", None, ["fatal", "skip"], "skip: leave out images that cannot be read, and count them"
+    )
     flags.DEFINE_integer("step", None, "step of the checkpoint; the latest if not given")
     flags.DEFINE_boolean("best", False, "the kept checkpoint in which the ensemble did best")
     flags.DEFINE_enum("split", "test", SPLITS, "images to evaluate on; validation: those a run held out")
@@ -51,7 +54,8 @@ def main() -> None:
     if bool(FLAGS.workdir) == bool(FLAGS.student_dir):
         raise UserError("pass --workdir=RUN, or --student_dir=DIR for an extracted student")
     confusion = cli.output_file("confusion", (".csv",))
-    data = {"name": FLAGS.data, "data_dir": FLAGS.data_dir, "manual_dir": FLAGS.manual_dir}
+    data = {name: FLAGS[name].value for name in ("data_dir", "manual_dir", "corrupt")}
+    data["name"] = FLAGS.data
     if FLAGS.student_dir:
         _refuse_flags_of_runs()
         student = load_student(FLAGS.student_dir)

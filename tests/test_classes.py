@@ -85,7 +85,7 @@ def test_a_set_that_lacks_a_class(student, truth, names, caplog):
     right = [NAMES[said[i]] == truth[i] for i in chosen]
     assert found["student_1/top1"] == pytest.approx(100 * np.mean(right))
     assert found.absent == ["180"]
-    assert "2 of the 3 classes; without an image: '180'" in caplog.text
+    assert "has images of 2 of the 3 classes of the student, none of '180'" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_another_folder_is_evaluated_class_by_class(place, tmp_path):
         "evaluate", *flags, "--split=all", "--per_class", f"--confusion={tmp_path}/confusion.csv", "--json"
     )
     assert result.returncode == 0, result.stderr
-    assert "2 of the 3 classes; without an image: 'dog'" in result.stderr
+    assert "folder (all) has images of 2 of the 3 classes of the student, none of 'dog'" in result.stderr
     found = json.loads(result.stdout)
     said = {
         name: [

@@ -281,15 +281,15 @@ def evaluate_predictors(
     found = Evaluation(metrics, tuple(names), class_names, counts)
     if found.absent:
         logger.warning(
-            f"the {split} images of {data.facts.name} are of {present.sum()} of the {len(class_names)} classes; "
-            f"without an image: {listed(found.absent)}"
+            f"{data.facts.name} ({split}) has images of {present.sum()} of the {len(class_names)} classes of the "
+            f"student, none of {listed(found.absent)}"
         )
     return found
 
 
 def evaluate_student(
     student: LoadedStudent,
-    data: Mapping[str, str] | None = None,
+    data: Mapping[str, str | None] | None = None,
     source: Source | None = None,
     split: str = "test",
     confusion: bool = False,
@@ -299,7 +299,7 @@ def evaluate_student(
     Args:
         student: as `load_student` returns it.
         data: knobs of the section `data` that differ: `data_dir` and `manual_dir` if the data is not where TFDS
-            keeps it, `name` to evaluate on another set.
+            keeps it, `name` to evaluate on another set, `corrupt="skip"` to leave out images that cannot be read.
         source: the data set itself, if it is in memory.
         split: "test", "train", or "all" for all of these together.
         confusion: also count images by class and predicted class.
@@ -332,7 +332,7 @@ def evaluate_student(
 
 
 def with_data(
-    config: FrozenConfigDict, changes: Mapping[str, str], input_shape: tuple[int, int, int]
+    config: FrozenConfigDict, changes: Mapping[str, str | None], input_shape: tuple[int, int, int]
 ) -> FrozenConfigDict:
     """Return the configuration with other data to evaluate on.
 

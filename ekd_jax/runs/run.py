@@ -124,7 +124,7 @@ class Run:
     def evaluate(
         self,
         split: str = "test",
-        data: Mapping[str, str] | None = None,
+        data: Mapping[str, str | None] | None = None,
         source: Source | None = None,
         confusion: bool = False,
     ) -> Evaluation:
@@ -133,7 +133,8 @@ class Run:
         Args:
             split: "test", "train", "validation" for the images that the run held out, or "all".
             data: knobs of the section `data` that differ: `data_dir` and `manual_dir` if the data is not where the
-                run had it, `name` to evaluate on another set.
+                run had it, `name` to evaluate on another set, `corrupt="skip"` to leave out images that cannot be
+                read.
             source: the data set itself, if it is in memory.
             confusion: also count images by class and predicted class.
 
