@@ -54,6 +54,10 @@ EXAMPLES = int(os.environ.get("EKD_JAX_EXAMPLES", 60))  # of each property; more
         ("train.batch_size", True, "must be of type int"),
         ("train.epochs", "many", "must be of type float"),
         ("imports", ("",), "needs the module ''"),
+        ("imports", None, "must be of type str"),
+        ("imports", (5,), "must be of type str"),
+        ("method.name", ["oem"], "must be of type str"),
+        ("method.name", None, "must be of type str"),
         ("imports", (".x",), "needs the module '.x'"),
     ],
 )  # fmt: skip
@@ -92,7 +96,7 @@ VALUES = st.recursive(
 def test_any_value_of_any_knob(data):
     """It is refused in one line, or the configuration is complete and says the same after it was stored."""
     method = data.draw(st.sampled_from(list_methods()))
-    knob = data.draw(st.sampled_from(sorted(set(all_knobs(method)) - {"method.name"})))
+    knob = data.draw(st.sampled_from(sorted(all_knobs(method))))
     value = data.draw(VALUES)
     section, _, name = knob.rpartition(".")
     asked = {"method": {"name": method}}

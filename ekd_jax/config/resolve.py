@@ -33,9 +33,11 @@ def resolve(config: Mapping[str, Any], overridden: Iterable[str] = ()) -> Frozen
     """
     asked = flatten(config)
     overridden = set(overridden)
-    modules = asked.get("imports", ())
-    import_modules((modules,) if isinstance(modules, str) else modules)
-    method = asked.get("method.name", KNOBS["method.name"].default)
+    modules, method = (
+        _coerce(path, asked.get(path, KNOBS[path].default), KNOBS[path].default)
+        for path in ("imports", "method.name")
+    )
+    import_modules(modules)
     KNOBS["method.name"].check("config.method.name", method)
     if "method.name" in overridden:
         asked = {k: v for k, v in asked.items() if not k.startswith("method.") or k in overridden}
