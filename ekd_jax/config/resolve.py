@@ -14,6 +14,7 @@ from ekd_jax.common.knob import shown
 from ekd_jax.common.records import read_json
 from ekd_jax.config.build import build_networks
 from ekd_jax.config.knobs import KNOBS, all_knobs, nest
+from ekd_jax.models.members import parse_students
 
 
 def resolve(config: Mapping[str, Any], overridden: Iterable[str] = ()) -> FrozenConfigDict:
@@ -118,10 +119,16 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
 def _coerce(path: str, value: Any, like: Any) -> Any:
     """Return `value` as the type of the default `like`; an integer will do for a float."""
-    if path == "model.students":
-        return tuple(value) if isinstance(value, list) else value
+    if path == "model.students":  # a number, or a tuple of numbers, texts and tuples
+        value = _as_tuples(value)
+        parse_students(value)
+        return value
     if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(like, tuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 from ekd_jax.common.errors import UserError
 
-MAX_STUDENTS, MAX_WIDTH = 100, 64
+MAX_STUDENTS, MAX_WIDTH, MAX_STAGES = 100, 64, 100
 NUMBER = r"\d+/\d+|(\d+\.?\d*|\.\d+)([eE][-+]?\d\d?)?"  # a fraction, or a decimal as Python prints it
 MAX_DIGITS = 40
 
@@ -64,6 +64,8 @@ def parse_students(value: Any) -> tuple[Member, ...]:
 
 def _member(entry: Any) -> Member:
     if isinstance(entry, list | tuple):
+        if not 1 <= len(entry) <= MAX_STAGES:
+            raise ValueError(f"a student has 1 to {MAX_STAGES} widths, not {len(entry)}")
         return Member("", tuple(map(parse_width, entry)))
     if isinstance(entry, str) and entry[:1].isalpha():
         name, colon, width = entry.partition(":")
