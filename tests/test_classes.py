@@ -289,3 +289,16 @@ def test_validation_images_are_those_that_the_run_held_out(finished):
     assert everything.examples == 200 + 898
     parts = [run.evaluate(split) for split in ("train", "test")]
     np.testing.assert_array_equal(everything.counts.correct, sum(part.counts.correct for part in parts))
+
+
+def test_the_runs_of_a_plan_have_the_same_data(photos, tmp_path):
+    """An earlier run that is complete counts, too."""
+    data = {"data__name": "folder", "data__data_dir": str(photos), "data__image_size": 8}
+    config = tiny_config(**data, data__train_examples=0, data__fit="stretch", train__batch_size=8)
+    earlier = tmp_path / "run" / "earlier" / "teacher"
+    earlier.mkdir(parents=True)
+    workdir.claim(earlier, config)
+    workdir.write_description(earlier, prepare(config, one_device()).description)
+    add_images(photos)
+    with pytest.raises(UserError, match=r"the run in .*earlier/teacher was started with \(train examples: 24 then"):
+        loop.run(config, tmp_path / "run", one_device())

@@ -27,13 +27,14 @@ from ml_collections import FrozenConfigDict
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError, reason
 from ekd_jax.common.files import write_json
-from ekd_jax.common.records import read_record, write_record
+from ekd_jax.common.records import read_json, read_record, write_record
 from ekd_jax.config.resolve import result_fields, to_dict
 from ekd_jax.data.classes import listed
 from ekd_jax.methods.base import EARLIER
 from ekd_jax.runs.records import DataDescription, RunDescription
 
 CONFIG, STUDENTS, ENVIRONMENT, SUMMARY = "config.json", "students.json", "environment.json", "summary.json"
+CHOOSE_EXAMPLES = ("name", "extra", "test_split", "validation_examples", "train_examples", "corrupt")
 PACKAGES = (
     *("ekd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets"),
     *("grain", "pillow", "simplejpeg", "opencv-python-headless"),
@@ -114,19 +115,31 @@ def check_same_everywhere(path: pathlib.Path, config: FrozenConfigDict) -> None:
             )
 
 
-def check_description(path: pathlib.Path, description: RunDescription) -> None:
-    """Raise UserError unless a run that resumes in `path` has the data and the teachers that it started with."""
+def check_description(path: pathlib.Path, config: FrozenConfigDict, description: RunDescription) -> None:
+    """Raise UserError unless a run that resumes in `path` has the data and the teachers that it started with.
+
+    The earlier runs of its plan must have had the same data, too.
+    """
+    assert description.data
+    for run in (path, *sorted((path / EARLIER).glob("*"))):
+        if (run / STUDENTS).exists() and _reads_the_same(run, config):
+            before = read_record(run / STUDENTS, RunDescription, "the directory of a run")
+            check_same_data(run, before, description.class_names, description.data)
     if not (path / STUDENTS).exists():
         return
     before = read_record(path / STUDENTS, RunDescription, "the directory of a run")
-    assert description.data
-    check_same_data(path, before, description.class_names, description.data)
     for old, new in zip(before.teachers, description.teachers, strict=True):
         if old.sha256 != new.sha256:
             raise UserError(
                 f"method.teachers: the weights in {new.source} are not those that the run in {path} "
                 f"started with: put them back, or choose another --workdir"
             )
+
+
+def _reads_the_same(path: pathlib.Path, config: FrozenConfigDict) -> bool:
+    """Return whether the run in `path` asked for the same examples as `config`."""
+    stored = read_json(path / CONFIG, "the directory of a run")["data"]
+    return all(stored.get(knob) == config.data[knob] for knob in CHOOSE_EXAMPLES)
 
 
 def check_same_data(

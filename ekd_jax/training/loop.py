@@ -120,7 +120,7 @@ def run(
         logger.info(f"{path} holds the complete run: nothing to train")
         return read_record(path / workdir.SUMMARY, Summary, "the directory of a run")
     setup = prepare(config, mesh, path, source)
-    workdir.check_description(path, setup.description)
+    workdir.check_description(path, config, setup.description)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with workdir.locked(path):
