@@ -15,7 +15,7 @@ from PIL import Image
 from ekd_jax import load_student, models
 from ekd_jax.common.errors import UserError
 from ekd_jax.runs.checkpoint import Checkpoints
-from ekd_jax.students.convert import block_names, convert, is_stacked
+from ekd_jax.students.convert import Request, block_names, convert, is_stacked
 from ekd_jax.students.torch_names import SOURCES, torch_name
 from ekd_jax.training import loop
 
@@ -63,7 +63,7 @@ def torch_matches(source, name):
 @pytest.mark.parametrize(("name", "library"), CONVERTED)
 def test_every_value_finds_its_place(name, library):
     state, variables = torch_state(name, library)
-    found = convert(name, state, (32, 32, 3), {})
+    found = convert(Request(name, (32, 32, 3)), state)
     jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
     assert found.network.num_classes == 5
     even = "efficientnet" in name
@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_listed():
     state["conv1.weight"] = state["conv1.weight"][:10]
     state["neck.weight"] = np.zeros(3)
     with pytest.raises(UserError) as error:
-        convert("resnet18", state, (32, 32, 3), {})
+        convert(Request("resnet18", (32, 32, 3)), state)
     for expected in (
         "fc.bias is missing",
         "conv1.weight becomes (7, 7, 3, 10)",
@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_listed():
         assert expected in str(error.value)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="and 94 more"):
-        convert("resnet18", {}, (32, 32, 3), {})
+        convert(Request("resnet18", (32, 32, 3)), {})
     with pytest.raises(UserError, match="no rules"):
         convert("densenet_bc_12_100", {}, (32, 32, 3), {})
 

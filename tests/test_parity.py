@@ -18,7 +18,8 @@ from ekd_jax.common.errors import UserError
 from ekd_jax.models import densenet, resnet
 from ekd_jax.models.blocks import Bottleneck
 from ekd_jax.models.family import Family
-from ekd_jax.students.convert import convert, read_state_dict
+from ekd_jax.students.convert import Request, convert
+from ekd_jax.students.state_dict import read_state_dict
 from ekd_jax.students.torch_names import sources
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[parity]'")
@@ -195,7 +196,8 @@ def test_pth_files_become_students(tmp_path, wrap):
     network = randomize(theirs.NETWORKS["resnet8x4"](num_classes=CLASSES)).float().eval()
     state = {f"module.{name}": value for name, value in network.state_dict().items()}
     torch.save(wrap(state), tmp_path / "network.pth")
-    found = convert("resnet8x4", read_state_dict(tmp_path / "network.pth"), (32, 32, 3), {})
+    state = read_state_dict(tmp_path / "network.pth").arrays
+    found = convert(Request("resnet8x4", (32, 32, 3)), state)
     assert found.network.num_classes == CLASSES
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     ours = models.build_ensemble("resnet8x4", 1, CLASSES).student(1).logits(found.variables, images)
