@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,15 @@ from ekd_jax.common.errors import UserError, nearest
 from ekd_jax.models.cost import count_parameters
 from ekd_jax.models.ensemble import Ensemble, EnsembleTrace, Variables
 from ekd_jax.students.description import NetworkDescription
-from ekd_jax.students.torch_names import Rules, Source, head_weight, sources, todays_names, torch_name
+from ekd_jax.students.torch_names import (
+    FIRST_LAYERS,
+    Rules,
+    Source,
+    head_weight,
+    sources,
+    todays_names,
+    torch_name,
+)
 
 Arrays = Mapping[str, Any]  # a state_dict(): names to anything that numpy.asarray takes
 PROBLEMS_SHOWN = 3  # how many names of each kind of problem an error shows; the others are counted
@@ -102,7 +111,7 @@ def match_arrays(like: Variables, state: Arrays, rules: Rules, dtype: Any = np.f
 
     match.variables = jax.tree_util.tree_map_with_path(leaf, like)
     for name in state:
-        if name not in used and not _is_counter(name, state[name]):
+        if name not in used and not _is_bookkeeping(name, state[name]):
             (match.auxiliary if _AUXILIARY.fullmatch(name) else match.left).append(name)
     return match
 
@@ -146,12 +155,15 @@ def _fault(name: str, value: np.ndarray) -> str:
     return "has negative values" if name.endswith("running_var") and (value < 0).any() else ""
 
 
-def _is_counter(name: str, value: Any) -> bool:
-    """Return whether it is a number that a trainer keeps, such as the number of averaged steps."""
-    return bool(_COUNTERS.fullmatch(name)) or ("." not in name and np.size(value) == 1)
+def _is_bookkeeping(name: str, value: Any) -> bool:
+    """Return whether it is a count, such as the number of averaged steps, or a state of random numbers."""
+    value = np.asarray(value)
+    counts = _COUNTERS.fullmatch(name) or ("." not in name and value.size == 1)
+    return bool(counts) or (value.dtype == np.uint8 and value.ndim == 1)
 
 
 def _listed(names: Sequence[str]) -> str:
+    names = sorted(names, key=lambda name: ".weight" not in name)  # people know these
     more = f", and {len(names) - PROBLEMS_SHOWN} more" if len(names) > PROBLEMS_SHOWN else ""
     return ", ".join(names[:PROBLEMS_SHOWN]) + more
 
@@ -288,8 +300,7 @@ class _Attempt:
 def _attempt(request: Request, source: Source, states: Sequence[Arrays], compressed: int) -> _Attempt:
     """Match state dicts by the names of one library, with that number of stages compressed."""
     states = [_prepared(state, source, request.two_classes) for state in states]
-    head = states[0].get(head_weight(source.rules))
-    classes = 1 if head is None else _classes(states[0], source)
+    classes = _classes(states[0], source)
     options = {**source.options, **request.options}
     ensemble = models.build_ensemble(
         request.model, request.students, classes, sharing="none", compressed_stages=compressed, **options
@@ -304,10 +315,9 @@ def _attempt(request: Request, source: Source, states: Sequence[Arrays], compres
 
 
 def _begins_alike(source: Source, state: Arrays) -> bool:
-    """Return whether the first layer's name is that of the library."""
-    stems = [torch_name(f"stem.{layer}kernel", source.rules) for layer in ("", "conv.", "conv1.")]
-    names = _unprefixed(state, source)
-    return any(stem in names for stem in stems)
+    """Return whether a layer of the first block has the library's name."""
+    names = _prepared(state, source, two_classes=True)
+    return any(torch_name(f"stage1.{layer}.kernel", source.rules) in names for layer in FIRST_LAYERS)
 
 
 def _unprefixed(state: Arrays, source: Source) -> Arrays:
@@ -341,10 +351,10 @@ def _prepared(state: Arrays, source: Source, two_classes: bool) -> Arrays:
 
 
 def _classes(state: Arrays, source: Source) -> int:
-    """Return the number of outputs of the classifier."""
+    """Return the number of outputs of the classifier; 1 if there is none."""
     head = head_weight(source.rules)
-    bias = state.get(head.removesuffix("weight") + "bias", state[head])
-    return len(bias)
+    found = state.get(head.removesuffix("weight") + "bias", state.get(head))
+    return 1 if found is None else np.shape(found)[0]
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -355,29 +365,37 @@ def _misfit(request: Request, states: Sequence[Arrays], attempt: _Attempt) -> Us
     number, match = next((n, match) for n, match in enumerate(attempt.matches, 1) if match.problems)
     student = f" student {number} of" if len(states) > 1 else ""
     state = states[number - 1]
-    found = f"; the file has {len(state)} arrays: {_listed(list(state))}"
+    named = match.missing or match.left
+    found = f"; there are {len(state)} arrays: {_listed(list(state))}" if named else ""
     first = attempt.matches[0]
     hint = _looks_like(request, states[0], first) if first.problems > NEARLY * len(states[0]) else ""
     return UserError(f"the weights do not fit{student} {request.model}: {match}{found}{hint}")
 
 
 def _looks_like(request: Request, state: Arrays, match: Match) -> str:
-    """Return a hint which other network the names and shapes of a first student fit, or fit better, or ""."""
-    near = difflib.SequenceMatcher(b=request.model)
+    """Return a hint which other network the arrays of a first student fit, or fit better, or ""."""
+    near, own = difflib.SequenceMatcher(b=request.model), sources(request.model)
 
-    def likeness(name: str) -> float:
+    def distance(name: str) -> tuple[bool, float]:
         near.set_seq1(name)
-        return near.ratio()
+        return not any(source in own for source in sources(name)), -near.ratio()
 
     best, best_problems = "", match.problems
-    for name in sorted(models.MODELS, key=likeness, reverse=True):
-        alone = dataclasses.replace(request, model=name, students=(1,), two_classes=True)
+    for name in sorted(models.MODELS, key=distance):
+        shapes = functools.cache(functools.partial(_shapes, name))  # libraries share them
         for source in sources(name) if name != request.model else ():
             if not _begins_alike(source, state):
                 continue
-            other = _attempt(alone, source, [state], 0)
+            prepared = _prepared(state, source, two_classes=True)
+            other = match_arrays(shapes(_classes(prepared, source)), prepared, source.rules)
             if not other.problems:
                 return f"; they are those of {name}: use --model={name}"
-            if other.problems < best_problems and other.matches[0].matched > ALIKE * len(state):
+            if other.problems < best_problems and other.matched > ALIKE * len(state):
                 best, best_problems = name, other.problems
     return f"; they look more like {best}" if best else ""
+
+
+def _shapes(model: str, classes: int) -> Variables:
+    """Return the variables of a network at width 1, zeros."""
+    ensemble = models.build_ensemble(model, 1, classes, sharing="none")
+    return ensemble.student_variables(ensemble.trace((64, 64, 3)).init(None), 1)

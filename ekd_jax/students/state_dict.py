@@ -65,8 +65,12 @@ def unwrap(arrays: Mapping[str, np.ndarray], ema: bool = False) -> StateDict:
     """
     roles: dict[str, dict[str, np.ndarray]] = {"plain": {}, "EMA": {}, "teacher": {}}
     origins: dict[tuple[str, str], str] = {}
+    whose = {full_name: _role_and_name(full_name) for full_name in arrays}
+    wrapped = any(full_name.endswith(f".{name}") for full_name, (_, name) in whose.items())
     for full_name, array in arrays.items():
-        role, name = _role_and_name(full_name)
+        role, name = whose[full_name]
+        if wrapped and "." not in full_name:
+            continue  # it is beside the network: a state of random numbers, an accuracy
         found = roles[role]
         if name in found and not np.array_equal(found[name], array, equal_nan=array.dtype.kind == "f"):
             raise ValueError(

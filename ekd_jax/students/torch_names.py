@@ -241,6 +241,17 @@ def _official_efficientnet(depth: str) -> Rules:
     )
 
 
+# A layer of the first stage of each kind of network, by which names of a library are recognized.
+FIRST_LAYERS = (
+    "conv1",
+    "0.conv1",
+    "layer1_conv1",
+    "mb1.0.depthwise.conv",
+    "0.left_depthwise.conv",
+    "0.depthwise.conv",
+)
+
+
 class Source(NamedTuple):
     """The networks of a library.
 

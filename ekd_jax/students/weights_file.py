@@ -2,8 +2,10 @@
 
 import pathlib
 import pickletools
+import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
@@ -28,11 +30,12 @@ _SAFETENSORS_DTYPES: dict[str, Any] = {
         f"{kind}{bits}": np.dtype(f"{kind}{bits // 8}".lower()) for kind in "IU" for bits in (8, 16, 32, 64)
     },
 }
-# NumPy's functions that make arrays and numbers, under the module names of both of its major versions.
+# NumPy's types, and its functions that make arrays and numbers, under the module names of both major versions.
 _NUMPY: dict[str, Any] = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype}
 for _core in ("numpy.core.multiarray", "numpy._core.multiarray"):
     _NUMPY[f"{_core}._reconstruct"] = np.zeros(0).__reduce__()[0]
     _NUMPY[f"{_core}.scalar"] = np.float64(0).__reduce__()[0]
+_NUMPY_DTYPES = [type(np.dtype(code)) for code in "?bBhHiIlLqQefd"]
 
 Arrays = dict[str, np.ndarray]
 
@@ -113,21 +116,22 @@ def _read_safetensors(path: pathlib.Path) -> Arrays:
 
 
 class _StandIn:
-    """An object of a class or function that a file names, which is neither imported nor called."""
+    """In place of every class and function that a file names: an empty dictionary is made, nothing is imported.
+
+    It takes the items of dictionaries, and the attributes of other objects.
+    """
 
     kind = ""
-    state: Any = None
 
-    def __init__(self, *args: Any):
+    def __new__(cls, *args: Any) -> OrderedDict[str, Any]:  # type: ignore[misc]
         """Take any arguments."""
+        made: OrderedDict[str, Any] = OrderedDict()
+        vars(made)["kind"] = cls.kind
+        return made
 
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
 
-    @property
-    def is_module(self) -> bool:
-        """Whether it was a network."""
-        return isinstance(self.state, dict) and "_modules" in self.state
+def _is_network(value: Any) -> bool:
+    return isinstance(value, OrderedDict) and "_modules" in vars(value)
 
 
 def _read_torch(path: pathlib.Path) -> Arrays:
@@ -141,24 +145,24 @@ def _read_torch(path: pathlib.Path) -> Arrays:
         names = _global_names(path)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"--weights={path} cannot be read: {reason(error)}") from error
-    known = [(_NUMPY.get(name) or _stand_in(name), name) for name in names]
+    known = [(_NUMPY.get(name) or type(name, (_StandIn,), {"kind": name}), name) for name in names]
     try:
-        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(known):
+        with (
+            warnings.catch_warnings(action="ignore"),
+            torch.serialization.safe_globals([*known, *_NUMPY_DTYPES]),
+        ):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         found = dict(_leaves(loaded, torch.Tensor))
-        arrays = {
-            name: _as_numpy(value) for name, value in found.items() if not isinstance(value, _StandIn)
-        }
+        arrays = {name: _as_numpy(value) for name, value in found.items() if not _is_network(value)}
     except Exception as error:  # pickle, zip and torch raise many kinds
         if any(name.startswith("torch.nn.modules.") for name in names):
             raise _whole_network(path, "") from error
         raise UserError(
-            f"--weights={path} cannot be read: {reason(error)}; save it again in PyTorch: {SAVE_IT}"
+            f"--weights={path} cannot be read: {_torch_reason(error)}: save it again in PyTorch: {SAVE_IT}"
         ) from error
     if not arrays:
-        networks = [value.kind for value in found.values() if isinstance(value, _StandIn)]
-        if networks:
-            raise _whole_network(path, f", a {networks[0]}")
+        if found:
+            raise _whole_network(path, f", a {vars(next(iter(found.values())))['kind']}")
         raise UserError(f"--weights={path} holds no named arrays: save them in PyTorch: {SAVE_IT}")
     return arrays
 
@@ -170,8 +174,14 @@ def _whole_network(path: pathlib.Path, kind: str) -> UserError:
     )
 
 
-def _stand_in(name: str) -> type[_StandIn]:
-    return type("StandIn", (_StandIn,), {"kind": name})
+def _torch_reason(error: Exception) -> str:
+    """Return what PyTorch says is wrong, without its advice."""
+    cause = re.search(
+        r"WeightsUnpickler error:\s*(.*?)\.?\s*(?:Please use|Check the documentation|$)",
+        str(error),
+        re.DOTALL,
+    )
+    return reason(ValueError(cause[1])) if cause else reason(error).rstrip(".")
 
 
 def _global_names(path: pathlib.Path) -> set[str]:
@@ -184,8 +194,12 @@ def _global_names(path: pathlib.Path) -> set[str]:
     with path.open("rb") as file:
         if file.read(2) != b"PK":
             file.seek(0)
-            # magic number, version and system, in files of PyTorch before 1.6; then the object
-            return set().union(*(_named(file) for _ in range(4)))
+            try:  # magic number, version and system, in files of PyTorch before 1.6; then the object
+                return set().union(*(_named(file) for _ in range(4)))
+            except ValueError as error:
+                raise ValueError(
+                    "it is neither a PyTorch nor a safetensors file, or it is cut off"
+                ) from error
     if not zipfile.is_zipfile(path):
         raise ValueError("it is cut off or damaged: download or copy it again")
     with zipfile.ZipFile(path) as archive:
@@ -203,11 +217,13 @@ def _global_names(path: pathlib.Path) -> set[str]:
 
 def _named(file: IO[bytes]) -> set[str]:
     """Return the names in the pickle at the file's position, and move behind it."""
-    return {
+    names = (
         str(argument).replace(" ", ".")
         for opcode, argument, _ in pickletools.genops(file)
         if opcode.name == "GLOBAL"
-    }
+    )
+    # torch.save writes the names that modules have in Python 2, and PyTorch reads them as those of Python 3
+    return {name.replace("__builtin__.", "builtins.").replace("copy_reg.", "copyreg.") for name in names}
 
 
 def _leaves(tree: Any, tensor: type) -> Iterator[tuple[str, Any]]:
@@ -216,12 +232,11 @@ def _leaves(tree: Any, tensor: type) -> Iterator[tuple[str, Any]]:
     for _ in range(DEPTH):
         below: dict[str, Any] = {}
         for name, value in level.items():
-            if isinstance(value, Mapping):
+            if _is_network(value):
+                yield name, value
+            elif isinstance(value, Mapping):
                 keys = (key for key in value if isinstance(key, str))
                 below |= {f"{name}.{key}" if name else key: value[key] for key in keys}
-            elif isinstance(value, _StandIn):
-                if value.is_module:
-                    yield name, value
             elif name and isinstance(value, tensor | np.ndarray):
                 yield name, value
         level = below
