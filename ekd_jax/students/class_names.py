@@ -59,12 +59,17 @@ def _of_json(found: Any) -> list[str]:
 
 
 def known_class_names(data: str) -> tuple[str, ...]:
-    """Return the class names of a well-known data set, or () if nothing is known about it without the set."""
+    """Return the class names of a data set, or () if they are not known: nothing is prepared or downloaded."""
     from ekd_jax.data.opening import DIGITS
     from ekd_jax.data.registry import FROM_TFDS
-    from ekd_jax.data.tfds.records import published_facts
+    from ekd_jax.data.tfds.records import facts, published_facts
 
     if data == DIGITS.name:
         return DIGITS.class_names
-    facts = published_facts(data) if data in FROM_TFDS else None
-    return facts.class_names if facts else ()
+    try:
+        found = facts(data, "", False, "") or (published_facts(data) if data in FROM_TFDS else None)
+    except UserError:  # it is no set of TFDS, or no set of images of classes
+        return ()
+    # the names of CIFAR are in its archive, and until it is prepared TFDS numbers its classes
+    numbered = found and all(name.isdecimal() for name in found.class_names)
+    return found.class_names if found and not numbered else ()

@@ -5,6 +5,7 @@ import pickletools
 import re
 import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
@@ -35,7 +36,7 @@ _NUMPY: dict[str, Any] = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype}
 for _core in ("numpy.core.multiarray", "numpy._core.multiarray"):
     _NUMPY[f"{_core}._reconstruct"] = np.zeros(0).__reduce__()[0]
     _NUMPY[f"{_core}.scalar"] = np.float64(0).__reduce__()[0]
-_NUMPY_DTYPES = [type(np.dtype(code)) for code in "?bBhHiIlLqQefd"]
+_NUMPY_DTYPES: list[Any] = [type(np.dtype(code)) for code in "?bBhHiIlLqQefd"]
 
 Arrays = dict[str, np.ndarray]
 
@@ -136,41 +137,42 @@ def _is_network(value: Any) -> bool:
 
 def _read_torch(path: pathlib.Path) -> Arrays:
     try:
+        names = _global_names(path)
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"--weights={path} cannot be read: {reason(error)}") from error
+    try:
         import torch
     except ImportError:
         raise UserError(
             f"--weights={path}: reading it needs PyTorch (pip install torch); or save it as .safetensors"
         ) from None
     try:
-        names = _global_names(path)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"--weights={path} cannot be read: {reason(error)}") from error
-    known = [(_NUMPY.get(name) or type(name, (_StandIn,), {"kind": name}), name) for name in names]
-    try:
+        known = [(_NUMPY.get(name) or type(name, (_StandIn,), {"kind": name}), name) for name in names]
         with (
             warnings.catch_warnings(action="ignore"),
-            torch.serialization.safe_globals([*known, *_NUMPY_DTYPES]),
+            torch.serialization.safe_globals(known + _NUMPY_DTYPES),
         ):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         found = dict(_leaves(loaded, torch.Tensor))
         arrays = {name: _as_numpy(value) for name, value in found.items() if not _is_network(value)}
     except Exception as error:  # pickle, zip and torch raise many kinds
         if any(name.startswith("torch.nn.modules.") for name in names):
-            raise _whole_network(path, "") from error
+            raise _whole_network(path) from error
+        why = _torch_reason(error)
         raise UserError(
-            f"--weights={path} cannot be read: {_torch_reason(error)}: save it again in PyTorch: {SAVE_IT}"
+            f"--weights={path} cannot be read: {why}: save it again in PyTorch: {SAVE_IT}"
         ) from error
+    if not arrays and found:
+        raise _whole_network(path, f", a {vars(next(iter(found.values())))['kind']}")
     if not arrays:
-        if found:
-            raise _whole_network(path, f", a {vars(next(iter(found.values())))['kind']}")
         raise UserError(f"--weights={path} holds no named arrays: save them in PyTorch: {SAVE_IT}")
     return arrays
 
 
-def _whole_network(path: pathlib.Path, kind: str) -> UserError:
+def _whole_network(path: pathlib.Path, kind: str = "") -> UserError:
     return UserError(
-        f"--weights={path} is a whole network{kind}, and loading it would run code in it: save its arrays alone "
-        f"in PyTorch: {SAVE_IT}"
+        f"--weights={path} holds a whole network{kind}, and loading it would run code in it: save its arrays "
+        f"alone in PyTorch: {SAVE_IT}"
     )
 
 
