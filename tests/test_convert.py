@@ -26,6 +26,9 @@ CONVERTED = [
     ("efficientnet_b0", "torchvision"),
     ("efficientnet_b5", "torchvision"),
     ("efficientnet_b0", "timm"),
+    ("efficientnet_b1", "EfficientNet-PyTorch"),
+    ("efficientnet_b1", "the official code"),
+    ("densenet_bc_12_100", "the official code"),
     ("mobilenet_v2", "torchvision"),
     ("mobilenet_v2", "timm"),
     ("shufflenet_v2_x0_5", "torchvision"),
@@ -66,10 +69,15 @@ def test_every_value_finds_its_place(name, library):
     found = convert(Request(name, (32, 32, 3)), state)
     jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
     assert found.network.num_classes == 5
-    even = "efficientnet" in name
-    assert found.network.options.get("padding") == ("even" if even else None)
-    epsilon = found.network.options.get("batch_norm_epsilon")
-    assert epsilon == (1e-3 if name == "efficientnet_b5" else None), "as torchvision has it from B5 on"
+    assert found.library == library
+    expected = {
+        ("efficientnet_b0", "torchvision"): {"padding": "even"},
+        ("efficientnet_b0", "timm"): {"padding": "even"},
+        ("efficientnet_b5", "torchvision"): {"padding": "even", "batch_norm_epsilon": 1e-3},  # from B5 on
+        ("efficientnet_b1", "EfficientNet-PyTorch"): {"padding": "same", "batch_norm_epsilon": 1e-3},
+        ("efficientnet_b1", "the official code"): {"padding": "same"},
+    }
+    assert found.network.options == expected.get((name, library), {})
 
 
 # The first, a middle and the last name of the libraries' own state dicts.
@@ -83,6 +91,21 @@ THEIRS = {
     ),
     ("efficientnet_b0", "timm"): (
         "conv_stem.weight", "blocks.0.0.conv_pw.weight", "blocks.3.2.se.conv_expand.bias",
+    ),
+    ("efficientnet_b0", "EfficientNet-PyTorch"): (
+        "_conv_stem.weight", "_bn0.running_var", "_blocks.0._depthwise_conv.weight", "_blocks.0._bn1.weight",
+        "_blocks.1._expand_conv.weight", "_blocks.5._se_reduce.bias", "_blocks.15._bn2.running_mean",
+        "_conv_head.weight", "_bn1.bias", "_fc.weight",
+    ),
+    ("efficientnet_b0", "the official code"): (
+        "features.1.weight", "features.2.running_mean", "features_stage_1.0.conv.0.1.weight",
+        "features_stage_1.0.conv.1.se.1.bias", "features_stage_1.0.conv.2.weight", "features_stage_1.0.conv.3.bias",
+        "features_stage_1.4.conv.1.2.weight", "features_stage_2.5.conv.3.weight", "features_stage_3.4.conv.4.bias",
+        "features_stage_3.5.1.weight", "features_stage_3.5.2.running_var", "classifier.1.bias",
+    ),
+    ("densenet_bc_12_100", "the official code"): (
+        "conv1.weight", "dense1.0.bn1.weight", "dense3.15.conv2.weight", "trans2.conv1.weight", "bn1.running_var",
+        "fc.bias",
     ),
     ("mobilenet_v2", "torchvision"): (
         "features.1.conv.2.weight", "features.17.conv.1.1.running_mean", "classifier.1.weight",
@@ -99,24 +122,150 @@ def test_names_are_the_libraries(case):
     assert set(THEIRS[case]) <= state.keys()
 
 
-def test_what_does_not_fit_is_listed():
-    state, _ = torch_state("resnet18", "torchvision and timm")
-    del state["fc.bias"]
-    state["conv1.weight"] = state["conv1.weight"][:10]
-    state["neck.weight"] = np.zeros(3)
+@pytest.fixture(scope="module")
+def resnet8():
+    """Return a state dict of RepDistiller, whose classifier is "fc", and our variables that it was made of."""
+    return torch_state("resnet8", "RepDistiller")
+
+
+def renamed(state, pattern, replacement):
+    return {re.sub(pattern, replacement, name): value for name, value in state.items()}
+
+
+SPELLINGS = {
+    "fc.1": lambda state: renamed(state, r"^fc\.", "fc.1."),
+    "classifier": lambda state: renamed(state, r"^fc\.", "classifier."),
+    "head.fc": lambda state: renamed(state, r"^fc\.", "head.fc."),
+    "last_linear": lambda state: renamed(state, r"^fc\.", "last_linear."),
+    "1x1 convolution": lambda state: state | {"fc.weight": state["fc.weight"][:, :, None, None]},
+    "transposed": lambda state: state | {"fc.weight": state["fc.weight"].T},
+    "a prefix of any name": lambda state: renamed(state, "^", "my_resnet.0."),
+    "linear shortcut": lambda state: (
+        state | {"layer2.0.downsample.0.weight": state["layer2.0.downsample.0.weight"][:, :, 0, 0]}
+    ),
+    "counts": lambda state: (
+        state
+        | {
+            "n_averaged": np.array(7),
+            "conv1.total_ops": np.zeros(1),
+            "total_params": np.zeros(1),
+            "bn1.num_batches_tracked": np.array(3),
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_other_spellings(resnet8, spelling):
+    state, variables = resnet8
+    found = convert(Request("resnet8", (32, 32, 3)), SPELLINGS[spelling](state))
+    jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
+    assert not found.auxiliary
+
+
+def test_densenet_of_old_torchvision():
+    state, variables = torch_state("densenet121", "torchvision and timm")
+    old = renamed(state, r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2")
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    found = convert(Request("densenet121", (32, 32, 3)), old)
+    jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
+
+
+def test_auxiliary_heads_are_named(resnet8):
+    state, _ = resnet8
+    found = convert(Request("resnet8", (32, 32, 3)), state | {"aux_head.fc.weight": np.zeros((5, 16))})
+    assert found.auxiliary == ("aux_head.fc.weight",)
+
+
+UNFIT = {
+    "missing": (lambda state: without(state, "fc.bias"), ["1 missing: fc.bias", "; there are 47 arrays: "]),
+    "left": (
+        lambda state: state | {"neck.weight": np.zeros(3), "fc.1.weight": np.zeros((3, 3))},
+        ["2 without a place in the network: neck.weight, fc.1.weight"],
+    ),
+    "shape": (
+        lambda state: state | {"conv1.weight": np.zeros((16, 3, 7, 7))},
+        ["1 of another shape: conv1.weight is (16, 3, 7, 7) and must be (16, 3, 3, 3)"],
+    ),
+    "two layers": (
+        lambda state: renamed(state, r"^fc\.", "fc.0.") | {"fc.3.weight": np.zeros((5, 5))},
+        ["2 missing: fc.weight, fc.bias", "3 without a place in the network: fc.0.weight, fc.3.weight"],
+    ),
+    "NaN": (
+        lambda state: state | {"bn1.weight": np.full(16, np.nan)},
+        ["1 unusable: bn1.weight has NaN or infinite values"],
+    ),
+    "too large": (
+        lambda state: state | {"bn1.bias": np.full(16, 1e300)},
+        ["1 unusable: bn1.bias has NaN or infinite values"],
+    ),
+    "integers": (
+        lambda state: state | {"conv1.weight": state["conv1.weight"].astype(np.int8)},
+        ["1 unusable: conv1.weight has int8 values, not floats"],
+    ),
+    "variance": (
+        lambda state: state | {"bn1.running_var": np.full(16, -1.0)},
+        ["1 unusable: bn1.running_var has negative values"],
+    ),
+}
+
+
+def without(state, *names):
+    return {name: value for name, value in state.items() if name not in names}
+
+
+@pytest.mark.parametrize("problem", UNFIT)
+def test_what_does_not_fit_is_listed(resnet8, problem):
+    change, messages = UNFIT[problem]
     with pytest.raises(UserError) as error:
-        convert(Request("resnet18", (32, 32, 3)), state)
-    for expected in (
-        "fc.bias is missing",
-        "conv1.weight becomes (7, 7, 3, 10)",
-        "neck.weight has no place",
-    ):
+        convert(Request("resnet8", (32, 32, 3)), change(resnet8[0]))
+    assert str(error.value).startswith("the weights do not fit resnet8: ")
+    for expected in messages:
         assert expected in str(error.value)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="and 94 more"):
-        convert(Request("resnet18", (32, 32, 3)), {})
-    with pytest.raises(UserError, match="no rules"):
-        convert("densenet_bc_12_100", {}, (32, 32, 3), {})
+    assert "--model" not in str(error.value), "nothing fits better"
+
+
+def test_an_error_says_which_network_it_is(resnet8):
+    """By names and shapes, of any family, also where the classifier is called otherwise."""
+    state = renamed(resnet8[0], r"^fc\.", "fc.1.")
+    for asked in ("resnet20", "vgg8"):
+        with pytest.raises(
+            UserError, match=r"missing: .*; they are those of resnet8: use --model=resnet8$"
+        ):
+            convert(Request(asked, (32, 32, 3)), state)
+    with pytest.raises(UserError, match="; they look more like resnet8$"):
+        convert(Request("resnet20", (32, 32, 3)), state | {"neck.weight": np.zeros(3)})
+
+
+def test_networks_without_rules(monkeypatch):
+    monkeypatch.setitem(models.MODELS, "resnet8_mine", models.MODELS["resnet8"])
+    with pytest.raises(
+        UserError, match="there are no rules to convert its weights .*did you mean 'resnet8"
+    ):
+        convert(Request("resnet8_mine", (32, 32, 3)), {})
+
+
+def test_one_output_becomes_two_classes(resnet8):
+    """The softmax of (0, z) is the sigmoid of z."""
+    state, variables = resnet8
+    for change in (lambda kernel: kernel, np.transpose, lambda kernel: kernel[:, :, None, None]):
+        one = state | {"fc.weight": change(state["fc.weight"][:1]), "fc.bias": state["fc.bias"][:1]}
+        with pytest.raises(UserError, match="has one output.*name two classes, with --class_names"):
+            convert(Request("resnet8", (32, 32, 3)), one)
+        found = convert(Request("resnet8", (32, 32, 3), two_classes=True), one)
+        assert found.network.num_classes == 2
+        images = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
+        logits = models.build_ensemble("resnet8", 1, 5).student(1).logits(variables, images)[:, 0]
+        two = models.build_ensemble("resnet8", 1, 2).student(1).logits(found.variables, images)
+        np.testing.assert_allclose(jax.nn.softmax(two)[:, 1], jax.nn.sigmoid(logits), rtol=1e-5)
+
+
+def test_a_narrower_network():
+    state, variables = torch_state("resnet8", "RepDistiller", width=0.5)
+    found = convert(Request("resnet8", (32, 32, 3), students=("1/2",)), state)
+    jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
+    assert found.network.widths == ("1/2",) * 3
 
 
 FITTING = ["--model=resnet8x4", "--weights={folder}/weights.safetensors", "--image_size=32"]

@@ -2,22 +2,23 @@
 
 import dataclasses
 import difflib
-import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
 from ekd_jax import models
 from ekd_jax.common.errors import UserError, nearest
+from ekd_jax.models.blocks import Chain, Stage
 from ekd_jax.models.cost import count_parameters
 from ekd_jax.models.ensemble import Ensemble, EnsembleTrace, Variables
 from ekd_jax.students.description import NetworkDescription
 from ekd_jax.students.torch_names import (
-    FIRST_LAYERS,
+    LAYERS,
     Rules,
     Source,
     head_weight,
@@ -102,6 +103,7 @@ def match_arrays(like: Variables, state: Arrays, rules: Rules, dtype: Any = np.f
             return np.zeros(shape, dtype)
         if fault := _fault(theirs, value):
             match.unusable.append(f"{theirs} {fault}")
+            return np.zeros(shape, dtype)
         match.matched += 1
         return fitted.astype(dtype)
 
@@ -150,7 +152,7 @@ def _fault(name: str, value: np.ndarray) -> str:
     """Return what makes the values unusable, or ""."""
     if value.dtype.kind != "f":
         return f"has {value.dtype} values, not floats"
-    if not np.isfinite(value.astype(np.float32)).all():
+    if not (np.abs(value) <= np.finfo(np.float32).max).all():
         return "has NaN or infinite values"
     return "has negative values" if name.endswith("running_var") and (value < 0).any() else ""
 
@@ -317,7 +319,8 @@ def _attempt(request: Request, source: Source, states: Sequence[Arrays], compres
 def _begins_alike(source: Source, state: Arrays) -> bool:
     """Return whether a layer of the first block has the library's name."""
     names = _prepared(state, source, two_classes=True)
-    return any(torch_name(f"stage1.{layer}.kernel", source.rules) in names for layer in FIRST_LAYERS)
+    firsts = itertools.product(("stage1", "stage1.0", "stage1.mb1.0"), LAYERS)
+    return any(torch_name(f"{block}.{layer}.kernel", source.rules) in names for block, layer in firsts)
 
 
 def _unprefixed(state: Arrays, source: Source) -> Arrays:
@@ -382,12 +385,13 @@ def _looks_like(request: Request, state: Arrays, match: Match) -> str:
 
     best, best_problems = "", match.problems
     for name in sorted(models.MODELS, key=distance):
-        shapes = functools.cache(functools.partial(_shapes, name))  # libraries share them
         for source in sources(name) if name != request.model else ():
-            if not _begins_alike(source, state):
-                continue
             prepared = _prepared(state, source, two_classes=True)
-            other = match_arrays(shapes(_classes(prepared, source)), prepared, source.rules)
+            ensemble = models.build_ensemble(name, 1, _classes(prepared, source), sharing="none")
+            if not _is_as_deep(ensemble, source, prepared):
+                continue
+            shapes = ensemble.student_variables(ensemble.trace((64, 64, 3)).init(None), 1)
+            other = match_arrays(shapes, prepared, source.rules)
             if not other.problems:
                 return f"; they are those of {name}: use --model={name}"
             if other.problems < best_problems and other.matched > ALIKE * len(state):
@@ -395,7 +399,14 @@ def _looks_like(request: Request, state: Arrays, match: Match) -> str:
     return f"; they look more like {best}" if best else ""
 
 
-def _shapes(model: str, classes: int) -> Variables:
-    """Return the variables of a network at width 1, zeros."""
-    ensemble = models.build_ensemble(model, 1, classes, sharing="none")
-    return ensemble.student_variables(ensemble.trace((64, 64, 3)).init(None), 1)
+def _is_as_deep(ensemble: Ensemble, source: Source, state: Arrays) -> bool:
+    """Return whether a state dict has the last block of every stage, or more. It takes no time."""
+
+    def has_last_block(path: str, module: nn.Module) -> bool:
+        if isinstance(module, Chain):
+            return all(has_last_block(f"{path}.{name}", part()) for name, part in module.parts)
+        block = f"{path}.{module.blocks - 1}" if isinstance(module, Stage) else path
+        return any(torch_name(f"{block}.{layer}.kernel", source.rules) in state for layer in LAYERS)
+
+    (_, *stages) = ensemble.networks[0].stages  # the first is the stem
+    return all(has_last_block(name, part()) for name, part in stages)

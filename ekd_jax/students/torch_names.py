@@ -241,15 +241,8 @@ def _official_efficientnet(depth: str) -> Rules:
     )
 
 
-# A layer of the first stage of each kind of network, by which names of a library are recognized.
-FIRST_LAYERS = (
-    "conv1",
-    "0.conv1",
-    "layer1_conv1",
-    "mb1.0.depthwise.conv",
-    "0.left_depthwise.conv",
-    "0.depthwise.conv",
-)
+# A layer of every block of some kind of network, by which names of a library are recognized.
+LAYERS = ("conv1", "layer1_conv1", "depthwise.conv")
 
 
 class Source(NamedTuple):
