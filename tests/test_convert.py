@@ -1,5 +1,6 @@
 """PyTorch weights become students: names of every library, the command, and error messages."""
 
+import functools
 import json
 import re
 import shutil
@@ -8,14 +9,16 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import command, one_device, tiny_config
+from absl import flags as absl_flags
+from conftest import REFERENCE, command, one_device, tiny_config
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
+from ekd_jax import convert as convert_command
 from ekd_jax import load_student, models
 from ekd_jax.common.errors import UserError
 from ekd_jax.runs.checkpoint import Checkpoints
-from ekd_jax.students.convert import Request, block_names, convert, is_stacked
+from ekd_jax.students.convert import Request, block_names, convert, convert_students, is_stacked
 from ekd_jax.students.torch_names import SOURCES, torch_name
 from ekd_jax.training import loop
 
@@ -46,6 +49,11 @@ def torch_state(name, library, classes=5, width=1):
     """Return a state dict as the library would have it, and our variables that it was made of."""
     ensemble = models.build_ensemble(name, (width,), classes)
     variables = ensemble.student_variables(ensemble.trace((32, 32, 3)).init(0), 1)
+    return as_torch(variables, name, library), variables
+
+
+def as_torch(variables, name, library):
+    """Return a network's variables as a state dict of the library."""
     rules = next(s.rules for s in SOURCES if s.library == library and torch_matches(s, name))
     state = {"num_batches_tracked": np.zeros((), np.int64)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
@@ -56,7 +64,7 @@ def torch_state(name, library, classes=5, width=1):
             assert theirs not in state, f"two of ours are their {theirs}"
             axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[value.ndim]
             state[theirs] = np.ascontiguousarray(value.transpose(axes))
-    return state, variables
+    return state
 
 
 def torch_matches(source, name):
@@ -276,7 +284,9 @@ def converted(tmp_path_factory):
     """Return a directory that the command wrote, and the variables that should be in it."""
     folder = tmp_path_factory.mktemp("convert")
     state, variables = torch_state("resnet8x4", "the official CIFAR code")
-    safetensors.numpy.save_file(state, folder / "weights.safetensors")
+    averaged = {f"model_ema.{name}": value for name, value in state.items()}
+    plain = {f"model.{name}": np.asarray(value + 1) for name, value in state.items()}
+    safetensors.numpy.save_file(averaged | plain, folder / "weights.safetensors")
     names = folder / "names.txt"
     names.write_text("\n".join("abcde"))
     flags = [
@@ -284,10 +294,14 @@ def converted(tmp_path_factory):
         "--model=resnet8x4",
         "--image_size=32",
         "--fit=stretch",
+        "--ema",
     ]
     result = command("convert", *flags, f"--class_names={names}", f"--output={folder}/student")
     assert result.returncode == 0, result.stderr
-    assert "resnet8x4, 5 classes, 1,209,125 parameters" in result.stdout
+    assert result.stdout.endswith(
+        "student: resnet8x4, 5 classes, 1,209,125 parameters; averaged (EMA) weights were taken; the plain ones "
+        f"are there, too; names of the official CIFAR code; class names of {names}\n"
+    )
     return folder, variables
 
 
@@ -303,26 +317,223 @@ def test_the_command_writes_a_student(converted, tmp_path):
     assert result.stdout.count("%") == 3, result.stderr
 
 
+MISTAKES = [
+    (["--model=resnet8x5", "--weights=w.safetensors"], "did you mean 'resnet8x4'"),
+    (["--model=tf_efficientnet_b0", "--weights=w.safetensors"], "did you mean 'efficientnet_b0'"),
+    (["--model=resnet8x4", "--weights="], "--weights= is empty"),
+    (["--model=resnet8x4", "--weights=w.h5"], "must be a file that ends with .safetensors, .pth"),
+    (["--model=resnet8x4", "--weights=nowhere.safetensors"], "cannot be read"),
+    (["--model=resnet18", "--weights={folder}/weights.safetensors"], "they are those of resnet8x4"),
+    (["--model=efficientnet_b0", "--weights=tf_efficientnet_b0.pth"], "tf_ networks need --padding=same"),
+    ([*FITTING, "--padding=same"], "only EfficientNets have it, not resnet8x4"),
+    ([*FITTING, "--batch_norm_epsilon=0"], "--batch_norm_epsilon=0 must be between 0 and 1"),
+    ([*FITTING, "--batch_norm_epsilon=nan"], "--batch_norm_epsilon=nan must be between 0 and 1"),
+    ([*FITTING, "--class_names=nowhere.txt"], "--class_names=nowhere.txt cannot be read"),
+    ([*FITTING, "--class_names={folder}/four.txt"], "has 4 names, the network 5 classes"),
+    ([*FITTING, "--mean=a,b"], "--mean=a,b must be numbers"),
+    (
+        [*FITTING, "--mean=0.5,0.5"],
+        "--mean=0.5,0.5 must be one finite number, or one for each of 3 channels",
+    ),
+    ([*FITTING, "--mean=nan"], "--mean=nan must be one finite number"),
+    ([*FITTING, "--std=1,1,0"], "--std=1,1,0 must be above 0"),
+    ([*FITTING, "--std=-1"], "--std=-1 must be above 0"),
+    ([*FITTING, "--std=inf"], "--std=inf must be one finite number"),
+    ([*FITTING, "--image_size=-1"], "--image_size=-1 must be between 1 and 4096"),
+    ([*FITTING, "--image_size=1000000"], "--image_size=1000000 must be between 1 and 4096"),
+    ([*FITTING, "--width=0"], "--width=0 must be above 0"),
+    ([*FITTING, "--width=1/0"], "--width=1/0 must be a number"),
+]
+
+
+@pytest.fixture
+def parse_here(monkeypatch):
+    """Give the command flags of its own, in this process."""
+
+    def parse(*flags):
+        values = absl_flags.FlagValues()
+        with monkeypatch.context() as patch:
+            for name in ("string", "boolean", "integer", "float", "enum", "list"):
+                define = getattr(absl_flags, f"DEFINE_{name}")
+                patch.setattr(absl_flags, f"DEFINE_{name}", functools.partial(define, flag_values=values))
+            convert_command.define_flags()
+        monkeypatch.setattr(convert_command, "FLAGS", values)
+        values(["convert", *map(str, flags)])
+
+    return parse
+
+
+@pytest.fixture
+def run_here(parse_here):
+    """Run the command in this process."""
+
+    def run(*flags):
+        parse_here(*flags)
+        convert_command.main()
+
+    return run
+
+
+@pytest.mark.parametrize(("flags", "message"), MISTAKES)
+def test_mistakes_get_one_line(converted, run_here, tmp_path, flags, message):
+    folder, _ = converted
+    (folder / "four.txt").write_text("a\nb\nc\nd\n")
+    with pytest.raises(UserError) as error:
+        run_here(*(flag.format(folder=folder) for flag in flags), f"--output={tmp_path}/student")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_ends_the_command(tmp_path):
+    result = command(
+        "convert", "--model=resnet8x5", "--weights=w.safetensors", f"--output={tmp_path}/student"
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "names", "message"),
     [
-        (["--model=resnet8x5", "--weights=w.safetensors"], "did you mean 'resnet8x4'"),
-        (["--model=resnet8x4", "--weights=w.bin"], "must be a .safetensors, .pt or .pth file"),
-        (["--model=resnet8x4", "--weights=nowhere.safetensors"], "cannot be read"),
-        (["--model=resnet18", "--weights={folder}/weights.safetensors"], "the weights do not fit"),
-        ([*FITTING, "--class_names=nowhere.txt"], "--class_names=nowhere.txt cannot be read"),
-        ([*FITTING, "--class_names={folder}/student/student.json"], "lines, the network 5 classes"),
-        ([*FITTING, "--mean=a,b"], "--mean=a,b must be numbers"),
+        (
+            ["--data=digits"],
+            tuple(map(str, range(5))),
+            "classes are named 0 to 4 (digits has 10; see --class_names)",
+        ),
+        (
+            [],
+            tuple(map(str, range(5))),
+            "classes are named 0 to 4 (imagenet2012 has 1000; see --class_names)",
+        ),
+        (
+            ["--data=cifar10"],
+            tuple(map(str, range(5))),
+            "(those of cifar10 are not known; see --class_names)",
+        ),
     ],
 )
-def test_mistakes_get_one_line(converted, tmp_path, flags, message):
-    folder, _ = converted
-    flags = [flag.format(folder=folder) for flag in flags]
-    result = command("convert", *flags, f"--output={tmp_path}/student")
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert not (tmp_path / "student").exists()
+def test_class_names_without_a_file(converted, run_here, tmp_path, capsys, flags, names, message):
+    run_here(
+        *(flag.format(folder=converted[0]) for flag in FITTING), *flags, f"--output={tmp_path}/student"
+    )
+    assert load_student(tmp_path / "student").class_names == names
+    printed = capsys.readouterr().out
+    assert message in printed
+    assert "plain weights were taken; --ema takes the averaged ones" in printed
+
+
+def test_names_of_the_data_set_if_their_number_fits(run_here, tmp_path, capsys):
+    state, _ = torch_state("resnet8", "RepDistiller", classes=10)
+    safetensors.numpy.save_file(state, tmp_path / "ten.safetensors")
+    flags = ["--model=resnet8", f"--weights={tmp_path}/ten.safetensors", "--data=digits"]
+    run_here(*flags, f"--output={tmp_path}/student")
+    assert load_student(tmp_path / "student").class_names[:2] == ("zero", "one")
+    assert "class names of digits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "size"), [("efficientnet_b1", 240), ("efficientnet_b7", 600), ("resnet18", 224)]
+)
+def test_efficientnets_have_their_own_size(parse_here, model, size):
+    parse_here(f"--model={model}", "--weights=w", "--output=o")
+    assert convert_command._image_size() == size
+
+
+# --- files of the official code ------------------------------------------------------------------
+
+
+@pytest.fixture
+def official(tmp_path):
+    """Return a directory as the official code writes it, and its logits in evaluation mode."""
+    with np.load(REFERENCE / "model_reference_resnet20.npz") as file:
+        reference = dict(file)
+    part = lambda who: {
+        name.split("/", 2)[2]: value
+        for when in ("init", "after1")
+        for name, value in reference.items()
+        if name.startswith(f"{when}/{who}/")
+    }
+    folder = tmp_path / "Epoch_341"
+    folder.mkdir()
+    files = {"BaseNet": "base", **{f"student_{i}": f"student{i}" for i in range(5)}}
+    for name, who in files.items():
+        safetensors.numpy.save_file(part(who), folder / f"{name}.pth")  # the contents tell what it is
+    return folder, reference
+
+
+OFFICIAL = ["--model=resnet20", "--image_size=32", "--data=cifar100"]
+
+
+def test_the_official_codes_files_become_students(official, run_here, tmp_path, capsys):
+    folder, reference = official
+    run_here(*OFFICIAL, f"--weights={folder}", f"--output={tmp_path}/students")
+    assert f"{tmp_path}/students/student_1 to student_5: resnet20, 100 classes" in capsys.readouterr().out
+    assert len(list((tmp_path / "students").iterdir())) == 5
+    for number in range(1, 6):
+        student = load_student(tmp_path / f"students/student_{number}")
+        assert student.description.student == number
+        assert student.description.network.widths == (("1", "4/5", "3/5", "2/5", "1/5")[number - 1],) * 3
+        kernel = student.variables["params"]["head"]["linear"]["kernel"]
+        np.testing.assert_array_equal(kernel, reference[f"init/student{number - 1}/linear.weight"].T)
+    check_logits(load_student(tmp_path / "students/student_2"), reference, 1)
+
+
+def check_logits(student, reference, number):
+    """Compare with the official code's logits in evaluation mode; it counts students from 0."""
+    logits = jax.jit(student.network.logits)(student.variables, reference["x"].transpose(0, 2, 3, 1))
+    np.testing.assert_allclose(logits, reference["eval_true/student_logits"][number], atol=1e-4)
+
+
+def test_a_single_student_of_the_official_code(official, run_here, tmp_path):
+    folder, reference = official
+    (folder / "student_3.pth").rename(folder / "Non_BaseNet.pth")
+    for left in folder.glob("student_*.pth"):
+        left.unlink()
+    run_here(*OFFICIAL, f"--weights={folder}", "--width=0.4", f"--output={tmp_path}/student")
+    check_logits(load_student(tmp_path / "student"), reference, 3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "student_2.pth").unlink(), "but no student_2.pth beside it"),
+        (
+            lambda folder: [(folder / f"student_{i}.pth").unlink() for i in (0, 3, 4)],
+            "do not fit student 1 of resnet20: .*; 2 students have the widths 1, 1/2: is a file missing",
+        ),
+        (lambda folder: [file.unlink() for file in folder.glob("student*")], "no student_0.pth beside it"),
+        (
+            lambda folder: (folder / "BaseNet.pth").unlink(),
+            "is a directory: give a file, or a directory with",
+        ),
+        (lambda folder: (folder / "student_3.pth").write_bytes(b"<html>"), "student_3.pth is a web page"),
+        (
+            lambda folder: shutil.copy(folder / "student_1.pth", folder / "BaseNet.pth"),
+            "is in BaseNet.pth and in student_0.pth: they are not a base block and a branch of it",
+        ),
+    ],
+)
+def test_official_directories_that_are_not_complete(official, run_here, tmp_path, damage, message):
+    folder, _ = official
+    damage(folder)
+    with pytest.raises(UserError) as error:
+        run_here(*OFFICIAL, f"--weights={folder}", f"--output={tmp_path}/students")
+    assert re.search(message, str(error.value))
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["Epoch_341"], "nothing was written"
+
+
+def test_students_with_fewer_compressed_stages():
+    """The official code may compress the last two of three stages. The shapes tell."""
+    ensemble = models.build_ensemble("resnet8", 2, 5, sharing="none", compressed_stages=2)
+    variables = ensemble.trace((32, 32, 3)).init(0)
+    own = [ensemble.student_variables(variables, number) for number in (1, 2)]
+    states = [as_torch(tree, "resnet8", "the official CIFAR code") for tree in own]
+    found = convert_students(Request("resnet8", (32, 32, 3), students=2), states)
+    assert [student.network.widths for student in found] == [("1", "1", "1"), ("1", "1/2", "1/2")]
+    for student, tree in zip(found, own, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, student.variables, tree)
 
 
 def test_training_begins_with_a_students_values(converted, tmp_path):

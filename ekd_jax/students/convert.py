@@ -242,12 +242,21 @@ def convert_students(request: Request, states: Sequence[Arrays]) -> list[Convert
     known = [source for source in known if _begins_alike(source, states[0])] or known[:1]
     family = models.MODELS[request.model]
     compressed = range(family.stages - family.shared, 0, -1) if request.students != (1,) else [0]
-    attempts: list[_Attempt] = []
-    for source, stages in itertools.product(known, compressed):
-        attempts.append(_attempt(request, source, states, stages))
-        if not attempts[-1].problems:
-            return attempts[-1].converted(request)
-    raise _misfit(request, states, min(attempts, key=lambda attempt: attempt.problems))
+    best = _best(_attempt(request, source, states, compressed[0]) for source in known)
+    if best.problems and len(compressed) > 1:
+        fewer = (_attempt(request, best.source, states, stages) for stages in compressed[1:])
+        best = _best(itertools.chain([best], fewer))
+    if best.problems:
+        raise _misfit(request, states, best)
+    return best.converted(request)
+
+
+def _best(attempts: Iterator["_Attempt"]) -> "_Attempt":
+    """Return the first attempt without problems, or that with the fewest."""
+    best = next(attempts)
+    while best.problems and (other := next(attempts, None)):
+        best = min(best, other, key=lambda attempt: attempt.problems)
+    return best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,12 +376,19 @@ def _misfit(request: Request, states: Sequence[Arrays], attempt: _Attempt) -> Us
     """Return an error that shows what does not fit, what the file has, and which network it looks like."""
     number, match = next((n, match) for n, match in enumerate(attempt.matches, 1) if match.problems)
     student = f" student {number} of" if len(states) > 1 else ""
-    state = states[number - 1]
     named = match.missing or match.left
-    found = f"; there are {len(state)} arrays: {_listed(list(state))}" if named else ""
+    found = (
+        f"; there are {len(states[number - 1])} arrays: {_listed(list(states[number - 1]))}"
+        if named
+        else ""
+    )
     first = attempt.matches[0]
-    hint = _looks_like(request, states[0], first) if first.problems > NEARLY * len(states[0]) else ""
-    return UserError(f"the weights do not fit{student} {request.model}: {match}{found}{hint}")
+    if len(states) > 1 and match.misshapen:
+        widths = ", ".join(str(own[-1]) for own in attempt.ensemble.widths)
+        found += f"; {len(states)} students have the widths {widths}: is a file missing?"
+    elif first.problems > NEARLY * len(states[0]):
+        found += _looks_like(request, states[0], first)
+    return UserError(f"the weights do not fit{student} {request.model}: {match}{found}")
 
 
 def _looks_like(request: Request, state: Arrays, match: Match) -> str:
