@@ -15,7 +15,7 @@ from conftest import student_from_torch
 
 from ekd_jax import models
 from ekd_jax.common.errors import UserError
-from ekd_jax.models import densenet, resnet
+from ekd_jax.models import densenet, efficientnet, resnet
 from ekd_jax.models.blocks import Bottleneck
 from ekd_jax.models.family import Family
 from ekd_jax.students.convert import Request, convert
@@ -174,6 +174,21 @@ def test_forward_statistics_and_gradients(name):
         ensemble.student_variables({"batch_stats": stats}, 1)["batch_stats"], after["batch_stats"], 1e-9
     )
     compare(gradients, expected, 1e-7)
+
+
+def test_an_efficientnet_with_tensorflows_padding(monkeypatch):
+    """At 97 pixels maps have 49, 25, 13, 7 and 4, so odd sizes are padded otherwise than even ones."""
+    build = partial(efficientnet.efficientnet, width="0.5", depth="0.1", dropout=0.0)
+    monkeypatch.setitem(models.MODELS, "shallow", Family(build, stages=3))
+    network = randomize(theirs.EfficientNet(0.5, 0.1, CLASSES, padding="same")).float().eval()
+    ensemble = models.build_ensemble("shallow", 1, CLASSES, padding="same")
+    like = ensemble.student_variables(ensemble.trace((97, 97, 3)).init(None), 1)
+    variables = student_from_torch(like, state_of(network), rules_of("efficientnet_b0", "torchvision"))
+    images = np.random.default_rng(0).normal(size=(2, 97, 97, 3)).astype(np.float32)
+    logits = quickly_compiled(ensemble.student(1).logits)(variables, images)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def compare(found, expected, tolerance):
