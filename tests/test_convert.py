@@ -19,7 +19,7 @@ from ekd_jax import load_student, models
 from ekd_jax.common.errors import UserError
 from ekd_jax.runs.checkpoint import Checkpoints
 from ekd_jax.students.convert import Request, block_names, convert, convert_students, is_stacked
-from ekd_jax.students.torch_names import SOURCES, torch_name
+from ekd_jax.students.torch_names import SOURCES, todays_names, torch_name
 from ekd_jax.training import loop
 
 # A network of each source, the ways its library has it.
@@ -169,6 +169,29 @@ def test_other_spellings(resnet8, spelling):
     found = convert(Request("resnet8", (32, 32, 3)), SPELLINGS[spelling](state))
     jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
     assert not found.auxiliary
+
+
+@pytest.mark.parametrize(
+    ("model", "library", "theirs", "todays"),
+    [
+        ("mobilenet_v2", "torchvision", "classifier", "classifier.1"),
+        ("efficientnet_b0", "torchvision", "fc", "classifier.1"),
+        ("efficientnet_b0", "EfficientNet-PyTorch", "fc.1", "_fc"),
+        ("densenet121", "torchvision and timm", "classifier.2", "classifier"),
+        ("resnet20", "the official CIFAR code", "fc", "linear"),
+        ("mobilenet_v2_cifar", "RepDistiller", "head.fc", "classifier.0"),
+        ("resnet18", "torchvision and timm", "fc", "fc"),
+    ],
+)
+def test_names_of_classifiers(model, library, theirs, todays):
+    source = next(s for s in SOURCES if s.library == library and torch_matches(s, model))
+    shapes = {f"{theirs}.weight": (5, 7), f"{theirs}.bias": (5,), "features.0.weight": (1, 1)}
+    expected = [f"{todays}.weight", f"{todays}.bias", "features.0.weight"]
+    assert list(todays_names(source, shapes).values()) == expected
+    hidden = shapes | {"head.fc.0.weight": (7, 9), "classifier.9.weight": (7, 9), "_fc.weight": (7, 9)}
+    assert all(old == new for old, new in todays_names(source, hidden).items()), (
+        "one of several is not chosen"
+    )
 
 
 def test_densenet_of_old_torchvision():

@@ -334,7 +334,7 @@ def todays_names(source: Source, shapes: dict[str, tuple[int, ...]]) -> dict[str
         source: the library.
         shapes: name -> shape of every array of the file.
     """
-    names = {name: _replaced(name, source.older) for name in shapes}
+    names = {name: new if (new := _replaced(name, source.older)) not in shapes else name for name in shapes}
     wanted = head_weight(source.rules)
     heads = [name for name, shape in shapes.items() if len(shape) > 1 and _HEAD.fullmatch(name)]
     if wanted not in names.values() and len(heads) == 1:

@@ -138,7 +138,15 @@ def _is_network(value: Any) -> bool:
 def _read_torch(path: pathlib.Path) -> Arrays:
     try:
         names = _global_names(path)
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        RuntimeError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise UserError(f"--weights={path} cannot be read: {reason(error)}") from error
     try:
         import torch
