@@ -47,9 +47,14 @@ CONVERTED = [
 
 def torch_state(name, library, classes=5, width=1):
     """Return a state dict as the library would have it, and our variables that it was made of."""
-    ensemble = models.build_ensemble(name, (width,), classes)
-    variables = ensemble.student_variables(ensemble.trace((32, 32, 3)).init(0), 1)
+    variables = network_variables(name, classes, width)
     return as_torch(variables, name, library), variables
+
+
+@functools.cache  # by several libraries' names
+def network_variables(name, classes, width):
+    ensemble = models.build_ensemble(name, (width,), classes)
+    return ensemble.student_variables(ensemble.trace((32, 32, 3)).init(0), 1)
 
 
 def as_torch(variables, name, library):

@@ -31,13 +31,6 @@ _SAFETENSORS_DTYPES: dict[str, Any] = {
         f"{kind}{bits}": np.dtype(f"{kind}{bits // 8}".lower()) for kind in "IU" for bits in (8, 16, 32, 64)
     },
 }
-# NumPy's types, and its functions that make arrays and numbers, under the module names of both major versions.
-_NUMPY: dict[str, Any] = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype}
-for _core in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    _NUMPY[f"{_core}._reconstruct"] = np.zeros(0).__reduce__()[0]
-    _NUMPY[f"{_core}.scalar"] = np.float64(0).__reduce__()[0]
-_NUMPY_DTYPES: list[Any] = [type(np.dtype(code)) for code in "?bBhHiIlLqQefd"]
-
 Arrays = dict[str, np.ndarray]
 
 
@@ -131,6 +124,43 @@ class _StandIn:
         return made
 
 
+class _NumpyType:
+    """A NumPy data type as it is pickled, such as "f4"."""
+
+    def __init__(self, code: Any, *args: Any):
+        """Take its code; what follows says nothing about numbers."""
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+
+class _NumpyArray:
+    """A NumPy array as it is pickled. NumPy's own functions can crash on damaged files."""
+
+    state: Any = None
+
+    def __init__(self, *args: Any):
+        """Take any arguments: the values follow."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def array(self) -> np.ndarray:
+        """Return the array; it raises many kinds of errors if the file is damaged."""
+        _, shape, kind, is_fortran, data = self.state
+        dtype = np.dtype(kind.code).newbyteorder(kind.order)
+        return np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
+
+
+_NUMPY: dict[str, type] = {
+    "numpy.dtype": _NumpyType,
+    "numpy.ndarray": _NumpyArray,
+    "numpy.core.multiarray._reconstruct": _NumpyArray,  # of NumPy 1
+    "numpy._core.multiarray._reconstruct": _NumpyArray,  # of NumPy 2
+}
+
+
 def _is_network(value: Any) -> bool:
     return isinstance(value, OrderedDict) and "_modules" in vars(value)
 
@@ -158,7 +188,7 @@ def _read_torch(path: pathlib.Path) -> Arrays:
         known = [(_NUMPY.get(name) or type(name, (_StandIn,), {"kind": name}), name) for name in names]
         with (
             warnings.catch_warnings(action="ignore"),
-            torch.serialization.safe_globals(known + _NUMPY_DTYPES),
+            torch.serialization.safe_globals(known),
         ):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         found = dict(_leaves(loaded, torch.Tensor))
@@ -247,15 +277,15 @@ def _leaves(tree: Any, tensor: type) -> Iterator[tuple[str, Any]]:
             elif isinstance(value, Mapping):
                 keys = (key for key in value if isinstance(key, str))
                 below |= {f"{name}.{key}" if name else key: value[key] for key in keys}
-            elif name and isinstance(value, tensor | np.ndarray):
+            elif name and isinstance(value, tensor | _NumpyArray):
                 yield name, value
         level = below
 
 
 def _as_numpy(value: Any) -> np.ndarray:
     """Return a tensor, or an array, as an array of a type that NumPy has."""
-    if isinstance(value, np.ndarray):
-        return value
+    if isinstance(value, _NumpyArray):
+        return value.array()
     value = value.detach()
     if value.is_quantized:
         value = value.int_repr()
