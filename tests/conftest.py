@@ -130,9 +130,9 @@ def forward(ensemble, variables, images, **mode):
 
 def student_from_torch(like, state, rules, dtype=np.float32):
     """Return a student's variables with the values of a PyTorch state dict, all of which must fit."""
-    variables, problems = match_arrays(like, state, rules, dtype)
-    assert not problems
-    return variables
+    match = match_arrays(like, state, rules, dtype)
+    assert not match.problems, match
+    return match.variables
 
 
 def latest_state(path: pathlib.Path) -> dict:

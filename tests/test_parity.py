@@ -15,10 +15,11 @@ from conftest import student_from_torch
 
 from ekd_jax import models
 from ekd_jax.common.errors import UserError
-from ekd_jax.models import densenet, resnet
+from ekd_jax.models import densenet, efficientnet, resnet
 from ekd_jax.models.blocks import Bottleneck
 from ekd_jax.models.family import Family
-from ekd_jax.students.convert import convert, read_state_dict
+from ekd_jax.students.convert import Request, convert
+from ekd_jax.students.state_dict import read_state_dict
 from ekd_jax.students.torch_names import sources
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[parity]'")
@@ -175,6 +176,21 @@ def test_forward_statistics_and_gradients(name):
     compare(gradients, expected, 1e-7)
 
 
+def test_an_efficientnet_with_tensorflows_padding(monkeypatch):
+    """At 97 pixels maps have 49, 25, 13, 7 and 4, so odd sizes are padded otherwise than even ones."""
+    build = partial(efficientnet.efficientnet, width="0.5", depth="0.1", dropout=0.0)
+    monkeypatch.setitem(models.MODELS, "shallow", Family(build, stages=3))
+    network = randomize(theirs.EfficientNet(0.5, 0.1, CLASSES, padding="same")).float().eval()
+    ensemble = models.build_ensemble("shallow", 1, CLASSES, padding="same")
+    like = ensemble.student_variables(ensemble.trace((97, 97, 3)).init(None), 1)
+    variables = student_from_torch(like, state_of(network), rules_of("efficientnet_b0", "torchvision"))
+    images = np.random.default_rng(0).normal(size=(2, 97, 97, 3)).astype(np.float32)
+    logits = quickly_compiled(ensemble.student(1).logits)(variables, images)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def compare(found, expected, tolerance):
     """Assert that arrays agree up to `tolerance` times the largest element."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
@@ -195,7 +211,8 @@ def test_pth_files_become_students(tmp_path, wrap):
     network = randomize(theirs.NETWORKS["resnet8x4"](num_classes=CLASSES)).float().eval()
     state = {f"module.{name}": value for name, value in network.state_dict().items()}
     torch.save(wrap(state), tmp_path / "network.pth")
-    found = convert("resnet8x4", read_state_dict(tmp_path / "network.pth"), (32, 32, 3), {})
+    state = read_state_dict(tmp_path / "network.pth").arrays
+    found = convert(Request("resnet8x4", (32, 32, 3)), state)
     assert found.network.num_classes == CLASSES
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     ours = models.build_ensemble("resnet8x4", 1, CLASSES).student(1).logits(found.variables, images)

@@ -28,11 +28,12 @@ class GlobalPool(nn.Module):
 
 
 class SameConv2d(nn.Conv2d):
-    """Pad as TensorFlow's "SAME" does for an input that the stride divides."""
+    """Pad as TensorFlow's "SAME" does."""
 
     def forward(self, x):
-        p = max(self.kernel_size[0] - self.stride[0], 0)
-        return super().forward(F.pad(x, (p // 2, p - p // 2) * 2))
+        k, s = self.kernel_size[0], self.stride[0]
+        columns, rows = (max((math.ceil(n / s) - 1) * s + k - n, 0) for n in (x.shape[3], x.shape[2]))
+        return super().forward(F.pad(x, (columns // 2, -(-columns // 2), rows // 2, -(-rows // 2))))
 
 
 def conv(inputs, outputs, kernel=1, stride=1, groups=1):

@@ -1,4 +1,4 @@
-"""2-D convolution with PyTorch's padding, in the form that is fast on each backend.
+"""2-D convolution with PyTorch's or TensorFlow's padding, in the form that is fast on each backend.
 
 XLA for CPUs uses its fast layout only outside of loops; inside, steps take 15 to 30 times longer, and the
 gradient of grouped convolutions is slower still. Gradients and grouped convolutions are therefore written
@@ -28,13 +28,14 @@ def convolution(x: Array, kernel: Array, stride: int = 1, groups: int = 1, paddi
         kernel: (h, w, C // groups, K), h and w odd.
         stride: stride of both axes.
         groups: number of groups of channels that are convolved separately.
-        padding: "even" pads (k - 1) // 2 on every side, as PyTorch networks do. "same" pads k - stride in
-            total, the odd pixel right and below, as TensorFlow does where the stride divides the size.
+        padding: "even" pads (k - 1) // 2 on every side, as PyTorch networks do. "same" is TensorFlow's: it pads
+            max((ceil(n / stride) - 1) * stride + k - n, 0) to an axis of size n, the odd pixel at its end.
 
     Returns:
         (B, ceil(H / stride), ceil(W / stride), K) in x's dtype.
     """
-    pads = _pads(kernel.shape[0], stride, padding), _pads(kernel.shape[1], stride, padding)
+    rows, columns = (_pads(n, k, stride, padding) for n, k in zip(x.shape[1:3], kernel.shape, strict=False))
+    pads = rows, columns
     if jax.default_backend() != "cpu":
         return _convolution(x, kernel, stride, groups, pads)
     if groups == 1:
@@ -42,10 +43,11 @@ def convolution(x: Array, kernel: Array, stride: int = 1, groups: int = 1, paddi
     return grouped_convolution(x, kernel, stride, groups, pads)
 
 
-def _pads(size: int, stride: int, padding: str) -> tuple[int, int]:
+def _pads(n: int, k: int, stride: int, padding: str) -> tuple[int, int]:
+    """Return the zeros before and after an axis of size n, for a kernel of size k."""
     if padding == "even":
-        return (size - 1) // 2, (size - 1) // 2
-    total = max(size - stride, 0)
+        return (k - 1) // 2, (k - 1) // 2
+    total = max((-(-n // stride) - 1) * stride + k - n, 0)
     return total // 2, total - total // 2
 
 

@@ -3,8 +3,8 @@
 Details: docs/reference/networks.md#efficientnet. Base block: 3x3/2 stem. Branch: the inverted residuals down to
 1/8, 1/16 and 1/32 of the image, with channels scaled by the network's width times the student's. The last map is
 the 1280-channel one that is pooled; with model.last_map=stage it is the 320-channel map before it (the paper's
-Figure 2a). Stochastic depth is .2 for every block, and padding is "same". Weights of torchvision need "even"
-padding and, from B5 on, a batch norm epsilon of 1e-3.
+Figure 2a). Stochastic depth is .2 for every block, and padding is "same", TensorFlow's. Weights of torchvision need
+"even" padding and, from B5 on, a batch norm epsilon of 1e-3; those of TensorFlow "same" and 1e-3.
 """
 
 import math

@@ -1,30 +1,83 @@
 """PyTorch weights as a student's variables."""
 
 import dataclasses
-import pathlib
+import difflib
+import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from ekd_jax import models
-from ekd_jax.common.errors import UserError, reason
+from ekd_jax.common.errors import UserError, nearest
+from ekd_jax.models.blocks import Chain, Stage
 from ekd_jax.models.cost import count_parameters
-from ekd_jax.models.ensemble import Variables
+from ekd_jax.models.ensemble import Ensemble, EnsembleTrace, Variables
 from ekd_jax.students.description import NetworkDescription
-from ekd_jax.students.torch_names import Rules, Source, sources, torch_name
+from ekd_jax.students.torch_names import (
+    LAYERS,
+    Rules,
+    Source,
+    head_weight,
+    sources,
+    todays_names,
+    torch_name,
+)
 
 Arrays = Mapping[str, Any]  # a state_dict(): names to anything that numpy.asarray takes
-PROBLEMS_SHOWN = 8  # how many problems an error names; the others are counted
-_TO_JAX = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,), 0: ()}  # OIHW -> HWIO, (out, in) -> (in, out)
+PROBLEMS_SHOWN = 3  # how many names of each kind of problem an error shows; the others are counted
+NEARLY = 0.05  # up to this share of problems an error looks for no other network
+ALIKE = 0.5  # share of the arrays that must fit another network for an error to mention it
+_TO_JAX = {4: (2, 3, 1, 0), 2: (1, 0)}  # OIHW -> HWIO, (out, in) -> (in, out)
+_TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
+_COUNTERS = re.compile(r"(?:.*\.)?(?:num_batches_tracked|total_ops|total_params)")  # of PyTorch and of thop
+_AUXILIARY = re.compile(r"aux\w*\..*", re.IGNORECASE)  # heads that are used in training alone
 
 
-def match_arrays(
-    like: Variables, state: Arrays, rules: Rules, dtype: Any = np.float32
-) -> tuple[Variables, list[str]]:
+# --- arrays by name ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Match:
+    """The values that a network's variables got from a state dict, and what did not fit.
+
+    Attributes:
+        variables: a tree of numpy arrays, zeros where an array does not fit.
+        matched: number of arrays that fit.
+        missing: names that the state dict lacks.
+        misshapen: for each array of another shape its name and both shapes.
+        unusable: for each array of integers or with NaN its name and what is wrong.
+        left: names that have no place in the network.
+        auxiliary: names of auxiliary heads, which are left out on purpose.
+    """
+
+    variables: Variables = dataclasses.field(default_factory=dict)
+    matched: int = 0
+    missing: list[str] = dataclasses.field(default_factory=list)
+    misshapen: list[str] = dataclasses.field(default_factory=list)
+    unusable: list[str] = dataclasses.field(default_factory=list)
+    left: list[str] = dataclasses.field(default_factory=list)
+    auxiliary: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def problems(self) -> int:
+        """Number of names that do not fit."""
+        return sum(map(len, (self.missing, self.misshapen, self.unusable, self.left)))
+
+    def __str__(self) -> str:
+        kinds = {
+            "missing": self.missing,
+            "without a place in the network": self.left,
+            "of another shape": self.misshapen,
+            "unusable": self.unusable,
+        }
+        return "; ".join(f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names)
+
+
+def match_arrays(like: Variables, state: Arrays, rules: Rules, dtype: Any = np.float32) -> Match:
     """Give a student's variables the values of a PyTorch network.
 
     Args:
@@ -32,33 +85,37 @@ def match_arrays(
         state: the network's `state_dict()`.
         rules: substitutions that turn our names into those of the network.
         dtype: of the result.
-
-    Returns:
-        A tree like `like` of numpy arrays, zeros where an array does not fit; and a line for each array that is
-        missing, left over or of another shape.
     """
+    match = Match()
     used: set[str] = set()
-    problems: list[str] = []
 
     def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
         theirs = torch_name(name, rules)
         used.add(theirs)
         if theirs not in state:
-            problems.append(f"{theirs} is missing")
+            match.missing.append(theirs)
             return np.zeros(shape, dtype)
-        value = _to_jax(state[theirs], dtype)
-        if value.shape != shape:
-            problems.append(f"{theirs} becomes {value.shape}, the network needs {shape}")
+        value = np.asarray(state[theirs])
+        fitted = _to_jax(value, shape)
+        if fitted.shape != shape:
+            needed = tuple(shape[axis] for axis in _TO_TORCH.get(len(shape), range(len(shape))))
+            match.misshapen.append(f"{theirs} is {value.shape} and must be {needed}")
             return np.zeros(shape, dtype)
-        return value
+        if fault := _fault(theirs, value):
+            match.unusable.append(f"{theirs} {fault}")
+            return np.zeros(shape, dtype)
+        match.matched += 1
+        return fitted.astype(dtype)
 
     def leaf(path: Any, leaf: Any) -> np.ndarray:
         values = [take(name, shape) for name, shape in block_names(path, leaf.shape)]
         return np.stack(values) if is_stacked(path) else values[0]
 
-    variables = jax.tree_util.tree_map_with_path(leaf, like)
-    left = [name for name in state if name not in used and not name.endswith("num_batches_tracked")]
-    return variables, problems + [f"{name} has no place in the network" for name in left]
+    match.variables = jax.tree_util.tree_map_with_path(leaf, like)
+    for name in state:
+        if name not in used and not _is_bookkeeping(name, state[name]):
+            (match.auxiliary if _AUXILIARY.fullmatch(name) else match.left).append(name)
+    return match
 
 
 def block_names(path: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -79,14 +136,41 @@ def is_stacked(path: Any) -> bool:
     return any(key.key == "rest" for key in path)
 
 
-def _to_jax(value: Any, dtype: Any) -> np.ndarray:
-    value = np.asarray(value, dtype)
-    return value.transpose(_TO_JAX[value.ndim])
+def _to_jax(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return an array in our layout. A linear layer and a 1x1 convolution may stand for one another."""
+    value = value.transpose(_TO_JAX[value.ndim]) if value.ndim in _TO_JAX else value
+    if value.ndim == 2 and len(shape) == 4:
+        value = value[None, None]
+    elif value.ndim == 4 and len(shape) == 2 and value.shape[:2] == (1, 1):
+        value = value[0, 0]
+    if value.ndim == 2 and value.shape != shape and value.shape[::-1] == shape:
+        value = value.T  # it is stored as (in, out)
+    return value
 
 
-def _misfit(problems: Sequence[str]) -> UserError:
-    more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
-    return UserError("the weights do not fit: " + "; ".join(problems[:PROBLEMS_SHOWN]) + more)
+def _fault(name: str, value: np.ndarray) -> str:
+    """Return what makes the values unusable, or ""."""
+    if value.dtype.kind != "f":
+        return f"has {value.dtype} values, not floats"
+    if not (np.abs(value) <= np.finfo(np.float32).max).all():
+        return "has NaN or infinite values"
+    return "has negative values" if name.endswith("running_var") and (value < 0).any() else ""
+
+
+def _is_bookkeeping(name: str, value: Any) -> bool:
+    """Return whether it is a count, such as the number of averaged steps, or a state of random numbers."""
+    value = np.asarray(value)
+    counts = _COUNTERS.fullmatch(name) or ("." not in name and value.size == 1)
+    return bool(counts) or (value.dtype == np.uint8 and value.ndim == 1)
+
+
+def _listed(names: Sequence[str]) -> str:
+    names = sorted(names, key=lambda name: ".weight" not in name)  # people know these
+    more = f", and {len(names) - PROBLEMS_SHOWN} more" if len(names) > PROBLEMS_SHOWN else ""
+    return ", ".join(names[:PROBLEMS_SHOWN]) + more
+
+
+# --- networks ------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,91 +182,247 @@ class Converted:
         network: how to build it again.
         parameters: number of its parameters.
         macs: multiply-accumulates for one image.
+        library: whose names the arrays have.
+        auxiliary: names of arrays of auxiliary heads, which were left out.
     """
 
     variables: Variables
     network: NetworkDescription
     parameters: int
     macs: int
+    library: str
+    auxiliary: tuple[str, ...]
 
 
-def convert(
-    model: str, state: Arrays, input_shape: tuple[int, int, int], options: Mapping[str, Any]
-) -> Converted:
-    """Return the network `model`, as a student of width 1, with the values of a state dict.
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A network that weights are to be converted to, or its students.
 
-    If several libraries have the network, the one whose names fit best is taken. The number of classes is
-    that of the classifier.
-
-    Args:
+    Attributes:
         model: a key of `models.MODELS`.
-        state: the network's `state_dict()`.
         input_shape: H, W, C.
         options: fields of `models.EnsembleSpec`, which override what the library's network needs.
+        students: width multipliers of the students, or their number, as `models.build_ensemble` takes them.
+        two_classes: whether a network with one output becomes one with two classes, 0 and that output.
+    """
+
+    model: str
+    input_shape: tuple[int, int, int]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    students: Any = (1,)
+    two_classes: bool = False
+
+
+def convert(request: Request, state: Arrays) -> Converted:
+    """Return a network with the values of a state dict. Arguments and errors are those of `convert_students`."""
+    return convert_students(request, [state])[0]
+
+
+def convert_students(request: Request, states: Sequence[Arrays]) -> list[Converted]:
+    """Return students with the values of state dicts.
+
+    If several libraries have the network, the one whose names fit best is taken. The number of classes is
+    that of the classifier. Of several students, as many stages are compressed as fits.
+
+    Args:
+        request: the network and its students.
+        states: for each student the `state_dict()` of its whole network.
 
     Raises:
-        UserError: no library has the network, or arrays are missing, left over or of another shape.
+        UserError: no library has the network, it has one output, or arrays are missing, left over, of another
+            shape, not floats or not finite.
     """
-    known = sources(model)
+    known = sources(request.model)
     if not known:
+        names = [name for name in models.MODELS if sources(name)]
         raise UserError(
-            f"--model={model}: there are no rules to convert its weights (ekd_jax/students/torch_names.py)"
+            f"--model={request.model}: there are no rules to convert its weights "
+            f"(ekd_jax/students/torch_names.py){nearest(request.model, names)}"
         )
-    fits = [_convert_from(source, model, state, input_shape, options) for source in known]
-    converted, problems = min(fits, key=lambda fit: len(fit[1]))
-    if problems:
-        raise _misfit(problems)
-    return converted
+    known = [source for source in known if _begins_alike(source, states[0])] or known[:1]
+    family = models.MODELS[request.model]
+    compressed = range(family.stages - family.shared, 0, -1) if request.students != (1,) else [0]
+    best = _best(_attempt(request, source, states, compressed[0]) for source in known)
+    if best.problems and len(compressed) > 1:
+        fewer = (_attempt(request, best.source, states, stages) for stages in compressed[1:])
+        best = _best(itertools.chain([best], fewer))
+    if best.problems:
+        raise _misfit(request, states, best)
+    return best.converted(request)
 
 
-def _convert_from(
-    source: Source,
-    model: str,
-    state: Arrays,
-    input_shape: tuple[int, int, int],
-    options: Mapping[str, Any],
-) -> tuple[Converted, list[str]]:
-    """Convert by the names of one library; return also a line for each array that does not fit."""
-    classifier = state.get(torch_name("head.linear.kernel", source.rules))
-    classes = 1 if classifier is None else len(classifier)
-    own = {**source.options, **options}
-    ensemble = models.build_ensemble(model, 1, classes, sharing="none", **own)
-    trace = ensemble.trace(input_shape)
-    like = ensemble.student_variables(trace.init(None), 1)
-    variables, problems = match_arrays(like, state, source.rules)
-    network = NetworkDescription(
-        name=model,
-        widths=tuple(str(width) for width in ensemble.widths[0]),
-        num_classes=classes,
-        input_shape=input_shape,
-        dtype="float32",
-        options=own,
-    )
-    parameters = count_parameters(variables["params"])
-    return Converted(variables, network, parameters, trace.cost(1).macs), problems
+def _best(attempts: Iterator["_Attempt"]) -> "_Attempt":
+    """Return the first attempt without problems, or that with the fewest."""
+    best = next(attempts)
+    while best.problems and (other := next(attempts, None)):
+        best = min(best, other, key=lambda attempt: attempt.problems)
+    return best
 
 
-def read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Read the arrays of a .safetensors, .pt or .pth file.
+@dataclasses.dataclass(frozen=True)
+class _Attempt:
+    """Students with the values that the names of one library give them.
 
-    Raises:
-        UserError: the file is none of these or cannot be read, or PyTorch is not installed.
+    Attributes:
+        source: the library and its rules.
+        options: fields of `models.EnsembleSpec`.
+        classes: number of classes K.
+        ensemble: the networks.
+        trace: of `ensemble`.
+        matches: the values of each student.
     """
-    try:
-        if path.suffix == ".safetensors":
-            return dict(safetensors.numpy.load_file(path))
-        if path.suffix not in (".pt", ".pth"):
-            raise UserError(f"--weights={path}: must be a .safetensors, .pt or .pth file")
-        import torch
-    except ImportError:
-        raise UserError(
-            f"--weights={path}: reading it needs PyTorch (pip install torch); or save it as .safetensors"
-        ) from None
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"--weights={path} cannot be read: {reason(error)}") from error
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch raise many kinds
-        raise UserError(f"--weights={path} cannot be read: {reason(error)}") from error
-    state = loaded.get("state_dict", loaded.get("model", loaded))
-    return {name.removeprefix("module."): value.numpy() for name, value in state.items()}
+
+    source: Source
+    options: Mapping[str, Any]
+    classes: int
+    ensemble: Ensemble
+    trace: EnsembleTrace
+    matches: list[Match]
+
+    @property
+    def problems(self) -> int:
+        """Number of names that do not fit."""
+        return sum(match.problems for match in self.matches)
+
+    def converted(self, request: Request) -> list[Converted]:
+        """Return the students."""
+        return [
+            Converted(
+                variables=match.variables,
+                network=NetworkDescription(
+                    name=request.model,
+                    widths=tuple(map(str, widths)),
+                    num_classes=self.classes,
+                    input_shape=request.input_shape,
+                    dtype="float32",
+                    options=dict(self.options),
+                ),
+                parameters=count_parameters(match.variables["params"]),
+                macs=self.trace.cost(number).macs,
+                library=self.source.library,
+                auxiliary=tuple(match.auxiliary),
+            )
+            for number, (match, widths) in enumerate(
+                zip(self.matches, self.ensemble.widths, strict=True), 1
+            )
+        ]
+
+
+def _attempt(request: Request, source: Source, states: Sequence[Arrays], compressed: int) -> _Attempt:
+    """Match state dicts by the names of one library, with that number of stages compressed."""
+    states = [_prepared(state, source, request.two_classes) for state in states]
+    classes = _classes(states[0], source)
+    options = {**source.options, **request.options}
+    ensemble = models.build_ensemble(
+        request.model, request.students, classes, sharing="none", compressed_stages=compressed, **options
+    )
+    trace = ensemble.trace(request.input_shape)
+    shapes = trace.init(None)
+    matches = [
+        match_arrays(ensemble.student_variables(shapes, number), state, source.rules)
+        for number, state in enumerate(states, 1)
+    ]
+    return _Attempt(source, options, classes, ensemble, trace, matches)
+
+
+def _begins_alike(source: Source, state: Arrays) -> bool:
+    """Return whether a layer of the first block has the library's name."""
+    names = _prepared(state, source, two_classes=True)
+    firsts = itertools.product(("stage1", "stage1.0", "stage1.mb1.0"), LAYERS)
+    return any(torch_name(f"{block}.{layer}.kernel", source.rules) in names for block, layer in firsts)
+
+
+def _unprefixed(state: Arrays, source: Source) -> Arrays:
+    """Return a state dict without a prefix that all names have in common, but none of the library's."""
+    while len(prefixes := {name.partition(".")[0] for name in state if "." in name}) == 1:
+        (prefix,) = prefixes
+        if torch_name("stem.conv.kernel", source.rules).startswith(f"{prefix}."):
+            break
+        state = {name.removeprefix(f"{prefix}."): value for name, value in state.items()}
+    return state
+
+
+def _prepared(state: Arrays, source: Source, two_classes: bool) -> Arrays:
+    """Return a state dict with today's names, and two classes in place of one output if they are asked for."""
+    state = _unprefixed(state, source)
+    names = todays_names(source, {name: np.shape(value) for name, value in state.items()})
+    renamed = {names[name]: value for name, value in state.items()}
+    head = head_weight(source.rules)
+    if head in renamed and _classes(renamed, source) == 1:
+        if not two_classes:
+            raise UserError(
+                "the network has one output, whose sigmoid is a probability, and a student has at least two: name "
+                "two classes, with --class_names, the second being the one that the output stands for"
+            )
+        for name in (head, head.removesuffix("weight") + "bias"):
+            if name in renamed:
+                value = np.asarray(renamed[name])
+                value = value.T if value.shape[-1:] == (1,) and value.shape[0] > 1 else value  # (in, out)
+                renamed[name] = np.concatenate([np.zeros_like(value), value])
+    return renamed
+
+
+def _classes(state: Arrays, source: Source) -> int:
+    """Return the number of outputs of the classifier; 1 if there is none."""
+    head = head_weight(source.rules)
+    found = state.get(head.removesuffix("weight") + "bias", state.get(head))
+    return 1 if found is None else np.shape(found)[0]
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def _misfit(request: Request, states: Sequence[Arrays], attempt: _Attempt) -> UserError:
+    """Return an error that shows what does not fit, what the file has, and which network it looks like."""
+    number, match = next((n, match) for n, match in enumerate(attempt.matches, 1) if match.problems)
+    student = f" student {number} of" if len(states) > 1 else ""
+    named = match.missing or match.left
+    found = (
+        f"; there are {len(states[number - 1])} arrays: {_listed(list(states[number - 1]))}"
+        if named
+        else ""
+    )
+    first = attempt.matches[0]
+    if len(states) > 1 and match.misshapen:
+        widths = ", ".join(str(own[-1]) for own in attempt.ensemble.widths)
+        found += f"; {len(states)} students have the widths {widths}: is a file missing?"
+    elif first.problems > NEARLY * len(states[0]):
+        found += _looks_like(request, states[0], first)
+    return UserError(f"the weights do not fit{student} {request.model}: {match}{found}")
+
+
+def _looks_like(request: Request, state: Arrays, match: Match) -> str:
+    """Return a hint which other network the arrays of a first student fit, or fit better, or ""."""
+    near, own = difflib.SequenceMatcher(b=request.model), sources(request.model)
+
+    def distance(name: str) -> tuple[bool, float]:
+        near.set_seq1(name)
+        return not any(source in own for source in sources(name)), -near.ratio()
+
+    best, best_problems = "", match.problems
+    for name in sorted(models.MODELS, key=distance):
+        for source in sources(name) if name != request.model else ():
+            prepared = _prepared(state, source, two_classes=True)
+            ensemble = models.build_ensemble(name, 1, _classes(prepared, source), sharing="none")
+            if not _is_as_deep(ensemble, source, prepared):
+                continue
+            shapes = ensemble.student_variables(ensemble.trace((64, 64, 3)).init(None), 1)
+            other = match_arrays(shapes, prepared, source.rules)
+            if not other.problems:
+                return f"; they are those of {name}: use --model={name}"
+            if other.problems < best_problems and other.matched > ALIKE * len(state):
+                best, best_problems = name, other.problems
+    return f"; they look more like {best}" if best else ""
+
+
+def _is_as_deep(ensemble: Ensemble, source: Source, state: Arrays) -> bool:
+    """Return whether a state dict has the last block of every stage, or more. It takes no time."""
+
+    def has_last_block(path: str, module: nn.Module) -> bool:
+        if isinstance(module, Chain):
+            return all(has_last_block(f"{path}.{name}", part()) for name, part in module.parts)
+        block = f"{path}.{module.blocks - 1}" if isinstance(module, Stage) else path
+        return any(torch_name(f"{block}.{layer}.kernel", source.rules) in state for layer in LAYERS)
+
+    (_, *stages) = ensemble.networks[0].stages  # the first is the stem
+    return all(has_last_block(name, part()) for name, part in stages)
