@@ -37,8 +37,7 @@ MAX_FILE_BYTES = 2**31  # the pixels of the largest image fit, uncompressed, wit
 # Formats that are read, and the suffixes of their files. Others of Pillow are left out because they start another
 # program (EPS) or cannot be told from other files (TGA).
 SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "MPO": (".mpo",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
     "GIF": (".gif",),
     "WEBP": (".webp",),
@@ -225,8 +224,8 @@ def _open(image: bytes, max_pixels: int) -> Image.Image:
     if not image:
         raise ValueError("it is empty")
     if max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:
-        # Pillow has one limit per process, of which it allows the double.
-        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, -(-max_pixels // 2))
+        # Pillow has one limit per process, and comes first.
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     file = Image.open(io.BytesIO(image), formats=_formats())
     _check_size(file.height, file.width, max_pixels)
     return file

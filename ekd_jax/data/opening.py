@@ -19,7 +19,7 @@ from ekd_jax.common.log import logger
 from ekd_jax.common.progress import Progress
 from ekd_jax.data import folder, order, registry
 from ekd_jax.data.arrays import ARRAYS, ArrayExamples
-from ekd_jax.data.dataset import Examples, Facts, Source, Subset
+from ekd_jax.data.dataset import Examples, Facts, Source, Subset, cache_key
 from ekd_jax.data.decode import CorruptImageError, Reader
 
 DIGITS = Facts(
@@ -94,7 +94,7 @@ def open_data(config: FrozenConfigDict, source: Source | None = None) -> Data:
     section = config.data
     source = _open_source(section, source)
     known = _facts_of_run(section, source.facts)
-    reader = Reader(known.input_shape, section.fit)
+    reader = Reader(known.input_shape, section.fit, section.max_pixels)
     train, test = source.train, source.test
     if section.corrupt == "skip":
         train, test = (without_corrupt(examples, reader) for examples in (train, test))
@@ -117,7 +117,7 @@ def _facts_of_source(section: FrozenConfigDict, source: Source | None) -> Facts 
     if section.name == "digits":
         return DIGITS
     if section.name == "folder":
-        return folder.open_folder(section.data_dir).facts
+        return folder.list_folder(section.data_dir, section.test_split).facts
     from ekd_jax.data.tfds import records  # TFDS takes half a second to import
 
     name, extra, test_split = section.name, section.extra, section.test_split
@@ -138,7 +138,7 @@ def _open_source(section: FrozenConfigDict, source: Source | None) -> Source:
     if section.name == "digits":
         return _digits()
     if section.name == "folder":
-        return folder.open_folder(section.data_dir)
+        return folder.open_folder(section.data_dir, section.test_split)
     if registry.is_registered(section.name):
         return registry.load_registered(section.name)
     if section.name == ARRAYS:
@@ -171,6 +171,11 @@ def _facts_of_run(section: FrozenConfigDict, stored: Facts) -> Facts:
     Raises:
         UserError: the section asks for something that the set does not have.
     """
+    if stored.num_classes < 2:
+        raise UserError(
+            f"{stored.name} has one class alone ({', '.join(stored.class_names)}), so there is nothing to tell "
+            f"apart: two or more are needed"
+        )
     if section.extra and stored.name != "svhn_cropped":
         raise UserError(f"data.extra=True: {stored.name} has no extra images; svhn_cropped does")
     channels = stored.image_shape[2]
@@ -243,7 +248,7 @@ def read_example(
 
 def without_corrupt(examples: Examples, reader: Reader) -> Examples:
     """Return the examples that can be read, and log which ones cannot; the cache remembers them."""
-    key = f"{examples.fingerprint} {reader}"
+    key = f"{cache_key(examples)} {reader}"
     found = CORRUPT.load(key)
     if found is None:
         found = _find_corrupt(examples, reader)
