@@ -1,5 +1,6 @@
 """Directories of images: which are classes and which are splits, what is left out, and what is said about it."""
 
+import hashlib
 import logging
 import os
 import shutil
@@ -196,6 +197,40 @@ def test_commands_refuse_a_directory_in_one_line(tmp_path, module):
     )
 
 
+def test_classes_that_all_hold_the_same_directories_are_named(tmp_path, lines):
+    """They may be splits or folds by other names; or classes whose images are sorted further."""
+    root = make(tmp_path, {"trainset/cat": 2, "trainset/dog": 2, "testset/cat": 2, "testset/dog": 2})
+    assert open_folder(root).facts.class_names == ("testset", "trainset")
+    assert lines() == [
+        f"2 classes are read from {root}, testset and others, which all hold the directories cat and dog; if those "
+        f"are the classes, {EXPECTED}, with two or more classes"
+    ]
+
+
+def test_a_thousand_classes_are_not_listed(tmp_path):
+    layout = dict.fromkeys((f"train/{i:03}" for i in range(100)), 1)
+    with pytest.raises(UserError, match="the class .*zebra is not in .*train: rename, add or remove it"):
+        open_folder(make(tmp_path, {**layout, "test/zebra": 1}))
+
+
+@pytest.mark.parametrize("source", [False, True])
+def test_a_split_of_a_set_without_splits_is_refused(source):
+    """It was ignored."""
+    given = open_data(tiny_config())
+    given = Source(given.facts, given.train, given.test) if source else None
+    for read in (facts, open_data):
+        with pytest.raises(UserError, match="data.test_split=val: digits has one set of test images"):
+            read(tiny_config(data__test_split="val"), given)
+
+
+def test_a_set_without_an_image_that_can_be_read(tmp_path):
+    root = make(
+        tmp_path, {f"train/{name}/{i}.png": b"no image" for name in "ab" for i in range(2)} | {"test/a": 1}
+    )
+    with pytest.raises(UserError, match="none of the training images of folder can be read"):
+        open_data(folder_config(root, data__corrupt="skip"))
+
+
 # --- which files are images ------------------------------------------------------------------
 
 
@@ -321,6 +356,14 @@ def test_names_that_are_not_utf8(tmp_path):
     os.remove(odd)
     with pytest.raises(UserError, match=r"b\\udcfcro\\n.png cannot be read \(No such file"):
         [e[i] for e in (source.train, source.test) for i in range(len(e))]
+
+
+def test_the_order_is_that_of_a_hash_of_the_paths(tmp_path):
+    root = make(tmp_path, {"café/deep": 7, "日本": 6, "a b": 3})
+    source = open_folder(f"{root}/")
+    found = [os.path.relpath(source.train[i].name, root) for i in range(len(source.train))]
+    assert len(found) == 12
+    assert found == sorted(found, key=lambda path: hashlib.md5(path.encode()).digest())
 
 
 # --- the automatic split ---------------------------------------------------------------------

@@ -18,6 +18,7 @@ from ekd_jax.common.text import printable
 from ekd_jax.data.image_files import ImageFiles
 
 DUPLICATES = Cache("duplicates")
+FILES_PER_TASK = 64  # that a thread reads in one go
 SAMPLE_BYTES = 4096  # of the middle of a file; different images rarely agree in them
 
 Groups = list[list[int]]
@@ -106,10 +107,14 @@ def _divide_by_content(
     """Divide groups by a digest of each file, which several threads compute."""
     members = [member for group in groups for member in group]
     progress = Progress("looking for images that are there twice", len(members), unit="images")
-    digests = {}
+    digests: dict[int, Hashable] = {}
+
+    def digest_some(start: int) -> list[tuple[int, Hashable]]:
+        return [(member, digest(member)) for member in members[start : start + FILES_PER_TASK]]
+
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-        for member, found in zip(members, threads.map(digest, members), strict=True):
-            digests[member] = found
-            progress.add(1)
+        for found in threads.map(digest_some, range(0, len(members), FILES_PER_TASK)):
+            digests.update(found)
+            progress.add(len(found))
     progress.clear()
     return _divide(groups, digests.__getitem__, matters)

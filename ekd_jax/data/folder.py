@@ -73,7 +73,7 @@ class Listing(NamedTuple):
 
 def list_folder(folder: str, test_split: str = "") -> Listing:
     """Return what `open_folder` reads, without a word; arguments and errors are the same."""
-    root = os.path.expanduser(folder)
+    root = os.path.expanduser(folder).rstrip(os.sep) or os.sep
     if not folder or not os.path.isdir(root):
         raise UserError(
             f"data.data_dir={printable(folder)!r} is not a directory: for data.name=folder, pass the directory "
@@ -172,14 +172,26 @@ def _classes(folder: str, remarks: "_Remarks") -> list[str]:
             )
     if len(classes) == 1:
         raise UserError(_why_one_class_is_not_enough(folder, classes[0]))
-    for name in classes:
-        inner = {inner.lower() for inner in _subdirectories(os.path.join(folder, name))}
-        if not inner.isdisjoint(TRAIN) and not inner.isdisjoint((*TEST, *VALIDATION)):
-            raise UserError(
-                f"{os.path.join(shown, name)} holds training and test images of one class: {LAYOUT}"
-            )
+    _check_inside(folder, classes, remarks)
     _check_that_names_differ(folder, classes, remarks)
     return classes
+
+
+def _check_inside(folder: str, classes: list[str], remarks: "_Remarks") -> None:
+    """Refuse class directories with splits of their own, and remark on those that all hold the same directories."""
+    found = {name: _subdirectories(os.path.join(folder, name)) for name in classes}
+    for name, inner in found.items():
+        lower = {directory.lower() for directory in inner}
+        if not lower.isdisjoint(TRAIN) and not lower.isdisjoint((*TEST, *VALIDATION)):
+            place = printable(os.path.join(folder, name))
+            raise UserError(f"{place} holds training and test images of one class: {LAYOUT}")
+    common = found[classes[0]]
+    if len(common) > 1 and all(inner == common for inner in found.values()):
+        remarks.note(
+            f"{len(classes):,} classes are read from {printable(folder)}, {classes[0]} and others, which all hold the "
+            f"directories {printable(common[0])} and {printable(common[1])}; if those are the classes, {LAYOUT}",
+            logging.WARNING,
+        )
 
 
 def _why_one_class_is_not_enough(folder: str, name: str) -> str:
@@ -229,6 +241,7 @@ def _check_test_classes(test_root: str, train_root: str, classes: list[str], rem
         return
     name = unknown[0]
     hint = nearest(name, classes)
+    hint = hint if "did you" in hint else ""  # there may be a thousand classes
     if unicodedata.normalize("NFC", name) in {unicodedata.normalize("NFC", known) for known in classes}:
         hint = ", only in another Unicode normalization"
     raise UserError(
@@ -249,12 +262,13 @@ def _files(
     allows classes without images.
     """
     found = []
+    prefix = os.path.join(folder, "")
     for label, name in enumerate(classes):
         below = os.path.join(folder, name)
         if may_be_empty and not os.path.isdir(below):
             continue
         own = [
-            ImageFile(os.path.relpath(path, folder), label, status.st_size, status.st_mtime_ns)
+            ImageFile(path.removeprefix(prefix), label, status.st_size, status.st_mtime_ns)
             for path, status in _images_below(below, remarks)
         ]
         if not own and not may_be_empty:

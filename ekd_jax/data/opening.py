@@ -59,6 +59,7 @@ def facts(config: FrozenConfigDict, source: Source | None = None) -> Facts | Non
     Raises:
         UserError: the configuration asks for something that the set does not have.
     """
+    _check_test_split(config.data, source)
     found = _facts_of_source(config.data, source)
     return _facts_of_run(config.data, found) if found else None
 
@@ -92,12 +93,16 @@ def open_data(config: FrozenConfigDict, source: Source | None = None) -> Data:
             asks for something that the set does not have.
     """
     section = config.data
+    _check_test_split(section, source)
     source = _open_source(section, source)
     known = _facts_of_run(section, source.facts)
     reader = Reader(known.input_shape, section.fit, section.max_pixels)
     train, test = source.train, source.test
     if section.corrupt == "skip":
         train, test = (without_corrupt(examples, reader) for examples in (train, test))
+        for split, examples in (("training", train), ("test", test)):
+            if not len(examples):
+                raise UserError(f"none of the {split} images of {source.name} can be read: replace them")
         left = dataclasses.replace(source.facts, train_examples=len(train), test_examples=len(test))
         known = _facts_of_run(section, left)
     validation = None
@@ -108,6 +113,16 @@ def open_data(config: FrozenConfigDict, source: Source | None = None) -> Data:
     if known.train_examples < len(train):
         train = Subset(train, np.arange(known.train_examples))
     return Data(known, train, validation, test, reader)
+
+
+def _check_test_split(section: FrozenConfigDict, source: Source | None) -> None:
+    """Raise UserError if the configuration chooses a split of a set that has no others."""
+    named = section.name in ("digits", ARRAYS) or registry.is_registered(section.name)
+    if section.test_split and (named or source is not None):
+        raise UserError(
+            f"data.test_split={section.test_split}: {section.name} has one set of test images, and no splits to "
+            f"choose from: leave it empty"
+        )
 
 
 def _facts_of_source(section: FrozenConfigDict, source: Source | None) -> Facts | None:
