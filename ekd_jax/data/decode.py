@@ -133,10 +133,10 @@ class Reader:
             Exception
         ) as error:  # decoders raise anything for damaged bytes, such as KeyError and MemoryError
             advice = "repair or remove it, or leave such images out with --config.data.corrupt=skip"
-            if isinstance(error, _TooLargeError | Image.DecompressionBombError):
+            if isinstance(error, _TooLargeError):
                 advice = "raise --config.data.max_pixels if it is yours, or remove it"
             raise CorruptImageError(
-                f"the image {example.name} cannot be read ({self._why(error)})", advice
+                f"the image {example.name} cannot be read ({_in_plain_words(error)})", advice
             ) from error
         if pixels.shape != self.shape:
             found, wanted = ("x".join(map(str, s)) for s in (pixels.shape, self.shape))
@@ -157,17 +157,14 @@ class Reader:
             return _pillow_resize(pixels, height, width)
         return pixels
 
-    def _why(self, error: Exception) -> str:
-        """Return in plain words why an image cannot be read."""
-        if isinstance(error, UnidentifiedImageError):
-            return f"it is not an image of a format that is read: {', '.join(_formats())}"
-        if isinstance(error, Image.DecompressionBombError):
-            return f"it has more than {self.max_pixels:,} pixels"
-        if isinstance(error, MemoryError):
-            return "it needs more memory than there is"
-        if isinstance(error, OSError | ValueError | SyntaxError):
-            return reason(error)
-        return f"it is damaged: {type(error).__name__} {reason(error)}"
+
+def _in_plain_words(error: Exception) -> str:
+    """Return why an image cannot be read."""
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    if isinstance(error, OSError | ValueError | SyntaxError):
+        return reason(error)
+    return f"it is damaged: {type(error).__name__} {reason(error)}"
 
 
 def decode(
@@ -220,13 +217,22 @@ def _decode(image: bytes, channels: int, factor: int, fast: bool, max_pixels: in
 
 
 def _open(image: bytes, max_pixels: int) -> Image.Image:
-    """Open an image file with Pillow, which reads its header only."""
+    """Open an image file with Pillow, which reads its header only.
+
+    Raises:
+        ValueError: it is not an image, or has more than `max_pixels` pixels.
+    """
     if not image:
         raise ValueError("it is empty")
     if max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:
         # Pillow has one limit per process, and comes first.
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
-    file = Image.open(io.BytesIO(image), formats=_formats())
+    try:
+        file = Image.open(io.BytesIO(image), formats=_formats())
+    except UnidentifiedImageError as error:
+        raise ValueError(f"it is not an image of a format that is read: {', '.join(_formats())}") from error
+    except Image.DecompressionBombError as error:
+        raise _TooLargeError(f"it has more than {max_pixels:,} pixels") from error
     _check_size(file.height, file.width, max_pixels)
     return file
 
