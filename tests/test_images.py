@@ -404,6 +404,15 @@ def test_only_regular_files_are_read(tmp_path):
         read_image_file(tmp_path / "a.png", max_bytes=6)
 
 
+@pytest.mark.parametrize(
+    ("fit", "draws"), [("native", None), ("stretch", None), ("crop", None), ("crop", DRAWS)]
+)
+def test_pixels_of_other_types_are_refused(fit, draws):
+    """Floating-point pixels of a registered set would become black."""
+    with pytest.raises(CorruptImageError, match="mine 3 cannot be read .its pixels are float64, not uint8"):
+        Reader((12, 17, 3), fit)(Example(picture() / 255, 0, "mine 3"), draws)
+
+
 def test_a_memory_error_is_one_line(monkeypatch):
     def fail(*args, **kwargs):
         raise MemoryError

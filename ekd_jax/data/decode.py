@@ -81,18 +81,16 @@ def read_image_file(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTE
     """
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            why = (
-                "it is a directory"
-                if stat.S_ISDIR(status.st_mode)
-                else "it is a pipe, a socket or a device"
-            )
+        if stat.S_ISDIR(status.st_mode):
+            why = "it is a directory"
+        elif not stat.S_ISREG(status.st_mode):
+            why = "it is a pipe, a socket or a device"
         elif status.st_size > max_bytes:
             why = f"it has {status.st_size:,} bytes, above the limit of {max_bytes:,}"
         else:
             # The file may have been replaced meanwhile, so opening must not wait, and reading must end.
             with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-                return file.read(max_bytes)
+                return file.read(status.st_size)
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         why = (error.strerror if isinstance(error, OSError) else "") or reason(error)
     raise CorruptImageError(
@@ -129,9 +127,7 @@ class Reader:
         """
         try:
             pixels = self._read(example.image, draws)
-        except (
-            Exception
-        ) as error:  # decoders raise anything for damaged bytes, such as KeyError and MemoryError
+        except Exception as error:  # decoders raise anything for damaged bytes, such as KeyError
             advice = "repair or remove it, or leave such images out with --config.data.corrupt=skip"
             if isinstance(error, _TooLargeError):
                 advice = "raise --config.data.max_pixels if it is yours, or remove it"
@@ -192,6 +188,8 @@ def decode(
         Exception: the decoder's own error for a damaged file, of any type.
     """
     if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise ValueError(f"its pixels are {image.dtype}, not uint8 of 0 to 255")
         return image
     return _upright(_decode(image, channels, factor, fast, max_pixels), _orientation(image, max_pixels))
 
