@@ -8,6 +8,7 @@ exit code is 1 then.
 """
 
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from ekd_jax import cli
 from ekd_jax.common.errors import UserError, reason
 from ekd_jax.common.files import write_bytes
 from ekd_jax.common.log import logger
-from ekd_jax.common.text import csv_text
+from ekd_jax.common.text import csv_text, printable
+from ekd_jax.data.decode import MAX_PIXELS
 from ekd_jax.data.folder import find_images
 from ekd_jax.students.predictions import Prediction, predict_files
 from ekd_jax.students.student import load_student, read_image
@@ -33,6 +35,9 @@ def define_flags() -> None:
         "image", None, "an image file or a directory of images; may be repeated", required=True
     )
     flags.DEFINE_integer("top", 3, "number of classes per image, the likeliest first", lower_bound=1)
+    flags.DEFINE_integer(
+        "max_pixels", MAX_PIXELS, "largest image that is decoded; a small file may claim any size", 1
+    )
     flags.DEFINE_string("output", None, "file to write, .csv or .json, instead of printing")
 
 
@@ -40,12 +45,13 @@ def main() -> int:
     """Run the command."""
     output = cli.output_file("output", (".csv", ".json"))
     student = load_student(FLAGS.student_dir)
-    places = [pathlib.Path(image) for image in FLAGS.image]
-    if len(places) == 1 and not places[0].is_dir():
-        read_image(places[0], student)  # one image that cannot be read is an error
-    files = [file for place in places for file in (find_images(place) if place.is_dir() else [place])]
+    if len(FLAGS.image) == 1 and not os.path.isdir(FLAGS.image[0]):
+        read_image(FLAGS.image[0], student, FLAGS.max_pixels)  # one image that cannot be read is an error
+    files = [
+        file for place in FLAGS.image for file in (find_images(place) if os.path.isdir(place) else [place])
+    ]
     top = min(FLAGS.top, len(student.class_names))
-    found = list(predict_files(student, files, top))
+    found = list(predict_files(student, files, top, FLAGS.max_pixels))
     read = [prediction for prediction in found if not prediction.problem]
     if output:
         _write(output, read, top)
@@ -71,7 +77,9 @@ def _as_text(found: Sequence[Prediction], one: bool) -> str:
     ]
     if one:
         return "\n".join(rows[0])
-    return "\n".join(f"{each.file}  {'  '.join(row)}" for each, row in zip(found, rows, strict=True))
+    return "\n".join(
+        f"{printable(each.file)}  {'  '.join(row)}" for each, row in zip(found, rows, strict=True)
+    )
 
 
 def _write(output: pathlib.Path, found: Sequence[Prediction], top: int) -> None:
@@ -83,7 +91,7 @@ def _write(output: pathlib.Path, found: Sequence[Prediction], top: int) -> None:
     if output.suffix.lower() == ".json":
         each = [
             {
-                "image": str(p.file),
+                "image": p.file,
                 "classes": [
                     {"class": name, "probability": value}
                     for name, value in zip(p.classes, p.probabilities, strict=True)

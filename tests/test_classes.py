@@ -300,5 +300,7 @@ def test_the_runs_of_a_plan_have_the_same_data(photos, tmp_path):
     workdir.claim(earlier, config)
     workdir.write_description(earlier, prepare(config, one_device()).description)
     add_images(photos)
-    with pytest.raises(UserError, match=r"the run in .*earlier/teacher was started with \(train examples: 24 then"):
+    with pytest.raises(
+        UserError, match=r"the run in .*earlier/teacher was started with \(train examples: 24 then"
+    ):
         loop.run(config, tmp_path / "run", one_device())

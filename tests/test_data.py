@@ -606,7 +606,7 @@ def test_a_corrupt_image_ends_the_run_or_is_left_out(folder, placement, monkeypa
 
 def test_a_corrupt_image_in_a_worker_is_one_line(folder):
     victim = pathlib.Path(open_data(folder_config(folder)).train[3].name)
-    victim.write_bytes(b"")
+    victim.write_bytes(b"no image")
     with pytest.raises(UserError, match="cannot be read") as error:
         batches(folder_config(folder, data__placement="stream", data__workers=2), 6)
     assert str(victim) in str(error.value)

@@ -4,6 +4,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from ekd_jax.common.text import printable
+
 LONGEST = 160  # characters of another library's message
 
 
@@ -27,13 +29,6 @@ class Interrupted(Exception):  # noqa: N818  it is no error
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.signal = signal
-
-
-def printable(text: str) -> str:
-    """Return text in one line that every terminal prints; other characters are written as Python escapes."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
 
 
 def reason(error: BaseException) -> str:

@@ -29,21 +29,27 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def read_bytes(path: pathlib.Path, limit: int | None = None) -> bytes:
-    """Read a regular file. Anything else, such as a pipe or a device, might never end.
+def read_bytes(path: str | os.PathLike[str], limit: int = 2**63) -> bytes:
+    """Read a regular file. Anything else, such as a pipe or a device, is refused and never waited for.
 
     Args:
         path: of the file, or of a link to it.
         limit: the largest size in bytes.
 
     Raises:
-        OSError: it is missing, is not a regular file, is larger than the limit, or cannot be read.
+        OSError: it is missing, is not a regular file, is larger than the limit, or cannot be read; `strerror`
+            says which.
     """
-    found = path.stat()
+    found = os.stat(path)
+    why = ""
     if stat.S_ISDIR(found.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(f"{path} is not a regular file")
-    if limit is not None and found.st_size > limit:
-        raise OSError(f"{path} has {found.st_size:,} bytes, more than the {limit:,} that are allowed")
-    return path.read_bytes()
+        why = "it is a directory"
+    elif not stat.S_ISREG(found.st_mode):
+        why = "it is a pipe, a socket or a device"
+    elif found.st_size > limit:
+        why = f"it has {found.st_size:,} bytes, above the limit of {limit:,}"
+    if why:
+        raise OSError(errno.EINVAL, why, os.fspath(path))
+    # The file may have been replaced meanwhile, so opening must not wait, and reading must end.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        return file.read(found.st_size)

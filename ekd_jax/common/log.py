@@ -1,11 +1,18 @@
 """The logger of the package: library code logs lines, and whoever runs it decides where they go."""
 
 import contextlib
+import functools
 import logging
 import sys
 from collections.abc import Iterator
 
 logger = logging.getLogger("ekd_jax")
+
+
+@functools.cache
+def once(level: int, line: str) -> None:
+    """Log a line, unless this process has logged it before."""
+    logger.log(level, line)
 
 
 class _Stderr(logging.Handler):

@@ -2,8 +2,11 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def megabytes(count: float) -> str:
@@ -30,6 +33,12 @@ def table(rows: list[list[Any]], header: list[str]) -> str:
 
     rule = "  ".join("-" * w for w in widths)
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+
+
+def printable(text: str) -> str:
+    """Return text in one line that any stream can write: control characters, and bytes of file names that are
+    not UTF-8, are escaped."""
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def human(count: float) -> str:

@@ -95,7 +95,9 @@ KNOBS: dict[str, Knob] = {
     ),
     "data.extra": Knob(False, "svhn_cropped: also train on the 531,131 extra images."),
     "data.test_split": Knob(
-        "", "TFDS split to test on. Empty: test, or validation where test has no labels."
+        "",
+        "Split to test on: of a TFDS set, or a directory such as val of data.name=folder. Empty: test, or "
+        "validation where there is no test or it has no labels.",
     ),
     "data.validation_examples": Knob(
         0,
@@ -107,6 +109,12 @@ KNOBS: dict[str, Knob] = {
         "fatal",
         "An image that cannot be decoded ends the run (fatal), or is left out (skip).",
         one_of(("fatal", "skip")),
+    ),
+    "data.max_pixels": Knob(
+        178_956_970,
+        "Largest image file that is decoded, in pixels: a small file may claim any size.",
+        POSITIVE,
+        changes_result=False,
     ),
     "data.fit": Knob(
         "native",

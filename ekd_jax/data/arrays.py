@@ -91,6 +91,8 @@ def _checked_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise UserError(f"class_names has {repeated[0]!r} more than once: every class needs its own name")
+    if len(names) < 2:
+        raise UserError(f"class_names={names!r}: two or more classes are needed, so that there is a choice")
     return names
 
 

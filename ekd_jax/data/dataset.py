@@ -79,7 +79,17 @@ class Examples(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A text that differs if the examples differ; no image file is read for it."""
+        """A text that differs if the examples differ; no image file is read for it.
+
+        It is the identity of the data, so it stays the same when files are moved. Where pixels can change without
+        it, as in files that are edited, a property `cache_key` differs then.
+        """
+
+
+def cache_key(examples: Examples) -> str:
+    """Return the key of results that were computed from the pixels of examples."""
+    key: str = getattr(examples, "cache_key", None) or examples.fingerprint
+    return key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +135,15 @@ class Subset:
 
     @property
     def fingerprint(self) -> str:
-        numbers = hashlib.sha256(self._numbers.astype(np.int64).tobytes()).hexdigest()
-        return f"{self.examples.fingerprint} {numbers}"
+        return f"{self.examples.fingerprint} {self._digest}"
+
+    @property
+    def cache_key(self) -> str:
+        return f"{cache_key(self.examples)} {self._digest}"
+
+    @property
+    def _digest(self) -> str:
+        return hashlib.sha256(self._numbers.astype(np.int64).tobytes()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +172,10 @@ class Relabeled:
     def fingerprint(self) -> str:
         return f"{self.examples.fingerprint} {self.labels}"
 
+    @property
+    def cache_key(self) -> str:
+        return f"{cache_key(self.examples)} {self.labels}"
+
 
 class Joined:
     """The examples of several sets, one set after the other."""
@@ -175,3 +196,7 @@ class Joined:
     @property
     def fingerprint(self) -> str:
         return " ".join(part.fingerprint for part in self.parts)
+
+    @property
+    def cache_key(self) -> str:
+        return " ".join(map(cache_key, self.parts))

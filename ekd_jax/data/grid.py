@@ -1,5 +1,6 @@
 """A grid of images as the network sees them, for `ekd preview`."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ekd_jax.data import order
 from ekd_jax.data.augment import training_batch
-from ekd_jax.data.decode import Reader
+from ekd_jax.data.decode import Fit
 from ekd_jax.data.opening import Data, read_example
 
 LEAST_SIDE = 128  # smaller images are enlarged to this many pixels or more
@@ -43,7 +44,8 @@ def draw_preview(config: FrozenConfigDict, data: Data, examples: int, epochs: in
 
 
 def _as_stored(config: FrozenConfigDict, data: Data, numbers: np.ndarray) -> list[Cell]:
-    reader = Reader(data.facts.input_shape, "native" if config.data.fit == "native" else "stretch")
+    fit: Fit = "native" if config.data.fit == "native" else "stretch"
+    reader = dataclasses.replace(data.reader, fit=fit)
     read = [read_example(data.train, reader, data.facts, int(number)) for number in numbers]
     return [Cell(image, data.facts.class_names[label]) for image, label in read]
 

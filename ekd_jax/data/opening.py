@@ -22,7 +22,7 @@ from ekd_jax.common.progress import Progress
 from ekd_jax.data import folder, order, registry
 from ekd_jax.data.arrays import ARRAYS, ArrayExamples
 from ekd_jax.data.classes import label_map
-from ekd_jax.data.dataset import Examples, Facts, Joined, Relabeled, Source, Subset, check_label
+from ekd_jax.data.dataset import Examples, Facts, Joined, Relabeled, Source, Subset, cache_key, check_label
 from ekd_jax.data.decode import CorruptImageError, Reader
 
 DIGITS = Facts(
@@ -118,6 +118,7 @@ def facts(config: FrozenConfigDict, source: Source | None = None) -> Facts | Non
     Raises:
         UserError: the configuration asks for something that the set does not have.
     """
+    _check_test_split(config.data, source)
     found = _facts_of_source(config.data, source)
     return _facts_of_run(config.data, found) if found else None
 
@@ -151,12 +152,16 @@ def open_data(config: FrozenConfigDict, source: Source | None = None) -> Data:
             asks for something that the set does not have.
     """
     section = config.data
+    _check_test_split(section, source)
     source = _open_source(section, source)
     known = _facts_of_run(section, source.facts)
-    reader = Reader(known.input_shape, section.fit)
+    reader = Reader(known.input_shape, section.fit, section.max_pixels)
     train, test = source.train, source.test
     if section.corrupt == "skip":
         train, test = (without_corrupt(examples, reader) for examples in (train, test))
+        for split, examples in (("training", train), ("test", test)):
+            if not len(examples):
+                raise UserError(f"none of the {split} images of {source.name} can be read: replace them")
         left = dataclasses.replace(source.facts, train_examples=len(train), test_examples=len(test))
         known = _facts_of_run(section, left)
     validation = None
@@ -169,6 +174,16 @@ def open_data(config: FrozenConfigDict, source: Source | None = None) -> Data:
     return Data(known, train, validation, test, reader)
 
 
+def _check_test_split(section: FrozenConfigDict, source: Source | None) -> None:
+    """Raise UserError if the configuration chooses a split of a set that has no others."""
+    named = section.name in ("digits", ARRAYS) or registry.is_registered(section.name)
+    if section.test_split and (named or source is not None):
+        raise UserError(
+            f"data.test_split={section.test_split}: {section.name} has one set of test images, and no splits to "
+            f"choose from: leave it empty"
+        )
+
+
 def _facts_of_source(section: FrozenConfigDict, source: Source | None) -> Facts | None:
     """Return the facts about the whole set that `data` names; None if it has to be prepared first."""
     if source is not None or section.name == ARRAYS or registry.is_registered(section.name):
@@ -176,7 +191,7 @@ def _facts_of_source(section: FrozenConfigDict, source: Source | None) -> Facts 
     if section.name == "digits":
         return DIGITS
     if section.name == "folder":
-        return folder.open_folder(section.data_dir).facts
+        return folder.list_folder(section.data_dir, section.test_split).facts
     from ekd_jax.data.tfds import records  # TFDS takes half a second to import
 
     name, extra, test_split = section.name, section.extra, section.test_split
@@ -197,7 +212,7 @@ def _open_source(section: FrozenConfigDict, source: Source | None) -> Source:
     if section.name == "digits":
         return _digits()
     if section.name == "folder":
-        return folder.open_folder(section.data_dir)
+        return folder.open_folder(section.data_dir, section.test_split)
     if registry.is_registered(section.name):
         return registry.load_registered(section.name)
     if section.name == ARRAYS:
@@ -230,6 +245,11 @@ def _facts_of_run(section: FrozenConfigDict, stored: Facts) -> Facts:
     Raises:
         UserError: the section asks for something that the set does not have.
     """
+    if stored.num_classes < 2:
+        raise UserError(
+            f"{stored.name} has one class alone ({', '.join(stored.class_names)}), so there is nothing to tell "
+            f"apart: two or more are needed"
+        )
     if section.extra and stored.name != "svhn_cropped":
         raise UserError(f"data.extra=True: {stored.name} has no extra images; svhn_cropped does")
     channels = stored.image_shape[2]
@@ -298,7 +318,7 @@ def read_example(
 
 def without_corrupt(examples: Examples, reader: Reader) -> Examples:
     """Return the examples that can be read, and log which ones cannot; the cache remembers them."""
-    key = f"{examples.fingerprint} {reader}"
+    key = f"{cache_key(examples)} {reader}"
     found = CORRUPT.load(key)
     if found is None:
         found = _find_corrupt(examples, reader)

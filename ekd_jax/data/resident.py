@@ -14,7 +14,7 @@ from ml_collections import FrozenConfigDict
 from ekd_jax.common import parallel
 from ekd_jax.common.cache import Cache
 from ekd_jax.data import order
-from ekd_jax.data.dataset import Examples
+from ekd_jax.data.dataset import Examples, cache_key
 from ekd_jax.data.opening import Data, read_example
 
 Array = jax.Array
@@ -109,7 +109,7 @@ def read_pixels(examples: Examples, data: Data, numbers: range) -> tuple[np.ndar
 
     As many threads as there are cores read them. Pixels that took long are cached for the next run.
     """
-    key = f"{examples.fingerprint} {data.reader} {data.facts.num_classes} {numbers}"
+    key = f"{cache_key(examples)} {data.reader} {data.facts.num_classes} {numbers}"
     found = PIXELS.load(key)
     if found is not None:
         return found["images"], found["labels"]

@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -26,26 +25,31 @@ class Prediction:
         problem: why the image could not be read, "" if it could.
     """
 
-    file: pathlib.Path
+    file: str
     classes: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
     problem: str = ""
 
 
-def predict_files(student: LoadedStudent, files: Sequence[pathlib.Path], top: int) -> Iterator[Prediction]:
+def predict_files(
+    student: LoadedStudent, files: Sequence[str], top: int, max_pixels: int
+) -> Iterator[Prediction]:
     """Yield the prediction for each image file, in order; one that cannot be read does not end it.
 
     Args:
         student: the network.
         files: image files.
         top: how many classes are wanted; at most as many as there are.
+        max_pixels: largest image that is decoded, in pixels.
     """
     progress = Progress("predicting", len(files), unit="images") if len(files) > BATCH else None
     size = min(BATCH, len(files))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
         for first in range(0, len(files), BATCH):
             chunk = files[first : first + BATCH]
-            images, problems = zip(*threads.map(lambda file: _read(file, student), chunk), strict=True)
+            images, problems = zip(
+                *threads.map(lambda file: _read(file, student, max_pixels), chunk), strict=True
+            )
             batch = np.concatenate([*images, np.zeros((size - len(chunk), *student.input_shape), np.uint8)])
             probabilities = np.asarray(student.predict(batch))
             for file, row, problem in zip(chunk, probabilities, problems, strict=False):
@@ -56,15 +60,15 @@ def predict_files(student: LoadedStudent, files: Sequence[pathlib.Path], top: in
         progress.finish()
 
 
-def _read(file: pathlib.Path, student: LoadedStudent) -> tuple[np.ndarray, str]:
+def _read(file: str, student: LoadedStudent, max_pixels: int) -> tuple[np.ndarray, str]:
     """Return an image (1, H, W, C) uint8, and why it could not be read; it is black then."""
     try:
-        return read_image(file, student), ""
+        return read_image(file, student, max_pixels), ""
     except UserError as error:
         return np.zeros((1, *student.input_shape), np.uint8), str(error)
 
 
-def _likeliest(student: LoadedStudent, file: pathlib.Path, row: np.ndarray, top: int) -> Prediction:
+def _likeliest(student: LoadedStudent, file: str, row: np.ndarray, top: int) -> Prediction:
     order = np.argsort(-row, kind="stable")[:top]
     names = tuple(student.class_names[k] for k in order)
     return Prediction(file, names, tuple(float(row[k]) for k in order))

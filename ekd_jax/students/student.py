@@ -24,7 +24,7 @@ from ekd_jax.common.imports import import_modules
 from ekd_jax.common.records import as_record, read_json, write_record
 from ekd_jax.data.augment import normalize
 from ekd_jax.data.dataset import Example
-from ekd_jax.data.decode import CorruptImageError, Reader
+from ekd_jax.data.decode import MAX_PIXELS, CorruptImageError, Reader, read_image_file
 from ekd_jax.models import EnsembleSpec, build
 from ekd_jax.models.cost import count_parameters
 from ekd_jax.models.ensemble import Ensemble, Student, Variables
@@ -32,7 +32,6 @@ from ekd_jax.models.members import Member, parse_width
 from ekd_jax.students.description import FORMAT, StudentDescription
 from ekd_jax.students.validation import problem_of_description, problem_of_weights
 
-MAX_FILE_BYTES = 2**30  # of an image file
 WEIGHTS, DESCRIPTION = "weights.safetensors", "student.json"
 
 
@@ -160,19 +159,25 @@ def _read_description(path: pathlib.Path) -> StudentDescription:
     return description
 
 
-def read_image(path: pathlib.Path, student: LoadedStudent) -> np.ndarray:
+def read_image(
+    path: str | os.PathLike[str], student: LoadedStudent, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """Read an image file as (1, H, W, C) uint8, resized as the images were that the student was tested on.
+
+    Args:
+        path: of the file.
+        student: whose input it becomes.
+        max_pixels: largest image that is decoded, in pixels; a small file may claim any size.
 
     Raises:
         UserError: no such file, or not an image.
     """
     crop = student.description.preprocessing.fit == "crop"
-    read = Reader(student.input_shape, "crop" if crop else "stretch")
+    read = Reader(student.input_shape, "crop" if crop else "stretch", max_pixels)
     try:
-        return read(Example(read_bytes(path, MAX_FILE_BYTES), 0, str(path)))[None]
-    except (OSError, CorruptImageError) as error:
-        why = reason(error.__cause__ or error)
-        raise UserError(f"cannot read an image from {path}: {why}") from error
+        return read(Example(read_image_file(path), 0, os.fspath(path)))[None]
+    except CorruptImageError as error:
+        raise UserError(error.why) from error
 
 
 def check_output(output: pathlib.Path) -> None:
