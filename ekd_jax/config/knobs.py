@@ -164,7 +164,10 @@ KNOBS: dict[str, Knob] = {
         0, "Decoding threads per process; 0: chosen for the machine.", NOT_NEGATIVE, changes_result=False
     ),
     "optimizer.name": Knob(
-        "sgd", "Optimizer; weight decay is L2, as in PyTorch.", one_of(("sgd", "adam", "rmsprop"))
+        "sgd",
+        "Optimizer. Weight decay is L2, as in PyTorch, for sgd, adam and rmsprop; decoupled for adamw, lamb "
+        "and lion.",
+        one_of(("sgd", "adam", "rmsprop", "adamw", "lamb", "lion")),
     ),
     "optimizer.learning_rate": Knob(0.1, "Initial learning rate.", POSITIVE),
     "optimizer.reference_batch_size": Knob(
@@ -181,13 +184,40 @@ KNOBS: dict[str, Knob] = {
     ),
     "optimizer.momentum": Knob(0.9, "Momentum of sgd and rmsprop.", FRACTION),
     "optimizer.nesterov": Knob(True, "Use Nesterov momentum with sgd."),
+    "optimizer.b1": Knob(0.9, "First decay rate of adam, adamw, lamb and lion.", FRACTION),
+    "optimizer.b2": Knob(
+        -1.0,
+        "Second decay rate of adam, adamw, lamb and lion; -1: the optimizer's own, 0.99 for lion, otherwise 0.999.",
+        BELOW_ONE,
+    ),
+    "optimizer.epsilon": Knob(
+        -1.0,
+        "Added to the root of the second moment (for rmsprop under the root); -1: the optimizer's own, 1e-8 "
+        "for adam and adamw, 1e-6 for lamb, 1e-3 for rmsprop.",
+        Rule(lambda v: v == -1 or v >= 0, "be -1, or not negative"),
+    ),
     "optimizer.weight_decay": Knob(
-        1e-4, "L2 penalty, added to the gradient of every parameter.", NOT_NEGATIVE
+        1e-4,
+        "Weight decay of every parameter: an L2 penalty, or, for adamw, lamb and lion, decoupled.",
+        NOT_NEGATIVE,
+    ),
+    "optimizer.decay_norm_and_bias": Knob(
+        True, "Whether weight decay includes the parameters of batch norm and biases."
+    ),
+    "optimizer.clip_norm": Knob(
+        0.0,
+        "Largest global norm of the gradients of all that learns, before weight decay; longer ones are scaled "
+        "down to it. 0: no limit.",
+        NOT_NEGATIVE,
     ),
     "optimizer.schedule": Knob(
         "steps",
-        "Learning rate schedule: drops at milestones, or half a cosine down to 0.",
+        "Learning rate schedule: drops at milestones, or half a cosine down to the final learning rate, over "
+        "the steps that follow the warm-up.",
         one_of(("steps", "cosine")),
+    ),
+    "optimizer.final_learning_rate": Knob(
+        0.0, "cosine: learning rate at the end, scaled like the learning rate.", NOT_NEGATIVE
     ),
     "optimizer.milestones": Knob(
         (0.5, 0.75), "Fractions of training at which the learning rate drops.", INCREASING_FRACTIONS

@@ -14,7 +14,7 @@ from ekd_jax.data.opening import known_facts
 from ekd_jax.runs.describe import as_text, describe, memory
 from ekd_jax.runs.teachers import load_teachers
 from ekd_jax.training import plans
-from ekd_jax.training.optimizer import rate_in_words
+from ekd_jax.training.optimizer import make_optimizer, rate_in_words
 from ekd_jax.training.setup import check_batches, steps_in
 
 
@@ -53,6 +53,7 @@ def _describe_run(
     description = describe(networks, config.model.name, taught)
     where = placements(config, known, mesh)
     steps = steps_in(config.train.epochs, config, known.train_examples)
+    optimizer = make_optimizer(config, networks.method, steps)
     held_out = f"{known.validation_examples:,} for validation, " if known.validation_examples else ""
     lines = [
         json.dumps(to_dict(config), indent=2),
@@ -66,7 +67,7 @@ def _describe_run(
     ]
     if taught is not None:
         image_bytes = resident_bytes(config, known, mesh)
-        needed = memory(networks, config, description, image_bytes, mesh.size)
+        needed = memory(networks, optimizer, config, taught, image_bytes, mesh.size)
         sizes = ", ".join(f"{name} {human(size)}B" for name, size in needed.items())
         lines.append(f"memory per device, estimated: {human(sum(needed.values()))}B ({sizes})")
     return "\n".join([*lines, f"the run's directory is {directory}; nothing was trained"])

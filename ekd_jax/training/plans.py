@@ -158,6 +158,7 @@ def _adam(rate: float, weight_decay: float, *epochs: float) -> dict[str, Any]:
         "name": "adam",
         "learning_rate": rate,
         "weight_decay": weight_decay,
+        **{"b1": 0.9, "b2": -1.0, "epsilon": -1.0},
         **{"schedule": "steps", "decay_factor": 0.1, "decay_every_epochs": 0.0},
         "milestones": (first / total, (first + second) / total),
     }

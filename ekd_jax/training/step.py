@@ -117,12 +117,14 @@ def make_step(
             gradients, metrics, stats = gradients_of(batch, stats)
         else:
             gradients, metrics, stats = in_parts(gradients_of, accumulation_steps, mesh, batch, stats)
+        learners = method.learning_students(state.step, len(ensemble.students))
+        if learners is not None:  # the norm of the gradients is that of the students that learn
+            gradients = _choose(learners, gradients, jax.tree.map(jnp.zeros_like, gradients))
         updates, opt_state = optimizer.update(gradients, state.opt_state, learned)
         params = {**state.params, **optax.apply_updates(learned, updates)}
         new = TrainState(state.step + 1, params, stats, opt_state, state.copies)
-        learners = method.learning_students(state.step, len(ensemble.students))
-        if learners is not None:
-            new = _keep_the_others(learners, new, state)
+        if learners is not None:  # momentum and statistics, too
+            new = _choose(learners, new, state)
         if method.number_of_copies:
             trained = network_variables(new.variables)
             copies = method.update_copies(state.copies, trained, new.step, steps, epochs)
@@ -193,16 +195,16 @@ def in_parts(
     return gradients, metrics, stats
 
 
-def _keep_the_others(learners: Array, new: TrainState, old: TrainState) -> TrainState:
-    """Return the new state with the students that do not learn unchanged, momentum and statistics included."""
+def _choose(learners: Array, theirs: Any, others: Any) -> Any:
+    """Return a tree with the leaves of `theirs`; of `others` for the students that do not learn."""
 
-    def choose(path: Any, after: Array, before: Array) -> Array:
+    def choose(path: Any, own: Array, other: Array) -> Array:
         names = [str(getattr(key, "key", "")) for key in path]
         if "students" not in names:
-            return after
-        return jnp.where(learners[int(names[names.index("students") + 1]) - 1], after, before)
+            return own
+        return jnp.where(learners[int(names[names.index("students") + 1]) - 1], own, other)
 
-    return jax.tree_util.tree_map_with_path(choose, new, old)
+    return jax.tree_util.tree_map_with_path(choose, theirs, others)
 
 
 def make_train_steps(setup: Setup, feed: Feed, teach: Teach, shardings: Any = None) -> Any:
