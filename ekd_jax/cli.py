@@ -1,5 +1,6 @@
 """Flags, configuration, help and one-line errors, shared by all commands."""
 
+import difflib
 import os
 import pathlib
 import sys
@@ -16,6 +17,8 @@ from ekd_jax.common import parallel
 from ekd_jax.common.compilation import keep_compiled_programs
 from ekd_jax.common.errors import Interrupted, UserError, nearest, reason
 from ekd_jax.common.log import shown
+from ekd_jax.config.knobs import KNOBS, all_knobs
+from ekd_jax.config.other_names import find_knob, other_way
 from ekd_jax.config.resolve import resolve
 
 FLAGS = flags.FLAGS
@@ -131,6 +134,8 @@ def leave(code: int, message: str) -> None:
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"unknown flag --{error.flagname}{_flag_hint(error)}") from error
     except (flags.Error, OSError, KeyError, AttributeError, TypeError) as error:
         raise UserError(" ".join(str(error).split())) from error
     if rest[1:]:
@@ -141,6 +146,20 @@ def _parse(argv: Sequence[str]) -> list[str]:
     threading.excepthook = lambda failed: logging.info("in the background: %s", failed.exc_value)
     sys.unraisablehook = lambda failed: logging.info("in the background: %s", failed.exc_value)
     return list(rest)
+
+
+def _flag_hint(error: flags.UnrecognizedFlagError) -> str:
+    """Return what the user of an unknown flag may mean: a flag of the command, or a knob of the recipe."""
+    own = [name for name in FLAGS if not name.startswith("config.")]
+    close = difflib.get_close_matches(error.flagname, own, n=1, cutoff=0.8)
+    if close:
+        return f"; did you mean --{close[0]}?"
+    if "config" not in FLAGS:
+        return "; --help lists the flags"
+    knob = find_knob(error.flagname, all_knobs(KNOBS["method.name"].default))
+    if knob:
+        return f"; did you mean --config.{knob}=VALUE?"
+    return other_way(error.flagname) or "; --help lists the flags, `ekd knobs` the knobs"
 
 
 def _starting(main: Callable[[], int | None]) -> Callable[[Sequence[str]], None]:

@@ -8,10 +8,11 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ekd_jax.common.errors import UserError, nearest, reason
+from ekd_jax.common.errors import UserError, reason
 from ekd_jax.common.imports import import_modules
 from ekd_jax.config.build import build_networks
 from ekd_jax.config.knobs import KNOBS, all_knobs, nest
+from ekd_jax.config.other_names import hint
 
 
 def resolve(config: Mapping[str, Any], overridden: Iterable[str] = ()) -> FrozenConfigDict:
@@ -42,7 +43,7 @@ def resolve(config: Mapping[str, Any], overridden: Iterable[str] = ()) -> Frozen
     values = {path: knob.default for path, knob in known.items()} | {"method.name": method}
     for path, value in (values | asked).items():
         if path not in known:
-            raise UserError(f"unknown knob config.{path}{nearest(path, known)}")
+            raise UserError(f"unknown knob config.{path}{hint(path, known)}")
         values[path] = _coerce(path, value, known[path].default)
         known[path].check(f"config.{path}", values[path])
     complete = FrozenConfigDict(nest(values))
