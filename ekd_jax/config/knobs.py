@@ -1,6 +1,7 @@
 """All knobs: the settings of a configuration, each with its default, meaning and allowed values."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
@@ -22,6 +23,20 @@ from ekd_jax.methods.base import knobs_of
 from ekd_jax.models import MODELS
 from ekd_jax.models.ensemble import SHARINGS
 from ekd_jax.models.execution import EXECUTIONS
+
+
+def _are_class_weights(texts: Sequence[str]) -> bool:
+    """Return whether these are "balanced" or texts "class=weight", with weights that are not negative."""
+
+    def is_weight(text: str) -> bool:
+        _, equals, number = text.rpartition("=")
+        try:
+            return bool(equals) and 0 <= float(number) < math.inf
+        except ValueError:
+            return False
+
+    return tuple(texts) == ("balanced",) or all(map(is_weight, texts))
+
 
 KNOBS: dict[str, Knob] = {
     "seed": Knob(0, "Random seed of initial values, order of examples and augmentation.", NOT_NEGATIVE),
@@ -68,6 +83,12 @@ KNOBS: dict[str, Knob] = {
         "Student directory whose weights the base block and student 1 start from; the classifier is taken "
         "over if the classes agree.",
     ),
+    "model.frozen_stages": Knob(
+        -1,
+        "The stem and so many stages keep their weights and statistics, for fine-tuning; 0: the stem alone; -1: "
+        "everything learns (docs/training.md).",
+        Rule(lambda v: v >= -1, "be -1, or not negative"),
+    ),
     "model.batch_norm": Knob(
         "global",
         "Batch norm statistics: of the whole batch, or of each device's part of it.",
@@ -99,6 +120,12 @@ KNOBS: dict[str, Knob] = {
         NOT_NEGATIVE,
     ),
     "data.train_examples": Knob(0, "Train on the first N training examples only; 0: all.", NOT_NEGATIVE),
+    "data.sampler": Knob(
+        "shuffled",
+        "Order of the training images: each once per epoch (shuffled), or as many drawn with replacement, every "
+        "class equally likely (balanced).",
+        one_of(("shuffled", "balanced")),
+    ),
     "data.corrupt": Knob(
         "fatal",
         "An image that cannot be decoded ends the run (fatal), or is left out (skip).",
@@ -253,7 +280,28 @@ KNOBS: dict[str, Knob] = {
         POSITIVE,
         changes_result=False,
     ),
+    "train.ema_decay": Knob(
+        0.0,
+        "Largest weight of the old value in a moving average of all weights, which is evaluated and extracted "
+        "instead of the networks that learn; 0: none (docs/training.md).",
+        FRACTION,
+    ),
     "train.dtype": Knob("float32", "Data type of convolutions.", one_of(("float32", "bfloat16"))),
+    "train.class_weights": Knob(
+        (),
+        "Weights of the classes in the cross entropy of the labels: balanced, or names with weights, as in "
+        "('cat=2', 'dog=0.5'), where the others weigh 1; empty: all weigh 1.",
+        Rule(
+            _are_class_weights,
+            "be balanced, or classes with weights of at least 0, as in ('cat=2', 'dog=0.5')",
+        ),
+    ),
+    "train.patience_epochs": Knob(
+        0.0,
+        "Epochs after which a run ends if the ensemble's top-1 on the validation images has not risen; needs "
+        "data.validation_examples. 0: no early stopping (docs/training.md).",
+        NOT_NEGATIVE,
+    ),
     "train.log_every_steps": Knob(
         100, "Steps that one training record averages.", POSITIVE, changes_result=False
     ),

@@ -53,6 +53,16 @@ def resolve(config: Mapping[str, Any], overridden: Iterable[str] = ()) -> Frozen
             f"config.data.mixup={complete.data.mixup:g} mixes labels with images, and {method} gives every "
             f"student other images: leave it out"
         )
+    if complete.train.patience_epochs and not complete.data.validation_examples:
+        raise UserError(
+            f"train.patience_epochs={complete.train.patience_epochs:g} needs images that are neither trained "
+            f"nor tested on: hold some out, as in --config.data.validation_examples=1000"
+        )
+    if complete.train.patience_epochs and not method_of.trains_networks:
+        raise UserError(
+            f"train.patience_epochs={complete.train.patience_epochs:g}: {method} does not train the networks, "
+            f"whose accuracy stays as it is: leave it out"
+        )
     return complete
 
 
@@ -84,7 +94,9 @@ def to_dict(config: FrozenConfigDict) -> dict[str, Any]:
 def result_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return dotted name -> value of every knob that changes what a run computes."""
     flat = flatten(json.loads(json.dumps(config)))
-    return {k: v for k, v in flat.items() if k not in KNOBS or KNOBS[k].changes_result}
+    # With early stopping, evaluations decide when a run ends.
+    stops = {"train.evaluate_every_epochs"} if flat.get("train.patience_epochs") else set()
+    return {k: v for k, v in flat.items() if k not in KNOBS or KNOBS[k].changes_result or k in stops}
 
 
 def fingerprint(config: FrozenConfigDict) -> str:

@@ -63,7 +63,8 @@ class Example:
 class Examples(Protocol):
     """Examples by number, in an order that is unrelated to their classes.
 
-    They are read from several threads at once, and pickled for worker processes.
+    They are read from several threads at once, and pickled for worker processes. A set that knows all labels
+    without reading examples also has them as `labels`, (N,) integers.
     """
 
     def __len__(self) -> int:
@@ -101,15 +102,15 @@ class Subset:
     """Some of the examples of a set, given by their numbers (N,)."""
 
     def __init__(self, examples: Examples, numbers: np.ndarray):
-        self.examples, self._numbers = examples, numbers
+        self.examples, self.numbers = examples, numbers
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> Example:
-        return self.examples[int(self._numbers[index])]
+        return self.examples[int(self.numbers[index])]
 
     @property
     def fingerprint(self) -> str:
-        numbers = hashlib.sha256(self._numbers.astype(np.int64).tobytes()).hexdigest()
+        numbers = hashlib.sha256(self.numbers.astype(np.int64).tobytes()).hexdigest()
         return f"{self.examples.fingerprint} {numbers}"

@@ -19,7 +19,7 @@ from ekd_jax.common.log import logger
 from ekd_jax.common.progress import Progress
 from ekd_jax.data import folder, order, registry
 from ekd_jax.data.arrays import ARRAYS, ArrayExamples
-from ekd_jax.data.dataset import Examples, Facts, Source, Subset
+from ekd_jax.data.dataset import Example, Examples, Facts, Source, Subset
 from ekd_jax.data.decode import CorruptImageError, Reader
 
 DIGITS = Facts(
@@ -233,12 +233,17 @@ def read_example(
         UserError: the image cannot be read, or the label is out of range.
     """
     example = examples[number]
+    check_label(example, facts)
+    return reader(example, draws), example.label
+
+
+def check_label(example: Example, facts: Facts) -> None:
+    """Raise UserError for a label that is out of range."""
     if not 0 <= example.label < facts.num_classes:
         raise UserError(
             f"the label of {example.name} is {example.label}, but {facts.name} has {facts.num_classes} "
             f"classes, counted from 0: prepare the set again, or correct it"
         )
-    return reader(example, draws), example.label
 
 
 def without_corrupt(examples: Examples, reader: Reader) -> Examples:

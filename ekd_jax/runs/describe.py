@@ -13,7 +13,7 @@ from ekd_jax.config.build import Networks
 from ekd_jax.methods.base import TeacherOutputs
 from ekd_jax.models.cost import count_parameters
 from ekd_jax.runs.records import RunDescription, StudentInfo
-from ekd_jax.runs.state import init_variables, trainable
+from ekd_jax.runs.state import copied_variables, init_variables, trainable
 
 
 def describe(
@@ -32,7 +32,7 @@ def describe(
     costs = [trace.cost(number) for number in numbers]
     channels = [tuple(row[number - 1].shape[-1] for row in trace.outputs.features) for number in numbers]
     sizes = [count_parameters(ensemble.student_subtrees(params, number)) for number in numbers]
-    members = list(enumerate(ensemble.students)) * max(1, networks.method.number_of_copies)
+    members = list(enumerate(ensemble.students)) * max(1, networks.number_of_copies)
     extra = None
     if teachers is not None:
         extra = count_parameters(init_variables(networks, None, teachers)["params"]["method"])
@@ -114,11 +114,12 @@ def memory(
         device's part of a batch, taken to be inputs and outputs of convolutions and matrix products. `data`:
         the images.
     """
-    params = init_variables(networks, None, teachers)["params"]
-    learned = trainable(networks.method, params)
+    variables = init_variables(networks, None, teachers)
+    params = variables["params"]
+    learned = trainable(networks, params)
     slots = jax.eval_shape(optimizer.init, learned)
-    in_networks = _array_bytes(networks.trace.init(None)["params"])
-    kept = _array_bytes(params) + _array_bytes(slots) + networks.method.number_of_copies * in_networks
+    copies = networks.number_of_copies * _array_bytes(copied_variables(networks, variables)["params"])
+    kept = _array_bytes(params) + _array_bytes(slots) + copies
     gathered = _array_bytes(params) if config.train.fsdp > 1 else 0
     cost = networks.trace.total_cost()
     images = config.train.batch_size // (config.train.accumulation_steps * devices)

@@ -22,7 +22,12 @@ from ekd_jax.runs.checkpoint import open_checkpoints
 from ekd_jax.runs.evaluation import Predict, Results, evaluate_predictor, with_places
 from ekd_jax.runs.metrics import read_metrics
 from ekd_jax.runs.records import RunDescription
-from ekd_jax.runs.state import deployed_variables, joined_outputs, method_variables, predictor_names
+from ekd_jax.runs.state import (
+    deployed_method_variables,
+    deployed_variables,
+    joined_outputs,
+    predictor_names,
+)
 from ekd_jax.runs.workdir import CONFIG, STUDENTS
 from ekd_jax.students.description import NetworkDescription, Preprocessing, Provenance, StudentDescription
 from ekd_jax.students.student import LoadedStudent, write_student
@@ -154,7 +159,7 @@ class Run:
                 kind: ensemble.student_subtrees(trained[kind], member + 1)
                 for kind in ("params", "batch_stats")
             }
-            kept = bool(networks.method.number_of_copies)
+            kept = bool(networks.number_of_copies)
             where = {"copies": {str(copy + 1): like}} if kept else like
             restored, remembered = checkpoints.restore_variables(where, step)
         variables = restored["copies"][str(copy + 1)] if kept else restored
@@ -245,7 +250,7 @@ def make_predict(networks: Networks) -> Predict:
     def predict(variables: Variables, images: jax.Array) -> jax.Array:
         each = [ensemble.apply(v, images, train=False)[0] for v in deployed_variables(variables)]
         outputs = joined_outputs(each)
-        predictions: Any = method.apply(method_variables(variables), outputs, method="predictions")
+        predictions: Any = method.apply(deployed_method_variables(variables), outputs, method="predictions")
         return jnp.stack(predictions)
 
     return predict

@@ -123,6 +123,11 @@ def make_schedule(config: FrozenConfigDict, method: Method, steps: int) -> optax
     """
     knobs = config.optimizer
     own = method.learning_rate_schedule(knobs.learning_rate, steps, config.train.epochs)
+    if own and config.train.patience_epochs:
+        raise UserError(
+            f"train.patience_epochs={config.train.patience_epochs:g}: {config.method.name} has a learning rate "
+            f"schedule of its own, which must run to its end: leave it out"
+        )
     rate = own or learning_rate(config, steps)
     if not own and knobs.schedule == "cosine" and warmup_epochs(config):
         return warmed_up_cosine(config, steps)
