@@ -114,6 +114,9 @@ def test_every_optimizer_begins_with_zeros_and_is_counted(name):
     slots = {"sgd": 1, "lion": 1}.get(name, 2)
     found = memory(networks, optimizer, config, (), 0)["state"]
     assert found == 4 * (2 + slots) * parameters  # parameters, gradients and slots
+    averaged = tiny_config(train__ema_decay=0.9)
+    found = memory(build_networks(averaged, 10, (8, 8, 1)), optimizer, averaged, (), 0)["state"]
+    assert found == 4 * (3 + slots) * parameters
 
 
 def test_only_students_that_learn_count_for_the_norm():

@@ -176,7 +176,10 @@ def _check_frozen(spec: EnsembleSpec, family: Family, cut: _Cut) -> None:
     most = cut.shared if number > 1 else family.stages
     if asked > most:
         what = f"the {number} students share" if number > 1 else "the network has"
-        raise UserError(f"model.frozen_stages={asked}: {what} a stem and {most} stages: at most {most}")
+        more = "; model.shared_stages moves the cut" if number > 1 else ""
+        raise UserError(
+            f"model.frozen_stages={asked}: {what} a stem and {most} stages: at most {most}{more}"
+        )
 
 
 def _stage_widths(spec: EnsembleSpec, families: Sequence[Family], student: int, cut: _Cut) -> Widths:
