@@ -10,7 +10,7 @@ from conftest import tiny_config
 from ekd_jax.common.errors import UserError
 from ekd_jax.config.build import build_method, build_networks
 from ekd_jax.config.knobs import KNOBS, all_knobs
-from ekd_jax.config.other_names import _OTHER_NAMES, find_knob
+from ekd_jax.config.other_names import OTHER_NAMES, find_knob
 from ekd_jax.config.resolve import resolve
 from ekd_jax.runs.describe import memory
 from ekd_jax.runs.state import init_state
@@ -220,8 +220,8 @@ def test_what_is_no_knob_is_explained(name):
 def test_every_name_leads_to_one_knob_that_there_is():
     """No name stands in two rows, and none hides a knob of ours."""
     known = all_knobs("oem")
-    names = [name for row in _OTHER_NAMES.values() for name in row.split()]
+    names = [name for row in OTHER_NAMES.values() for name in row.split()]
     assert sorted(names) == sorted(set(names))
-    for knob, row in _OTHER_NAMES.items():
+    for knob, row in OTHER_NAMES.items():
         assert knob in known | all_knobs("kd"), knob
         assert all(find_knob(name, KNOBS | {knob: None}) for name in row.split()), knob

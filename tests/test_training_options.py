@@ -25,6 +25,7 @@ from ekd_jax.methods import losses
 from ekd_jax.runs.metrics import MetricWriter, read_metrics
 from ekd_jax.runs.run import load_run
 from ekd_jax.runs.state import batch_shapes, init_state, method_variables
+from ekd_jax.runs.teachers import load_teacher
 from ekd_jax.training import loop, plans
 from ekd_jax.training.comparison import Entry
 from ekd_jax.training.comparison_table import as_text, compare
@@ -131,7 +132,7 @@ def test_the_average_is_that_of_the_formula():
         np.testing.assert_allclose(found[name], leaf, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_the_average_is_evaluated_and_extracted(everything):
+def test_the_average_is_evaluated_extracted_and_taught_from(everything):
     path, summary = everything
     run = load_run(path)
     last = [r for r in read_metrics(path) if r["split"] == "test"][-1]
@@ -144,6 +145,7 @@ def test_the_average_is_evaluated_and_extracted(everything):
         tree["students"]["1"]["head"] for tree in (state["copies"]["1"]["params"], state["params"])
     )
     assert_same_bits(run.student(1).variables["params"]["head"], of_average)
+    assert_same_bits(load_teacher(f"{path}:1", path).variables["params"]["head"], of_average)
     assert (of_average["linear"]["kernel"] != raw["linear"]["kernel"]).any()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from ekd_jax.common.errors import nearest
 
 # Our knobs, with the names that others have for them.
-_OTHER_NAMES = {
+OTHER_NAMES = {
     "seed": "random_seed random_state rng_seed manual_seed trial",
     "model.name": "arch architecture backbone net network model_s student_model model_name",
     "model.students": "num_students num_branches branches",
@@ -79,7 +79,7 @@ _OTHER_NAMES = {
     "evaluate.batch_size": "eval_batch_size val_batch_size validation_batch_size test_batch_size vb",
 }
 # What is no knob here.
-_OTHER_WAYS = {
+OTHER_WAYS = {
     "runs use all devices that JAX sees; CUDA_VISIBLE_DEVICES or JAX_PLATFORMS limits them": (
         "gpu gpus gpu_id device devices num_gpus n_gpu local_rank cuda no_cuda use_cuda accelerator ngpus"
     ),
@@ -98,7 +98,7 @@ def _index(table: dict[str, str]) -> dict[str, str]:
     return {name: ours for ours, names in table.items() for name in names.split()}
 
 
-_KNOB_BY_NAME, _WAY_BY_NAME = _index(_OTHER_NAMES), _index(_OTHER_WAYS)
+_KNOB_BY_NAME, _WAY_BY_NAME = _index(OTHER_NAMES), _index(OTHER_WAYS)
 
 
 def find_knob(path: str, known: Collection[str]) -> str:

@@ -218,9 +218,9 @@ def moving_average(average: Any, new: Any, decay: float, step: Any) -> Any:
     References:
         TensorFlow, tf.train.ExponentialMovingAverage with `num_updates`.
     """
-    d = jnp.minimum(decay, (1 + step) / (10 + step))
+    share = jnp.maximum(1 - decay, 9 / (10 + step))  # 1 - d
     # written so that what does not change, as frozen weights, keeps its bits
-    return jax.tree.map(lambda old, x: old + (1 - d).astype(old.dtype) * (x - old), average, new)
+    return jax.tree.map(lambda old, x: old + share.astype(old.dtype) * (x - old), average, new)
 
 
 def _with_copies(networks: Networks, state: TrainState) -> TrainState:

@@ -49,7 +49,7 @@ from ekd_jax.training.report import (
     summarize,
     train_line,
 )
-from ekd_jax.training.setup import Setup, check_batches, frozen_in_words, prepare
+from ekd_jax.training.setup import Setup, check_batches, class_weights_in_words, frozen_in_words, prepare
 from ekd_jax.training.step import make_train_steps, zero_metrics
 from ekd_jax.training.teaching import frozen_inputs, make_teach
 
@@ -194,7 +194,8 @@ def _announce(setup: Setup, step: int, progress: Progress) -> None:
         f"{setup.config.method.name}, {setup.data.facts.name} ({setup.examples:,} images), "
         f"{setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}"
     )
-    for said in filter(None, (rate_in_words(setup.config), frozen_in_words(setup.config))):
+    lines = (rate_in_words(setup.config), frozen_in_words(setup.config), class_weights_in_words(setup))
+    for said in filter(None, lines):
         progress.line(said)
 
 

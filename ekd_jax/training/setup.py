@@ -121,6 +121,18 @@ def prepare(
     )
 
 
+def class_weights_in_words(setup: Setup) -> str:
+    """Return a line with the smallest and the largest class weight, or "" if there are no weights."""
+    weights, names = setup.class_weights, setup.data.facts.class_names
+    if weights is None:
+        return ""
+    least, most = int(weights.argmin()), int(weights.argmax())
+    return (
+        f"class weights from {weights[least]:.3g} ({names[least]}) to {weights[most]:.3g} ({names[most]}) "
+        f"(train.class_weights)"
+    )
+
+
 def frozen_in_words(config: FrozenConfigDict) -> str:
     """Return a line that says what of the networks does not learn, or "" if everything does."""
     stages = config.model.frozen_stages
