@@ -1,5 +1,6 @@
 """Flags, configuration, help and one-line errors, shared by all commands."""
 
+import difflib
 import math
 import os
 import pathlib
@@ -17,6 +18,8 @@ from ekd_jax.common import parallel
 from ekd_jax.common.compilation import keep_compiled_programs
 from ekd_jax.common.errors import Interrupted, UserError, nearest, reason
 from ekd_jax.common.log import shown
+from ekd_jax.config.knobs import KNOBS, all_knobs
+from ekd_jax.config.other_names import find_knob, other_way
 from ekd_jax.config.resolve import resolve
 
 FLAGS = flags.FLAGS
@@ -165,6 +168,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         rest = FLAGS(argv)
     except UserError:
         raise
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"unknown flag --{error.flagname}{_flag_hint(error)}") from error
     except Exception as error:  # a config file is code, which may raise anything
         raise UserError(_about_parsing(argv, error)) from error
     if rest[1:]:
@@ -196,6 +201,20 @@ def _about_parsing(argv: Sequence[str], error: Exception) -> str:
     if isinstance(error, SyntaxError) and error.lineno:
         return f"{error.filename or file}, line {error.lineno}: {error.msg}"
     return f"{file} fails: {type(error).__name__}: {reason(error)}"
+
+
+def _flag_hint(error: flags.UnrecognizedFlagError) -> str:
+    """Return what the user of an unknown flag may mean: a flag of the command, or a knob of the recipe."""
+    own = [name for name in FLAGS if not name.startswith("config.")]
+    close = difflib.get_close_matches(error.flagname, own, n=1, cutoff=0.8)
+    if close:
+        return f"; did you mean --{close[0]}?"
+    if "config" not in FLAGS:
+        return "; --help lists the flags"
+    knob = find_knob(error.flagname, all_knobs(KNOBS["method.name"].default))
+    if knob:
+        return f"; did you mean --config.{knob}=VALUE?"
+    return other_way(error.flagname) or "; --help lists the flags, `ekd knobs` the knobs"
 
 
 def _starting(main: Callable[[], int | None]) -> Callable[[Sequence[str]], None]:

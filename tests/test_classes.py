@@ -183,7 +183,7 @@ def test_initial_weights_of_the_classifier_go_by_name(student, caplog, names, co
     state = init_state(networks, make_optimizer(config, networks.method, 10), 1)
     given = InitialWeights("x", student.variables, NAMES)
     with caplog.at_level("INFO", "ekd_jax"):
-        new = start_from(state, networks.ensemble, given, names)
+        new = start_from(state, networks, given, names)
     before, after = (
         networks.ensemble.student_variables({"params": s.params, "batch_stats": s.batch_stats}, 1)["params"]
         for s in (state, new)

@@ -15,7 +15,7 @@ DIGITS = f"--config={ROOT}/configs/digits.py"
     [
         ("main", [], "--config=FILE is missing"),
         ("main", ["--config=configs/digit.py"], "did you mean 'configs/digits.py'"),
-        ("main", [DIGITS, "--dry_rum"], "Did you mean: dry_run"),
+        ("main", [DIGITS, "--dry_rum"], "did you mean --dry_run?"),
         ("main", [DIGITS, "now"], "unexpected argument 'now'"),
         ("main", [DIGITS, "--config.model.nme=resnet8"], "did you mean 'model.name'"),
         ("main", [DIGITS, "--config.train.batch_size=many"], "train.batch_size=many"),

@@ -74,7 +74,7 @@ def test_every_knob_is_explained():
     for name, meaning in entries:
         assert len(meaning.split()) > 1, f"{name}: {meaning}"
         assert "." in meaning, name
-    assert "Allowed: one of sgd, adam, rmsprop." in catalog.knobs("optimizer.name")
+    assert "Allowed: one of sgd, adam, rmsprop, adamw, lamb, lion." in catalog.knobs("optimizer.name")
     assert re.search(r"\(.*\boem\b.*\) = 2.0", catalog.knobs("method.temperature"))
 
 

@@ -11,7 +11,7 @@ from program import Program
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
 from ekd_jax.config.build import build_method, build_networks
-from ekd_jax.runs.describe import describe, memory
+from ekd_jax.runs.describe import memory
 from ekd_jax.runs.metrics import read_metrics
 from ekd_jax.runs.state import init_state
 from ekd_jax.training import loop
@@ -98,8 +98,7 @@ def test_what_is_computed_again_is_not_kept():
         _, backward = jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p), networks)
         both = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (backward, networks)]
         kept[what] = both[0] - both[1]  # beside the parameters
-        description = describe(built, "resnet56")
-        estimated[what] = memory(built, config, description, 0)["activations"]
+        estimated[what] = memory(built, optax.sgd(1.0), config, (), 0)["activations"]
     assert kept[True] < kept[False] / 4
     assert estimated[True] < estimated[False] / 2
 
@@ -107,10 +106,9 @@ def test_what_is_computed_again_is_not_kept():
 def test_memory_is_that_of_a_device():
     """Each has its part of the batch, and with fsdp its part of the state."""
     config = tiny_config(train__fsdp=4)
-    networks = build_networks(config, 10, SHAPE)
-    description = describe(networks, "resnet8")
-    alone, shared = (memory(networks, tiny_config(), description, 7, devices) for devices in (1, 8))
-    cut = memory(networks, config, description, 7, 8)
+    networks, sgd = build_networks(config, 10, SHAPE), optax.sgd(1.0, momentum=0.9)
+    alone, shared = (memory(networks, sgd, tiny_config(), (), 7, devices) for devices in (1, 8))
+    cut = memory(networks, sgd, config, (), 7, 8)
     assert shared == {**alone, "activations": alone["activations"] // 8}
     parameters = alone["state"] // 3  # beside gradients and momentum
     assert cut == {**shared, "state": 2 * parameters // 4 + 2 * parameters}
@@ -146,7 +144,7 @@ def test_a_run_does_not_depend_on_how_the_state_is_kept(changes, tmp_path):
         assert {k: a[k] for k in a if "loss" in k} == pytest.approx(
             {k: b[k] for k in b if "loss" in k}, rel=1e-5
         )
-    assert loop.run(plain, tmp_path / "cut", one_device())["steps"] == 19  # the same run
+    assert loop.run(plain, tmp_path / "cut", one_device()).steps == 19  # the same run
 
 
 def test_batches_and_devices_that_do_not_fit():

@@ -20,6 +20,7 @@ from ekd_jax.common.records import as_json
 from ekd_jax.config.build import build_networks
 from ekd_jax.data.augment import normalize
 from ekd_jax.data.resident import ResidentEvaluation
+from ekd_jax.runs import workdir
 from ekd_jax.runs.checkpoint import open_checkpoints
 from ekd_jax.runs.evaluation import make_evaluator, measure, results
 from ekd_jax.runs.metrics import METRICS, MetricWriter, read_metrics
@@ -266,6 +267,16 @@ def test_another_configuration_in_the_same_folder(finished, changes, message):
 def test_what_does_not_change_the_result_may_change(finished):
     config = tiny_config(train__log_every_steps=2, evaluate__batch_size=64)
     assert loop.run(config, finished[0], one_device()) == finished[1]
+
+
+def test_knobs_that_are_newer_than_a_run_are_at_their_defaults(finished, tmp_path):
+    """A run of an earlier version is still the run of its configuration, unless a new knob is used."""
+    stored = json.loads((finished[0] / "config.json").read_text())
+    del stored["train"]["ema_decay"], stored["optimizer"]["clip_norm"], stored["train"]["class_weights"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    workdir.check(tmp_path, tiny_config())
+    with pytest.raises(UserError, match="optimizer.clip_norm: 0.0 there, 1.0 now"):
+        workdir.check(tmp_path, tiny_config(optimizer__clip_norm=1.0))
 
 
 def test_folders_that_are_not_for_runs(tmp_path):

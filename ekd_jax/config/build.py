@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import FrozenConfigDict
 
+from ekd_jax.common.errors import UserError
 from ekd_jax.methods import METHODS
 from ekd_jax.methods.base import Method
 from ekd_jax.models import EnsembleSpec, build
@@ -23,11 +24,15 @@ class Networks:
         method: how they learn.
         ensemble: the students.
         input_shape: H, W, C.
+        frozen_stages: the stem and so many stages do not learn; -1: everything learns.
+        ema_decay: largest weight of the old value in the moving average of all weights; 0: there is none.
     """
 
     method: Method
     ensemble: Ensemble
     input_shape: tuple[int, int, int]
+    frozen_stages: int = -1
+    ema_decay: float = 0.0
 
     @cached_property
     def trace(self) -> EnsembleTrace:
@@ -41,9 +46,19 @@ class Networks:
         return changed
 
     @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        """Names of the parts of a network that do not learn."""
+        return ("stem", *(f"stage{i}" for i in range(1, self.frozen_stages + 1)))[: self.frozen_stages + 1]
+
+    @property
+    def number_of_copies(self) -> int:
+        """Number of copies of the networks that predict instead of them: the method's, or the moving average."""
+        return self.method.number_of_copies or int(self.ema_decay > 0)
+
+    @property
     def students(self) -> int:
-        """Number of students that can be extracted. If the method keeps copies, each copy has its students."""
-        return len(self.ensemble.students) * max(1, self.method.number_of_copies)
+        """Number of students that can be extracted. If there are copies, each copy has its students."""
+        return len(self.ensemble.students) * max(1, self.number_of_copies)
 
 
 def build_networks(
@@ -60,7 +75,12 @@ def build_networks(
     Raises:
         UserError: the network or the method does not allow what is asked for.
     """
-    model, method = config.model, build_method(config)
+    model, method, ema_decay = config.model, build_method(config), config.train.ema_decay
+    if ema_decay and method.number_of_copies:
+        raise UserError(
+            f"train.ema_decay={ema_decay:g}: {config.method.name} keeps copies of its own, which are evaluated "
+            f"and extracted: leave it out, or take another method"
+        )
     spec = EnsembleSpec(
         name=model.name,
         students=parse_students(model.students),
@@ -70,6 +90,7 @@ def build_networks(
         compressed_stages=model.compressed_stages,
         shared_stages=model.shared_stages,
         own_stages=method.own_stages,
+        frozen_stages=model.frozen_stages,
         last_map=model.last_map,
         base_gradients=method.base_gradients,
         batch_norm_groups=devices if model.batch_norm == "local" else 1,
@@ -77,7 +98,7 @@ def build_networks(
         execution="separate" if config.train.execution == "auto" else config.train.execution,
         **network_options(config),
     )
-    return Networks(method, build(spec), input_shape)
+    return Networks(method, build(spec), input_shape, model.frozen_stages, ema_decay)
 
 
 def build_method(config: FrozenConfigDict) -> Method:

@@ -1,6 +1,7 @@
 """All knobs: the settings of a configuration, each with its default, meaning and allowed values."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
@@ -21,6 +22,20 @@ from ekd_jax.methods.base import knobs_of
 from ekd_jax.models import MODELS
 from ekd_jax.models.ensemble import SHARINGS
 from ekd_jax.models.execution import EXECUTIONS
+
+
+def _are_class_weights(texts: Sequence[str]) -> bool:
+    """Return whether these are "balanced" or texts "class=weight", with weights that are not negative."""
+
+    def is_weight(text: str) -> bool:
+        _, equals, number = text.rpartition("=")
+        try:
+            return bool(equals) and 0 <= float(number) < math.inf
+        except ValueError:
+            return False
+
+    return tuple(texts) == ("balanced",) or all(map(is_weight, texts))
+
 
 EPOCHS = Rule(lambda value: 0 < value <= 1e6, "be above 0 and at most 1,000,000")
 RATE = Rule(lambda value: value == -1 or 0 <= value < 1, "be -1, or at least 0 and below 1")
@@ -72,6 +87,12 @@ KNOBS: dict[str, Knob] = {
         "Student directory whose weights the base block and student 1 start from; the classifier is taken "
         "over if the classes agree.",
     ),
+    "model.frozen_stages": Knob(
+        -1,
+        "The stem and so many stages keep their weights and statistics, for fine-tuning; 0: the stem alone; -1: "
+        "everything learns (docs/training.md).",
+        Rule(lambda v: v >= -1, "be -1, or not negative"),
+    ),
     "model.batch_norm": Knob(
         "global",
         "Batch norm statistics: of the whole batch, or of each device's part of it.",
@@ -105,6 +126,12 @@ KNOBS: dict[str, Knob] = {
         NOT_NEGATIVE,
     ),
     "data.train_examples": Knob(0, "Train on the first N training examples only; 0: all.", NOT_NEGATIVE),
+    "data.sampler": Knob(
+        "shuffled",
+        "Order of the training images: each once per epoch (shuffled), or as many drawn with replacement, every "
+        "class equally likely (balanced).",
+        one_of(("shuffled", "balanced")),
+    ),
     "data.corrupt": Knob(
         "fatal",
         "An image that cannot be decoded ends the run (fatal), or is left out (skip).",
@@ -180,7 +207,10 @@ KNOBS: dict[str, Knob] = {
         changes_result=False,
     ),
     "optimizer.name": Knob(
-        "sgd", "Optimizer; weight decay is L2, as in PyTorch.", one_of(("sgd", "adam", "rmsprop"))
+        "sgd",
+        "Optimizer. Weight decay is L2, as in PyTorch, for sgd, adam and rmsprop; decoupled for adamw, lamb "
+        "and lion.",
+        one_of(("sgd", "adam", "rmsprop", "adamw", "lamb", "lion")),
     ),
     "optimizer.learning_rate": Knob(0.1, "Initial learning rate.", POSITIVE),
     "optimizer.reference_batch_size": Knob(
@@ -197,13 +227,40 @@ KNOBS: dict[str, Knob] = {
     ),
     "optimizer.momentum": Knob(0.9, "Momentum of sgd and rmsprop.", FRACTION),
     "optimizer.nesterov": Knob(True, "Use Nesterov momentum with sgd."),
+    "optimizer.b1": Knob(0.9, "First decay rate of adam, adamw, lamb and lion.", FRACTION),
+    "optimizer.b2": Knob(
+        -1.0,
+        "Second decay rate of adam, adamw, lamb and lion; -1: the optimizer's own, 0.99 for lion, otherwise 0.999.",
+        RATE,
+    ),
+    "optimizer.epsilon": Knob(
+        -1.0,
+        "Added to the root of the second moment (for rmsprop under the root); -1: the optimizer's own, 1e-8 "
+        "for adam and adamw, 1e-6 for lamb, 1e-3 for rmsprop.",
+        Rule(lambda v: v == -1 or v >= 0, "be -1, or not negative"),
+    ),
     "optimizer.weight_decay": Knob(
-        1e-4, "L2 penalty, added to the gradient of every parameter.", NOT_NEGATIVE
+        1e-4,
+        "Weight decay of every parameter: an L2 penalty, or, for adamw, lamb and lion, decoupled.",
+        NOT_NEGATIVE,
+    ),
+    "optimizer.decay_norm_and_bias": Knob(
+        True, "Whether weight decay includes the parameters of batch norm and biases."
+    ),
+    "optimizer.clip_norm": Knob(
+        0.0,
+        "Largest global norm of the gradients of all that learns, before weight decay; longer ones are scaled "
+        "down to it. 0: no limit.",
+        NOT_NEGATIVE,
     ),
     "optimizer.schedule": Knob(
         "steps",
-        "Learning rate schedule: drops at milestones, or half a cosine down to 0.",
+        "Learning rate schedule: drops at milestones, or half a cosine down to the final learning rate, over "
+        "the steps that follow the warm-up.",
         one_of(("steps", "cosine")),
+    ),
+    "optimizer.final_learning_rate": Knob(
+        0.0, "cosine: learning rate at the end, scaled like the learning rate.", NOT_NEGATIVE
     ),
     "optimizer.milestones": Knob(
         (0.5, 0.75), "Fractions of training at which the learning rate drops.", INCREASING_FRACTIONS
@@ -239,7 +296,28 @@ KNOBS: dict[str, Knob] = {
         POSITIVE,
         changes_result=False,
     ),
+    "train.ema_decay": Knob(
+        0.0,
+        "Largest weight of the old value in a moving average of all weights, which is evaluated and extracted "
+        "instead of the networks that learn; 0: none (docs/training.md).",
+        FRACTION,
+    ),
     "train.dtype": Knob("float32", "Data type of convolutions.", one_of(("float32", "bfloat16"))),
+    "train.class_weights": Knob(
+        (),
+        "Weights of the classes in the cross entropy of the labels: balanced, or names with weights, as in "
+        "('cat=2', 'dog=0.5'), where the others weigh 1; empty: all weigh 1.",
+        Rule(
+            _are_class_weights,
+            "be balanced, or classes with weights of at least 0, as in ('cat=2', 'dog=0.5')",
+        ),
+    ),
+    "train.patience_epochs": Knob(
+        0.0,
+        "Epochs after which a run ends if the ensemble's top-1 on the validation images has not risen; needs "
+        "data.validation_examples. 0: no early stopping (docs/training.md).",
+        NOT_NEGATIVE,
+    ),
     "train.log_every_steps": Knob(
         100, "Steps that one training record averages.", POSITIVE, changes_result=False
     ),

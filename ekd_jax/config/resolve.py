@@ -8,12 +8,13 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ekd_jax.common.errors import UserError, nearest
+from ekd_jax.common.errors import UserError
 from ekd_jax.common.imports import import_modules
 from ekd_jax.common.knob import shown
 from ekd_jax.common.records import read_json
 from ekd_jax.config.build import build_networks
 from ekd_jax.config.knobs import KNOBS, all_knobs, nest
+from ekd_jax.config.other_names import hint
 from ekd_jax.models.members import parse_students
 
 
@@ -47,7 +48,7 @@ def resolve(config: Mapping[str, Any], overridden: Iterable[str] = ()) -> Frozen
     values = {path: knob.default for path, knob in known.items()} | {"method.name": method}
     for path, value in (values | asked).items():
         if path not in known:
-            raise UserError(f"unknown knob config.{path}{nearest(path, known)}")
+            raise UserError(f"unknown knob config.{path}{hint(path, known)}")
         values[path] = _coerce(path, value, known[path].default)
         known[path].check(f"config.{path}", values[path])
     complete = FrozenConfigDict(nest(values))
@@ -56,6 +57,16 @@ def resolve(config: Mapping[str, Any], overridden: Iterable[str] = ()) -> Frozen
         raise UserError(
             f"config.data.mixup={complete.data.mixup:g} mixes labels with images, and {method} gives every "
             f"student other images: leave it out"
+        )
+    if complete.train.patience_epochs and not complete.data.validation_examples:
+        raise UserError(
+            f"train.patience_epochs={complete.train.patience_epochs:g} needs images that are neither trained "
+            f"nor tested on: hold some out, as in --config.data.validation_examples=1000"
+        )
+    if complete.train.patience_epochs and not method_of.trains_networks:
+        raise UserError(
+            f"train.patience_epochs={complete.train.patience_epochs:g}: {method} does not train the networks, "
+            f"whose accuracy stays as it is: leave it out"
         )
     return complete
 
@@ -88,7 +99,9 @@ def to_dict(config: FrozenConfigDict) -> dict[str, Any]:
 def result_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return dotted name -> value of every knob that changes what a run computes."""
     flat = flatten(json.loads(json.dumps(config)))
-    return {k: v for k, v in flat.items() if k not in KNOBS or KNOBS[k].changes_result}
+    # With early stopping, evaluations decide when a run ends.
+    stops = {"train.evaluate_every_epochs"} if flat.get("train.patience_epochs") else set()
+    return {k: v for k, v in flat.items() if k not in KNOBS or KNOBS[k].changes_result or k in stops}
 
 
 def fingerprint(config: FrozenConfigDict) -> str:

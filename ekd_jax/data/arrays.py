@@ -23,19 +23,19 @@ class ArrayExamples:
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, name: str):
-        self._images, self._labels, self._name = images, labels, name
+        self._images, self.labels, self._name = images, labels, name
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> Example:
-        return Example(self._images[index], int(self._labels[index]), f"{self._name}[{index}]")
+        return Example(self._images[index], int(self.labels[index]), f"{self._name}[{index}]")
 
     @cached_property
     def fingerprint(self) -> str:
         """A digest of all pixels and labels."""
         digest = hashlib.sha256(np.ascontiguousarray(self._images).data)
-        digest.update(np.ascontiguousarray(self._labels).data)
+        digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()
 
 

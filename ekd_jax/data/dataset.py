@@ -68,7 +68,8 @@ class Example:
 class Examples(Protocol):
     """Examples by number, in an order that is unrelated to their classes.
 
-    They are read from several threads at once, and pickled for worker processes.
+    They are read from several threads at once, and pickled for worker processes. A set that knows all labels
+    without reading examples also has them as `labels`, (N,) integers.
     """
 
     def __len__(self) -> int:
@@ -125,13 +126,13 @@ class Subset:
     """Some of the examples of a set, given by their numbers (N,)."""
 
     def __init__(self, examples: Examples, numbers: np.ndarray):
-        self.examples, self._numbers = examples, numbers
+        self.examples, self.numbers = examples, numbers
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> Example:
-        return self.examples[int(self._numbers[index])]
+        return self.examples[int(self.numbers[index])]
 
     @property
     def fingerprint(self) -> str:
@@ -143,7 +144,7 @@ class Subset:
 
     @property
     def _digest(self) -> str:
-        return hashlib.sha256(self._numbers.astype(np.int64).tobytes()).hexdigest()
+        return hashlib.sha256(self.numbers.astype(np.int64).tobytes()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,12 +154,12 @@ class Relabeled:
     Attributes:
         examples: of the set.
         facts: of the set; they say which labels there are.
-        labels: the new label of each class of the set.
+        new_labels: the new label of each class of the set.
     """
 
     examples: Examples
     facts: Facts
-    labels: tuple[int, ...]
+    new_labels: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -166,15 +167,15 @@ class Relabeled:
     def __getitem__(self, index: int) -> Example:
         example = self.examples[index]
         check_label(example, self.facts)
-        return dataclasses.replace(example, label=self.labels[example.label])
+        return dataclasses.replace(example, label=self.new_labels[example.label])
 
     @property
     def fingerprint(self) -> str:
-        return f"{self.examples.fingerprint} {self.labels}"
+        return f"{self.examples.fingerprint} {self.new_labels}"
 
     @property
     def cache_key(self) -> str:
-        return f"{cache_key(self.examples)} {self.labels}"
+        return f"{cache_key(self.examples)} {self.new_labels}"
 
 
 class Joined:

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ekd_jax.data import order
 from ekd_jax.data.augment import training_batch
 from ekd_jax.data.decode import Fit
+from ekd_jax.data.labels import make_sampler
 from ekd_jax.data.opening import Data, read_example
 
 LEAST_SIDE = 128  # smaller images are enlarged to this many pixels or more
@@ -34,7 +35,7 @@ def draw_preview(config: FrozenConfigDict, data: Data, examples: int, epochs: in
         examples: number of rows, the first examples of the first epoch.
         epochs: number of columns besides the image as stored.
     """
-    numbers = order.epoch_order(config.seed, 0, len(data.train))[:examples]
+    numbers = make_sampler(config, data).epoch(0)[:examples]
     columns = [
         _as_stored(config, data, numbers),
         *(_as_seen(config, data, numbers, epoch) for epoch in range(epochs)),

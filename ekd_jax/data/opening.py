@@ -22,7 +22,16 @@ from ekd_jax.common.progress import Progress
 from ekd_jax.data import folder, order, registry
 from ekd_jax.data.arrays import ARRAYS, ArrayExamples
 from ekd_jax.data.classes import label_map
-from ekd_jax.data.dataset import Examples, Facts, Joined, Relabeled, Source, Subset, cache_key, check_label
+from ekd_jax.data.dataset import (
+    Examples,
+    Facts,
+    Joined,
+    Relabeled,
+    Source,
+    Subset,
+    cache_key,
+    check_label,
+)
 from ekd_jax.data.decode import CorruptImageError, Reader
 
 DIGITS = Facts(

@@ -15,6 +15,7 @@ from ekd_jax.common import parallel
 from ekd_jax.common.cache import Cache
 from ekd_jax.data import order
 from ekd_jax.data.dataset import Examples, cache_key
+from ekd_jax.data.labels import make_sampler
 from ekd_jax.data.opening import Data, read_example
 
 Array = jax.Array
@@ -28,7 +29,8 @@ class Resident:
     """A training set on the devices, where batches are gathered."""
 
     def __init__(self, config: FrozenConfigDict, data: Data, mesh: Mesh, placement: str):
-        self._mesh, self._seed, self._batch_size = mesh, config.seed, config.train.batch_size
+        self._mesh, self._batch_size = mesh, config.train.batch_size
+        self._sampler = make_sampler(config, data)
         self._examples = len(data.train)
         self._images, self._labels = place_on_devices(data.train, data, mesh, placement)
         self._epoch = -1  # the epoch that `_order` begins with
@@ -46,7 +48,7 @@ class Resident:
         """Return all images and labels, the order of the examples from this epoch on, and the step's offset."""
         epoch, offset = order.epoch_and_offset(step, self._batch_size, self._examples)
         if epoch != self._epoch:
-            two = [order.epoch_order(self._seed, e, self._examples) for e in (epoch, epoch + 1)]
+            two = [self._sampler.epoch(e) for e in (epoch, epoch + 1)]
             self._epoch, self._order = epoch, parallel.replicate(self._mesh, np.concatenate(two))
         return self._images, self._labels, self._order, parallel.replicate(self._mesh, np.int32(offset))
 

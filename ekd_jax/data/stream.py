@@ -23,6 +23,7 @@ from ekd_jax.common.errors import UserError
 from ekd_jax.data import order
 from ekd_jax.data.arrays import in_memory
 from ekd_jax.data.dataset import Examples
+from ekd_jax.data.labels import make_sampler
 from ekd_jax.data.opening import Data, read_example
 
 Array = jax.Array
@@ -39,15 +40,24 @@ class ProcessBatches:
         batch_size: size of a batch, over all processes.
         rows: this process's rows of each batch.
         batches: numbers of the batches, in steps of 1.
-        seed: orders the examples and draws the crops. None for evaluation: each example once, in order, and
+        seed: draws the crops, and orders the examples. None for evaluation: each example once, in order, and
             zeros where the last batch has none left.
+        sampler: orders the examples otherwise.
     """
 
     def __init__(
-        self, data: Data, examples: Examples, batch_size: int, rows: slice, batches: range, seed: int | None
+        self,
+        data: Data,
+        examples: Examples,
+        batch_size: int,
+        rows: slice,
+        batches: range,
+        seed: int | None,
+        sampler: order.Sampler | None = None,
     ):
         self._facts, self._reader, self._examples = data.facts, data.reader, examples
         self._batch_size, self._rows, self._batches, self._seed = batch_size, rows, batches, seed
+        self._sampler = sampler or order.Sampler(seed or 0, len(examples))
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -66,7 +76,7 @@ class ProcessBatches:
             numbers[row] = position
             if self._seed is not None:
                 epoch, offset = divmod(position, count)
-                numbers[row] = order.epoch_order(self._seed, epoch, count)[offset]
+                numbers[row] = self._sampler.epoch(epoch)[offset]
                 draws = order.crop_draws(self._seed, position)
             images[row], labels[row] = read_example(
                 self._examples, self._reader, self._facts, int(numbers[row]), draws
@@ -211,8 +221,9 @@ class Streamed:
         self.close()
         rows = parallel.own_rows(parallel.split(self._mesh), self._batch_size)
         batches = range(step, self._steps)
+        seed, sampler = self._config.seed, make_sampler(self._config, self._data)
         source = ProcessBatches(
-            self._data, self._data.train, self._batch_size, rows, batches, self._config.seed
+            self._data, self._data.train, self._batch_size, rows, batches, seed, sampler
         )
         return Batches(self._config, source, self._mesh, self._batch_size)
 

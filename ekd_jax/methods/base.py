@@ -55,6 +55,7 @@ class Batch:
         copy_outputs: outputs of the copies of the networks, if the method asks for them
             (`Method.uses_copy_outputs`).
         networks: parameters of the networks, for penalties on them.
+        class_weights: (K,) weights of the classes in the cross entropy of the labels; None: all weigh 1.
     """
 
     labels: Array
@@ -63,6 +64,11 @@ class Batch:
     teachers: tuple[TeacherOutputs, ...] = ()
     copy_outputs: tuple[Outputs, ...] = ()
     networks: dict[str, Any] = flax.struct.field(default_factory=dict)
+    class_weights: Array | None = None
+
+    def cross_entropy(self, logits: Array) -> Array:
+        """Return the cross entropy of the labels for logits (..., B, K), with the classes' weights; (...)."""
+        return losses.cross_entropy(logits, self.labels, self.class_weights)
 
     @property
     def classes(self) -> Array:
@@ -233,9 +239,9 @@ class Method(nn.Module):
         return False
 
 
-def cross_entropy_terms(outputs: Outputs, labels: Array) -> tuple[Array, Terms]:
+def cross_entropy_terms(outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
     """Return the sum of the students' cross entropies, L_A, and each of them as a term `loss_ce`."""
-    ce_S = losses.cross_entropy(outputs.logits_SxBxK, labels)
+    ce_S = batch.cross_entropy(outputs.logits_SxBxK)
     return ce_S.sum(), per_student("loss_ce", ce_S)
 
 

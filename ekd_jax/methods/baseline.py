@@ -18,4 +18,4 @@ class Baseline(Method):
     sharing = "none"
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[jax.Array, Terms]:
-        return cross_entropy_terms(outputs, batch.labels)
+        return cross_entropy_terms(outputs, batch)

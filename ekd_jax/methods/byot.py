@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from ekd_jax.common.knob import NOT_NEGATIVE, between
-from ekd_jax.methods import losses
 from ekd_jax.methods.base import Batch, Terms, cross_entropy_terms, knob
 from ekd_jax.methods.distilling import WithKDLoss
 from ekd_jax.models.ensemble import Outputs
@@ -97,11 +96,11 @@ class BYOT(WithKDLoss):
         self.shallow = ShallowClassifiers()
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
-        loss, terms = cross_entropy_terms(outputs, batch.labels)
+        loss, terms = cross_entropy_terms(outputs, batch)
         for s, found in enumerate(self.shallow(outputs, train=True)):
             deepest = lax.stop_gradient(global_pool(outputs.pooled[s]))
             for j, (features, logits) in enumerate(found, 1):
-                ce = losses.cross_entropy(logits, batch.labels)
+                ce = batch.cross_entropy(logits)
                 kd = self.distillation_loss(logits, outputs.logits_SxBxK[s], batch)
                 hint = jnp.square(features - deepest).sum()
                 own = {"ce": ce, "kd": kd, "hint": hint}

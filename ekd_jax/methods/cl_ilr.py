@@ -33,7 +33,7 @@ class CLILR(WithKDLoss):
     )
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
-        ce, terms = cross_entropy_terms(outputs, batch.labels)
+        ce, terms = cross_entropy_terms(outputs, batch)
         kd_S = losses_from_peers(
             lambda own, others: self.distillation_loss(
                 own, average_teachers(others, self.temperature, "logits"), batch

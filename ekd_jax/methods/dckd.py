@@ -54,7 +54,7 @@ class DCKD(WithKDLoss, WithTeachers):
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
         logits_SxBxK = outputs.logits_SxBxK
-        ce, terms = cross_entropy_terms(outputs, batch.labels)
+        ce, terms = cross_entropy_terms(outputs, batch)
         teachers_TxBxK = jnp.stack([teacher.logits for teacher in batch.teachers])
         teacher_BxK = average_teachers(teachers_TxBxK, self.temperature, self.average)
         kd_S = self.distillation_loss(logits_SxBxK, teacher_BxK, batch)

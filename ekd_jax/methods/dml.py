@@ -50,7 +50,7 @@ class DML(WithKDLoss):
     )
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
-        ce, terms = cross_entropy_terms(outputs, batch.labels)
+        ce, terms = cross_entropy_terms(outputs, batch)
         kd_S = losses_from_peers(
             lambda own, peers: self._loss_from(own, peers, batch), outputs.logits_SxBxK
         )

@@ -77,8 +77,8 @@ class EKD(WithKDLoss, WithTeachers):
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
         self._check(outputs, batch)
         logits_SxBxK, mean_BxK = outputs.logits_SxBxK, self.ensemble_logits(outputs)
-        ce, terms = cross_entropy_terms(outputs, batch.labels)
-        terms["ensemble/loss_ce"] = losses.cross_entropy(mean_BxK, batch.labels)
+        ce, terms = cross_entropy_terms(outputs, batch)
+        terms["ensemble/loss_ce"] = batch.cross_entropy(mean_BxK)
 
         teachers_SxBxK = jnp.stack([teacher.logits for teacher in batch.teachers])
         kd_S = self.distillation_loss(logits_SxBxK, teachers_SxBxK, batch)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from ekd_jax.common.errors import UserError
-from ekd_jax.methods import losses
 from ekd_jax.methods.base import Batch, Terms, cross_entropy_terms, per_student
 from ekd_jax.methods.distilling import WithRampUp
 from ekd_jax.models.ensemble import Outputs
@@ -60,9 +59,9 @@ class FFL(WithRampUp):
         self.fusion = Fusion()
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
-        ce, terms = cross_entropy_terms(outputs, batch.labels)
+        ce, terms = cross_entropy_terms(outputs, batch)
         fused_BxK = self.fusion(outputs, train=True)
-        terms["ensemble/loss_ce"] = losses.cross_entropy(fused_BxK, batch.labels)
+        terms["ensemble/loss_ce"] = batch.cross_entropy(fused_BxK)
         terms["ensemble/loss_kd"] = self.distillation_loss(fused_BxK, outputs.logits_SxBxK.mean(0), batch)
         kd_S = self.distillation_loss(outputs.logits_SxBxK, fused_BxK, batch)
         terms |= per_student("loss_kd", kd_S)

@@ -32,7 +32,7 @@ class Hinton(WithKDLoss):
     )
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[jax.Array, Terms]:
-        ce, terms = cross_entropy_terms(outputs, batch.labels)
+        ce, terms = cross_entropy_terms(outputs, batch)
         logits_TxBxK = jnp.stack([teacher.logits for teacher in batch.teachers])
         teacher_BxK = average_teachers(logits_TxBxK, self.temperature, self.average)
         kd_S = self.distillation_loss(outputs.logits_SxBxK, teacher_BxK, batch)

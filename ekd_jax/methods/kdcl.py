@@ -84,7 +84,7 @@ class KDCL(WithKDLoss):
             self.errors = ErrorCovariance()
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
-        ce, terms = cross_entropy_terms(outputs, batch.labels)
+        ce, terms = cross_entropy_terms(outputs, batch)
         target_BxK = self._target(lax.stop_gradient(outputs.logits_SxBxK), batch)
         kd_S = self.distillation_loss(outputs.logits_SxBxK, target_BxK, batch)
         terms |= per_student("loss_kd", kd_S)

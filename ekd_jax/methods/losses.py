@@ -12,22 +12,37 @@ from jax import lax
 Array = jax.Array
 
 
-def cross_entropy(logits: Array, labels: Array) -> Array:
+def cross_entropy(logits: Array, labels: Array, class_weights: Array | None = None) -> Array:
     """Return the cross entropy of the labels, L_A of the main method.
 
         -log softmax(z)_y,  or  -sum_k y_k log softmax(z)_k  for shares y
+
+    With class weights w it is the weighted mean over the batch,
+
+        -sum_i sum_k w_k y_ik log softmax(z_i)_k / sum_i sum_k w_k y_ik,
+
+    which for integers is PyTorch's CrossEntropyLoss(weight=w). For shares PyTorch divides by B instead, so that
+    the loss is as large as the weights happen to be.
 
     Args:
         logits: (..., B, K) floating.
         labels: (B,) integers in [0, K), or (B, K) shares of the classes that sum to 1 (mixed images,
             smoothed labels).
+        class_weights: (K,), not negative; None: all weigh 1.
 
     Returns:
-        (...): means over the batch.
+        (...): means over the batch; 0 if all classes of the batch weigh 0.
 
     References:
         Walawalkar, Shen, Savvides, ECCV 2020, Eq. 1 (docs/reference/oem.md#loss).
     """
+    if class_weights is not None:
+        shares = (
+            labels if labels.ndim == 2 else jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+        )
+        weighted = shares * class_weights
+        total = jnp.maximum(weighted.sum(), jnp.finfo(weighted.dtype).tiny)
+        return optax.softmax_cross_entropy(logits, weighted).sum(-1) / total
     if labels.ndim == 2:
         return optax.softmax_cross_entropy(logits, labels).mean(-1)
     labels = jnp.broadcast_to(labels, logits.shape[:-1])

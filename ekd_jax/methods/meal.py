@@ -194,7 +194,7 @@ class MEAL(WithDiscriminators):
         self.discriminators = Discriminators()
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
-        _, terms = cross_entropy_terms(outputs, batch.labels)
+        _, terms = cross_entropy_terms(outputs, batch)
         taps, targets = self._tapped(outputs, batch)
         similarity = SIMILARITIES[self.similarity]
         similarity_Sxl = jnp.stack(
@@ -269,7 +269,7 @@ class MEALV2(WithDiscriminators):
         self.discriminators = Discriminators(shrink=8)
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
-        _, terms = cross_entropy_terms(outputs, batch.labels)
+        _, terms = cross_entropy_terms(outputs, batch)
         teachers_TxBxK = lax.stop_gradient(jnp.stack([teacher.logits for teacher in batch.teachers]))
         target_BxK = jax.nn.softmax(teachers_TxBxK).mean(0)
         similarity_S = losses.cross_entropy(outputs.logits_SxBxK, target_BxK)

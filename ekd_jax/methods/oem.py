@@ -111,7 +111,7 @@ class OEM(WithKDLoss):
         self.weighting = WEIGHTINGS[self.ensemble_weights]()
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
-        ce, terms = cross_entropy_terms(outputs, batch.labels)
+        ce, terms = cross_entropy_terms(outputs, batch)
 
         intermediate_bxS = self._intermediate(outputs)
         terms |= per_student("loss_intermediate", intermediate_bxS.sum(0))
@@ -125,7 +125,7 @@ class OEM(WithKDLoss):
 
         loss = self.alpha * ce + self.beta * intermediate_bxS.sum() + self.gamma * kd_S.sum()
         if self.ensemble_weights != "uniform":
-            terms["ensemble/loss_ce"] = losses.cross_entropy(teacher_BxK, batch.labels)
+            terms["ensemble/loss_ce"] = batch.cross_entropy(teacher_BxK)
             loss += terms["ensemble/loss_ce"]
         return loss, terms
 

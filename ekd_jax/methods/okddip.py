@@ -87,7 +87,7 @@ class OKDDip(WithRampUp):
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
         if len(outputs.pooled) < 2:
             raise UserError("okddip needs a group leader and its peers: set model.students to 2 or more")
-        ce, terms = cross_entropy_terms(outputs, batch.labels)
+        ce, terms = cross_entropy_terms(outputs, batch)
         peers_PxBxK, leader_BxK = outputs.logits_SxBxK[:-1], outputs.logits_SxBxK[-1]
         weights_PxPxB = self.attention([global_pool(x) for x in outputs.pooled[:-1]])
         targets_PxBxK = (weights_PxPxB[..., None] * peers_PxBxK).sum(1)

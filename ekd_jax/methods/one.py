@@ -9,7 +9,6 @@ References:
 import jax
 
 from ekd_jax.common.knob import one_of
-from ekd_jax.methods import losses
 from ekd_jax.methods.base import Batch, Terms, cross_entropy_terms, knob, per_student
 from ekd_jax.methods.distilling import WithRampUp
 from ekd_jax.methods.gate import Gate
@@ -45,9 +44,9 @@ class ONE(WithRampUp):
             self.gate = Gate()
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
-        ce, terms = cross_entropy_terms(outputs, batch.labels)
+        ce, terms = cross_entropy_terms(outputs, batch)
         teacher_BxK = self._combine(outputs, train=True)
-        terms["ensemble/loss_ce"] = losses.cross_entropy(teacher_BxK, batch.labels)
+        terms["ensemble/loss_ce"] = batch.cross_entropy(teacher_BxK)
         kd_S = self.distillation_loss(outputs.logits_SxBxK, teacher_BxK, batch)
         terms |= per_student("loss_kd", kd_S)
         return ce + terms["ensemble/loss_ce"] + self.ramp(batch) * kd_S.sum(), terms

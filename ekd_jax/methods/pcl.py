@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from ekd_jax.common.knob import FRACTION
-from ekd_jax.methods import losses
 from ekd_jax.methods.base import Batch, Copies, Terms, cross_entropy_terms, knob, per_student
 from ekd_jax.methods.distilling import WithRampUp, losses_from_peers
 from ekd_jax.models.ensemble import Outputs, Variables
@@ -66,9 +65,9 @@ class PCL(WithRampUp):
         self.classifier = EnsembleClassifier()
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
-        ce, terms = cross_entropy_terms(outputs, batch.labels)
+        ce, terms = cross_entropy_terms(outputs, batch)
         teacher_BxK = self.classifier(outputs)
-        terms["ensemble/loss_ce"] = losses.cross_entropy(teacher_BxK, batch.labels)
+        terms["ensemble/loss_ce"] = batch.cross_entropy(teacher_BxK)
         kd_S = self.distillation_loss(outputs.logits_SxBxK, teacher_BxK, batch)
         peers_S = losses_from_peers(
             lambda own, peers: self.distillation_loss(

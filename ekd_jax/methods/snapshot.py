@@ -48,7 +48,7 @@ class Snapshot(Method):
             raise UserError(f"method.last={self.last} must be from 0 to method.cycles={self.cycles}")
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
-        return cross_entropy_terms(outputs, batch.labels)
+        return cross_entropy_terms(outputs, batch)
 
     def ensemble_logits(self, outputs: Outputs) -> Array:
         """Return the logarithms of the mean of the snapshots' probabilities, (B, K)."""

@@ -35,6 +35,7 @@ class EnsembleSpec:
         shared_stages: number of stages in the base block; -1 means all but `own_stages`.
         own_stages: number of stages in a branch, used if `shared_stages` is -1; 0 means the family's
             default (the paper's cut).
+        frozen_stages: the stem and so many stages do not learn; -1: everything learns.
         last_map: which feature map is matched last, "stage" or "pooled" (see `Family`); "" means the
             family's default.
         base_gradients: whose gradients train the shared parts, see `Ensemble`.
@@ -53,6 +54,7 @@ class EnsembleSpec:
     compressed_stages: int = 0
     shared_stages: int = -1
     own_stages: int = 0
+    frozen_stages: int = -1
     last_map: str = ""
     base_gradients: str = "all"
     batch_norm_groups: int = 1
@@ -91,10 +93,11 @@ def assemble(spec: EnsembleSpec, families: Sequence[Family]) -> Ensemble:
             an execution that these networks do not allow.
     """
     cut = _choose_cut(spec, families)
+    _check_frozen(spec, families[0], cut)
     widths = [_stage_widths(spec, families, i, cut) for i in range(len(families))]
     networks = _build_networks(spec, families, widths)
     shared = _share_parts(spec, families[0], cut)
-    branches = _cut_off(networks, shared.depth)
+    branches = _cut_off(networks, shared.depth, spec.frozen_stages + 1)
     packed, unpackable = _pack_branches(spec, families, widths, shared.depth)
     if spec.execution == "packed" and unpackable and len(branches) > 1:
         other = "stacked" if len({id(branch) for branch in branches}) < len(branches) else "separate"
@@ -160,6 +163,25 @@ def _choose_cut(spec: EnsembleSpec, families: Sequence[Family]) -> _Cut:
     return _Cut(shared, levels, compressed)
 
 
+def _check_frozen(spec: EnsembleSpec, family: Family, cut: _Cut) -> None:
+    """Raise UserError unless what is frozen belongs to all students, as the weights that training starts from do."""
+    asked, number = spec.frozen_stages, len(spec.students)
+    if asked < 0:
+        return
+    if number > 1 and spec.sharing == "none":
+        raise UserError(
+            f"model.frozen_stages={asked}: {number} students that share nothing have no stage in common: "
+            f"train one student, or pass --config.model.sharing=base with a method that allows it"
+        )
+    most = cut.shared if number > 1 else family.stages
+    if asked > most:
+        what = f"the {number} students share" if number > 1 else "the network has"
+        more = "; model.shared_stages moves the cut" if number > 1 else ""
+        raise UserError(
+            f"model.frozen_stages={asked}: {what} a stem and {most} stages: at most {most}{more}"
+        )
+
+
 def _stage_widths(spec: EnsembleSpec, families: Sequence[Family], student: int, cut: _Cut) -> Widths:
     """Return the width of every stage of a student, counted from 0."""
     member, family = spec.students[student], families[student]
@@ -209,7 +231,7 @@ def _share_parts(spec: EnsembleSpec, family: Family, cut: _Cut) -> _Shared:
         return _Shared((), ((),) * number, 0)
     parts = name_parts(family.build((Fraction(1),) * family.stages, spec.options)).stages
     depth = cut.shared + 1
-    trunk: list[tuple[Path, nn.Module]] = [(("base",), Chain(parts[:depth]))]
+    trunk: list[tuple[Path, nn.Module]] = [(("base",), Chain(parts[:depth], spec.frozen_stages + 1))]
     routes: list[tuple[int, ...]] = [(0,)] * number
     for level in range(1, cut.levels):
         first, nodes = len(trunk), 2**level
@@ -219,9 +241,13 @@ def _share_parts(spec: EnsembleSpec, family: Family, cut: _Cut) -> _Shared:
     return _Shared(tuple(trunk), tuple(routes), depth)
 
 
-def _cut_off(networks: Sequence[Network], depth: int) -> tuple[Network, ...]:
-    """Return the branches, which are the parts after the first `depth`; equal ones are one object."""
-    branches = {id(network): Network(network.stages[depth:], network.head) for network in networks}
+def _cut_off(networks: Sequence[Network], depth: int, frozen: int) -> tuple[Network, ...]:
+    """Return the branches, which are the parts after the first `depth`; equal ones are one object.
+
+    The first `frozen` parts of a network, counted from the stem, do not learn.
+    """
+    own = max(0, frozen - depth)
+    branches = {id(network): Network(network.stages[depth:], network.head, own) for network in networks}
     return tuple(branches[id(network)] for network in networks)
 
 

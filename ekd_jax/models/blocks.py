@@ -4,6 +4,7 @@ A `Part` makes a module when it is given a name. Whoever combines parts names th
 variables.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -46,15 +47,21 @@ def run_part(module: nn.Module, x: Array, mode: Mode, in_loop: bool = False) -> 
     return nn.remat(lambda module, x: module(x, mode), prevent_cse=not in_loop)(module, x)
 
 
+def in_evaluation(mode: Mode) -> Mode:
+    """Return the mode in which a part uses and keeps its running statistics, and drops nothing."""
+    return dataclasses.replace(mode, train=False)
+
+
 class Chain(nn.Module):
-    """Parts that run one after the other."""
+    """Parts that run one after the other; the first `frozen` of them always in evaluation mode."""
 
     parts: tuple[tuple[str, Part], ...]
+    frozen: int = 0
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        for name, part in self.parts:
-            x = run_part(part(name=name), x, mode)
+        for i, (name, part) in enumerate(self.parts):
+            x = run_part(part(name=name), x, mode if i >= self.frozen else in_evaluation(mode))
         return x
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ekd_jax.models.blocks import Chain, Part, Stage, run_part
+from ekd_jax.models.blocks import Chain, Part, Stage, in_evaluation, run_part
 from ekd_jax.models.initializers import Traced, trace
 from ekd_jax.models.layers import Array, Mode
 
@@ -47,16 +47,21 @@ class NetworkOutputs(NamedTuple):
 
 
 class Network(nn.Module):
-    """Named stages and a head, from images or a base block's map to `NetworkOutputs`."""
+    """Named stages and a head, from images or a base block's map to `NetworkOutputs`.
+
+    The first `frozen` stages always run in evaluation mode.
+    """
 
     stages: tuple[tuple[str, Part], ...]
     head: Part
+    frozen: int = 0
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> NetworkOutputs:
         maps = {}
-        for name, stage in self.stages:
-            x = maps[name] = run_part(stage(name=name), x, mode)
+        for i, (name, stage) in enumerate(self.stages):
+            own = mode if i >= self.frozen else in_evaluation(mode)
+            x = maps[name] = run_part(stage(name=name), x, own)
         logits, pooled = self.head(name="head")(x, mode)
         return NetworkOutputs(logits, maps, pooled)
 

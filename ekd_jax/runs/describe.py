@@ -1,8 +1,11 @@
 """A description of the students of a configuration, before anything is trained: sizes, costs, memory."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import optax
 from ml_collections import FrozenConfigDict
 
 from ekd_jax.common.text import human, table
@@ -11,7 +14,7 @@ from ekd_jax.data.opening import Data
 from ekd_jax.methods.base import TeacherOutputs
 from ekd_jax.models.cost import count_parameters
 from ekd_jax.runs.records import DataDescription, RunDescription, StudentInfo
-from ekd_jax.runs.state import init_variables
+from ekd_jax.runs.state import copied_variables, init_variables, trainable
 
 
 def describe(
@@ -30,7 +33,7 @@ def describe(
     costs = [trace.cost(number) for number in numbers]
     channels = [tuple(row[number - 1].shape[-1] for row in trace.outputs.features) for number in numbers]
     sizes = [count_parameters(ensemble.student_subtrees(params, number)) for number in numbers]
-    members = list(enumerate(ensemble.students)) * max(1, networks.method.number_of_copies)
+    members = list(enumerate(ensemble.students)) * max(1, networks.number_of_copies)
     extra = None
     if teachers is not None:
         extra = count_parameters(init_variables(networks, None, teachers)["params"]["method"])
@@ -99,8 +102,9 @@ def width_label(student: StudentInfo, model: str) -> str:
 
 def memory(
     networks: Networks,
+    optimizer: optax.GradientTransformation,
     config: FrozenConfigDict,
-    description: RunDescription,
+    teachers: Sequence[TeacherOutputs],
     image_bytes: int,
     devices: int = 1,
 ) -> dict[str, int]:
@@ -110,8 +114,9 @@ def memory(
 
     Args:
         networks: networks and method of the run.
+        optimizer: of the run.
         config: its complete configuration.
-        description: of its students.
+        teachers: shapes of the outputs of frozen teachers.
         image_bytes: what the images on one device take.
         devices: how many share a batch.
 
@@ -121,16 +126,22 @@ def memory(
         device's part of a batch, taken to be inputs and outputs of convolutions and matrix products. `data`:
         the images.
     """
-    momentum = 1 if config.optimizer.momentum else 0
-    slots = {"sgd": momentum, "adam": 2, "rmsprop": 1 + momentum}[config.optimizer.name]
-    in_networks = count_parameters(networks.trace.init(None)["params"])
-    parameters = in_networks + (description.method_parameters or 0)
+    variables = init_variables(networks, None, teachers)
+    params = variables["params"]
+    learned = trainable(networks, params)
+    slots = jax.eval_shape(optimizer.init, learned)
+    copies = networks.number_of_copies * _array_bytes(copied_variables(networks, variables)["params"])
+    kept = _array_bytes(params) + _array_bytes(slots) + copies
+    gathered = _array_bytes(params) if config.train.fsdp > 1 else 0
     cost = networks.trace.total_cost()
     images = config.train.batch_size // (config.train.accumulation_steps * devices)
-    kept = (1 + slots) * parameters + networks.method.number_of_copies * in_networks
-    gathered = parameters if config.train.fsdp > 1 else 0
     return {
-        "state": 4 * (kept // config.train.fsdp + parameters + gathered),
+        "state": kept // config.train.fsdp + _array_bytes(learned) + gathered,
         "activations": images * jnp.dtype(config.train.dtype).itemsize * (cost.kept + cost.recomputed),
         "data": image_bytes,
     }
+
+
+def _array_bytes(tree: Any) -> int:
+    """Return the bytes of all arrays in a tree of shapes; counters, which have no axes, are left out."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if leaf.ndim)

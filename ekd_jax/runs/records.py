@@ -109,6 +109,23 @@ class StudentResult(StudentInfo):
 
 
 @dataclasses.dataclass(frozen=True)
+class EarlyStop:
+    """Why a run ended before its last epoch: the ensemble's validation top-1 had not risen for too long.
+
+    Attributes:
+        step: the run's last step.
+        planned_steps: the number of steps without early stopping.
+        best_step: step of the best evaluation.
+        patience_epochs: `train.patience_epochs`.
+    """
+
+    step: int
+    planned_steps: int
+    best_step: int
+    patience_epochs: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Summary:
     """The outcome of a complete run; `summary.json`.
 
@@ -121,6 +138,7 @@ class Summary:
         students: one entry each.
         ensemble: of the ensemble teacher.
         others: of what else predicts, by name.
+        stopped: why it was trained for fewer steps than asked for; None if it was not.
     """
 
     model: str
@@ -136,3 +154,4 @@ class Summary:
     students: tuple[StudentResult, ...]
     ensemble: Result
     others: Mapping[str, Result] = dataclasses.field(default_factory=dict)
+    stopped: EarlyStop | None = None

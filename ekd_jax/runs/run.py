@@ -24,7 +24,12 @@ from ekd_jax.runs.describe import describe_data
 from ekd_jax.runs.evaluation import Evaluation, Predict, Predictors, evaluate_predictors, with_data
 from ekd_jax.runs.metrics import read_metrics
 from ekd_jax.runs.records import RunDescription
-from ekd_jax.runs.state import deployed_variables, joined_outputs, method_variables, predictor_names
+from ekd_jax.runs.state import (
+    deployed_method_variables,
+    deployed_variables,
+    joined_outputs,
+    predictor_names,
+)
 from ekd_jax.runs.workdir import CONFIG, STUDENTS, check_same_data
 from ekd_jax.students.description import NetworkDescription, Preprocessing, Provenance, StudentDescription
 from ekd_jax.students.student import LoadedStudent, write_student
@@ -177,7 +182,7 @@ class Run:
                 kind: ensemble.student_subtrees(trained[kind], member + 1)
                 for kind in ("params", "batch_stats")
             }
-            kept = bool(networks.method.number_of_copies)
+            kept = bool(networks.number_of_copies)
             where = {"copies": {str(copy + 1): like}} if kept else like
             restored, remembered = checkpoints.restore_variables(where, step)
         variables = restored["copies"][str(copy + 1)] if kept else restored
@@ -272,7 +277,7 @@ def make_predict(networks: Networks) -> Predict:
     def predict(variables: Variables, images: jax.Array) -> jax.Array:
         each = [ensemble.apply(v, images, train=False)[0] for v in deployed_variables(variables)]
         outputs = joined_outputs(each)
-        predictions: Any = method.apply(method_variables(variables), outputs, method="predictions")
+        predictions: Any = method.apply(deployed_method_variables(variables), outputs, method="predictions")
         return jnp.stack(predictions)
 
     return predict

@@ -14,8 +14,8 @@ from flax.traverse_util import flatten_dict
 from ekd_jax.common.errors import UserError
 from ekd_jax.common.log import logger
 from ekd_jax.config.build import Networks
-from ekd_jax.methods.base import Batch, Method, TeacherOutputs
-from ekd_jax.models.ensemble import Ensemble, Outputs, Variables
+from ekd_jax.methods.base import Batch, TeacherOutputs
+from ekd_jax.models.ensemble import Outputs, Variables
 from ekd_jax.models.initializers import trace
 
 
@@ -28,7 +28,8 @@ class TrainState:
         params: sub-trees `base`, `students/<i>` and `method`.
         batch_stats: the same sub-trees.
         opt_state: state of the optimizer.
-        copies: copies of the networks, `{"1": {"params", "batch_stats"}, ...}`, if the method keeps any.
+        copies: copies of the networks, `{"1": {"params", "batch_stats"}, ...}`, if the method keeps any; or one
+            moving average of all weights, those of the method's own layers included.
     """
 
     step: Any
@@ -60,6 +61,14 @@ def deployed_variables(variables: Variables) -> list[Variables]:
     return [copies[name] for name in sorted(copies, key=int)] or [variables]
 
 
+def deployed_method_variables(variables: Variables) -> Variables:
+    """Return the variables of the method's own layers that predict: their moving average if there is one."""
+    (copy, *_) = deployed_variables(variables)
+    if "method" not in copy["params"]:
+        return method_variables(variables)
+    return {kind: copy[kind].get("method", {}) for kind in ("params", "batch_stats")}
+
+
 def joined_outputs(outputs: Sequence[Outputs]) -> Outputs:
     """Return the outputs of several ensembles, arrays or shapes, as those of one with all their students."""
     if len(outputs) == 1:
@@ -74,13 +83,27 @@ def joined_outputs(outputs: Sequence[Outputs]) -> Outputs:
 
 def predictor_names(networks: Networks) -> list[str]:
     """Return the names of everything that predicts when a run is evaluated: students, and last the ensemble."""
-    copies = max(1, networks.method.number_of_copies)
+    copies = max(1, networks.number_of_copies)
     return networks.method.prediction_names(joined_outputs([networks.trace.outputs] * copies))
 
 
-def trainable(method: Method, params: Any) -> Any:
+def trainable(networks: Networks, params: Any) -> Any:
     """Return the sub-trees of the parameters that are trained."""
-    return params if method.trains_networks else {"method": params["method"]}
+    if not networks.method.trains_networks:
+        return {"method": params["method"]}
+
+    def learned(parts: Any) -> Any:
+        return {name: part for name, part in parts.items() if name not in networks.frozen_parts}
+
+    students = {number: learned(parts) for number, parts in params["students"].items()}
+    return {**params, "base": learned(params["base"]), "students": students}
+
+
+def merged(params: Any, learned: Any) -> Any:
+    """Return the parameters with the sub-trees that `trainable` returned replaced by others like them."""
+    if not isinstance(learned, dict):
+        return learned
+    return {**params, **{name: merged(params[name], tree) for name, tree in learned.items()}}
 
 
 def batch_shapes(networks: Networks, teachers: Sequence[TeacherOutputs] = ()) -> tuple[Outputs, Batch]:
@@ -130,11 +153,11 @@ def init_state(
 ) -> TrainState:
     """Return the state before the first step, as numpy arrays; for the arguments see `init_variables`."""
     variables = init_variables(networks, seed, teachers)
-    shapes = jax.eval_shape(optimizer.init, trainable(networks.method, variables["params"]))
+    shapes = jax.eval_shape(optimizer.init, trainable(networks, variables["params"]))
     # every optimizer starts with zeros everywhere: there is nothing to compute
     opt_state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    copies: dict[str, Any] = {str(i + 1): {} for i in range(networks.method.number_of_copies)}
-    return _copied(TrainState(np.zeros((), np.int32), **variables, opt_state=opt_state, copies=copies))
+    state = TrainState(np.zeros((), np.int32), **variables, opt_state=opt_state, copies={})
+    return _with_copies(networks, state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +176,7 @@ class InitialWeights:
 
 
 def start_from(
-    state: TrainState, ensemble: Ensemble, given: InitialWeights, class_names: Sequence[str]
+    state: TrainState, networks: Networks, given: InitialWeights, class_names: Sequence[str]
 ) -> TrainState:
     """Return the state with student 1, and the parts it shares, replaced by the weights of a trained network.
 
@@ -162,15 +185,15 @@ def start_from(
 
     Args:
         state: before the first step.
-        ensemble: the networks of the state.
+        networks: those of the state, and their method.
         given: the weights to start from.
         class_names: names of the classes of the run.
 
     Raises:
         UserError: they belong to another network.
     """
-    networks = network_variables(state.variables)
-    own, source = ensemble.student_variables(networks, 1), f"model.initial_weights={given.source}"
+    ensemble, before = networks.ensemble, network_variables(state.variables)
+    own, source = ensemble.student_variables(before, 1), f"model.initial_weights={given.source}"
     if flatten_dict(own).keys() != flatten_dict(given.variables).keys():
         raise UserError(f"{source} is another network: take a student with the same network name")
     same_classes = tuple(class_names) == given.class_names
@@ -203,14 +226,38 @@ def start_from(
             f"{source}: the classifier starts from the weights of {taken} of the {len(class_names)} classes; "
             f"the others are initialized"
         )
-    placed = ensemble.with_student_variables(networks, 1, new)
+    placed = ensemble.with_student_variables(before, 1, new)
     placed = {kind: {**tree, "method": state.variables[kind]["method"]} for kind, tree in placed.items()}
-    return _copied(dataclasses.replace(state, **placed))
+    return _with_copies(networks, dataclasses.replace(state, **placed))
 
 
-def _copied(state: TrainState) -> TrainState:
-    """Return the state with every copy of the networks equal to the networks."""
-    networks = network_variables(state.variables)
-    return dataclasses.replace(
-        state, copies={name: jax.tree.map(np.copy, networks) for name in state.copies}
-    )
+def copied_variables(networks: Networks, variables: Variables) -> Variables:
+    """Return the part of the variables that a copy holds: the networks, or everything that is averaged."""
+    if not networks.ema_decay:
+        return network_variables(variables)
+    return {kind: variables[kind] for kind in ("params", "batch_stats")}
+
+
+def moving_average(average: Any, new: Any, decay: float, step: Any) -> Any:
+    """Return a moving average after a step.
+
+        d average + (1 - d) new,    d = min(decay, (1 + t) / (10 + t))
+
+    Args:
+        average: a tree of arrays.
+        new: the tree that is averaged.
+        decay: largest weight of the old value.
+        step: t, the number of steps taken, this one included.
+
+    References:
+        TensorFlow, tf.train.ExponentialMovingAverage with `num_updates`.
+    """
+    share = jnp.maximum(1 - decay, 9 / (10 + step))  # 1 - d
+    # written so that what does not change, as frozen weights, keeps its bits
+    return jax.tree.map(lambda old, x: old + share.astype(old.dtype) * (x - old), average, new)
+
+
+def _with_copies(networks: Networks, state: TrainState) -> TrainState:
+    """Return the state with every copy equal to what it is a copy of."""
+    copied, numbers = copied_variables(networks, state.variables), range(1, networks.number_of_copies + 1)
+    return dataclasses.replace(state, copies={str(i): jax.tree.map(np.copy, copied) for i in numbers})

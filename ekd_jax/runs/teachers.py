@@ -23,7 +23,7 @@ from ekd_jax.methods.base import EARLIER, TeacherOutputs
 from ekd_jax.models.ensemble import Student, Variables
 from ekd_jax.runs.records import TeacherInfo
 from ekd_jax.runs.run import Run, load_run, make_predict
-from ekd_jax.runs.state import deployed_variables
+from ekd_jax.runs.state import deployed_method_variables, deployed_variables
 from ekd_jax.runs.workdir import SUMMARY
 from ekd_jax.students.description import NetworkDescription, Preprocessing
 from ekd_jax.students.student import DESCRIPTION, load_student
@@ -222,7 +222,7 @@ def _from_run(run: Run, source: str, number: str) -> Teacher:
         preprocessing=run.preprocessing,
         variables=variables,
         call=call,
-        method=learned.variables["params"]["method"],
+        method=deployed_method_variables(learned.variables)["params"],
     )
 
 

@@ -28,6 +28,7 @@ from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError, reason
 from ekd_jax.common.files import write_json
 from ekd_jax.common.records import read_json, read_record, write_record
+from ekd_jax.config.knobs import KNOBS
 from ekd_jax.config.resolve import result_fields, to_dict
 from ekd_jax.data.classes import listed
 from ekd_jax.methods.base import EARLIER
@@ -86,6 +87,9 @@ def check(path: pathlib.Path, config: FrozenConfigDict) -> None:
             f"{path / CONFIG} is damaged ({reason(error)}): restore it, or choose another --workdir"
         ) from error
     new = result_fields(to_dict(config))
+    # A knob that the run does not have is newer than the run, and changes nothing at its default.
+    newer = {name: KNOBS[name].default for name in new.keys() - old.keys() if name in KNOBS}
+    old |= json.loads(json.dumps(newer))
     different = [
         f"{name}: {old.get(name, 'absent')} there, {new.get(name, 'absent')} now"
         for name in sorted(old.keys() | new.keys())

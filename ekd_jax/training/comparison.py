@@ -22,6 +22,7 @@ from ekd_jax.common.text import clock
 from ekd_jax.config.build import build_networks
 from ekd_jax.config.knobs import KNOBS
 from ekd_jax.config.resolve import resolve, result_fields, to_dict
+from ekd_jax.data.labels import check_class_weights
 from ekd_jax.data.opening import known_facts
 from ekd_jax.methods.base import EARLIER
 from ekd_jax.runs.describe import describe
@@ -171,7 +172,9 @@ def _check_fair(common: Any, config: FrozenConfigDict, allowed: Sequence[str]) -
 
 
 def _is_guarded(knob: str) -> bool:
-    return knob.startswith("data.") or knob in ("train.epochs", "seed", "model.name")
+    return knob.startswith("data.") or knob in (
+        *("train.epochs", "train.patience_epochs", "seed", "model.name"),
+    )
 
 
 @contextlib.contextmanager
@@ -225,6 +228,7 @@ def check(runs: list[Entry]) -> None:
         with _about(f"label {run.label}"):
             config, known = run.config, known_facts(run.config)
             check_batches(config, parallel.make_mesh(fsdp=config.train.fsdp), known.train_examples)
+            check_class_weights(config, known)
             networks = build_networks(config, known.num_classes, known.input_shape)
             method = networks.method
             make_optimizer(config, method, steps_in(config.train.epochs, config, known.train_examples))

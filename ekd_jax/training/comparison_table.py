@@ -50,6 +50,7 @@ class Row:
         seeds: of these runs.
         seconds: wall-clock of each, earlier runs of its plan included.
         students, ensemble, others: what predicts.
+        stopped: how many of the runs ended early (`train.patience_epochs`).
     """
 
     method: str
@@ -59,6 +60,7 @@ class Row:
     students: tuple[StudentAccuracy, ...]
     ensemble: Accuracy
     others: dict[str, Accuracy]
+    stopped: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,7 @@ def _row(runs: Sequence[Entry]) -> Row:
         ),
         ensemble=_accuracy([s.ensemble for s in summaries]),
         others={name: _accuracy([s.others[name] for s in summaries]) for name in summaries[0].others},
+        stopped=sum(s.stopped is not None for s in summaries),
     )
 
 
@@ -172,4 +175,7 @@ def _explained(found: Comparison, plus_minus: str) -> str:
         text += f", mean {plus_minus} standard deviation of n seeds"
     if BASELINE in found.labels and len(found.labels) > 1:
         text += f"; in brackets the difference to {BASELINE}, for a student of the same number and size"
+    early = [f"{label} {row.stopped} of {row.n}" for label, row in found.labels.items() if row.stopped]
+    if early:
+        text += f"; runs that stopped early: {', '.join(early)}"
     return text

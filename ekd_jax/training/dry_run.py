@@ -10,12 +10,13 @@ from ekd_jax.common.text import human
 from ekd_jax.config.build import build_networks
 from ekd_jax.config.resolve import fingerprint, to_dict
 from ekd_jax.data.feed import placements, resident_bytes
+from ekd_jax.data.labels import check_class_weights
 from ekd_jax.data.opening import known_facts
 from ekd_jax.runs.describe import as_text, describe, memory
 from ekd_jax.runs.teachers import load_teachers
 from ekd_jax.training import plans
-from ekd_jax.training.optimizer import rate_in_words
-from ekd_jax.training.setup import check_batches, steps_in
+from ekd_jax.training.optimizer import make_optimizer, rate_in_words
+from ekd_jax.training.setup import check_batches, frozen_in_words, steps_in
 
 
 def dry_run(config: FrozenConfigDict, path: pathlib.Path) -> str:
@@ -53,6 +54,8 @@ def _describe_run(
     description = describe(networks, config.model.name, taught)
     where = placements(config, known, mesh)
     steps = steps_in(config.train.epochs, config, known.train_examples)
+    optimizer = make_optimizer(config, networks.method, steps)
+    check_class_weights(config, known)
     held_out = f"{known.validation_examples:,} for validation, " if known.validation_examples else ""
     lines = [
         json.dumps(to_dict(config), indent=2),
@@ -60,13 +63,13 @@ def _describe_run(
         f"fingerprint {fingerprint(config)}",
         f"{steps:,} steps of {config.train.batch_size} images, {config.train.epochs:g} epochs "
         f"of {known.train_examples:,}, on {mesh.size} x {mesh.devices.flat[0].device_kind}",
-        *filter(None, [rate_in_words(config)]),
+        *filter(None, (rate_in_words(config), frozen_in_words(config))),
         f"images: training set {where.train}; {held_out}{known.test_examples:,} to test on, "
         f"{where.evaluation}",
     ]
     if taught is not None:
         image_bytes = resident_bytes(config, known, mesh)
-        needed = memory(networks, config, description, image_bytes, mesh.size)
+        needed = memory(networks, optimizer, config, taught, image_bytes, mesh.size)
         sizes = ", ".join(f"{name} {human(size)}B" for name, size in needed.items())
         lines.append(f"memory per device, estimated: {human(sum(needed.values()))}B ({sizes})")
     return "\n".join([*lines, f"the run's directory is {directory}; nothing was trained"])

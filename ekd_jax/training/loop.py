@@ -41,8 +41,15 @@ from ekd_jax.runs.state import InitialWeights, TrainState, init_state, start_fro
 from ekd_jax.runs.teachers import load_teacher
 from ekd_jax.training.autotune import choose_execution
 from ekd_jax.training.optimizer import rate_in_words
-from ekd_jax.training.report import Log, evaluation_line, summarize, train_line
-from ekd_jax.training.setup import Setup, check_batches, prepare, steps_in
+from ekd_jax.training.report import (
+    Log,
+    early_stop,
+    early_stop_line,
+    evaluation_line,
+    summarize,
+    train_line,
+)
+from ekd_jax.training.setup import Setup, check_batches, class_weights_in_words, frozen_in_words, prepare
 from ekd_jax.training.step import make_train_steps, zero_metrics
 from ekd_jax.training.teaching import frozen_inputs, make_teach
 
@@ -145,7 +152,7 @@ def _train(setup: Setup, path: pathlib.Path) -> Summary:
         elif source := setup.config.model.initial_weights:
             network = load_teacher(source, path, "model.initial_weights")
             given = InitialWeights(source, network.variables, network.class_names)
-            state = start_from(state, setup.networks.ensemble, given, setup.data.facts.class_names)
+            state = start_from(state, setup.networks, given, setup.data.facts.class_names)
         if parallel.is_main():
             workdir.write_description(path, setup.description)
         writer = MetricWriter(path if parallel.is_main() else None, int(state.step))
@@ -164,7 +171,7 @@ def _train(setup: Setup, path: pathlib.Path) -> Summary:
             progress.line(said)
         step = _through_the_loop(setup, state, log, record)
         checkpoints.wait()
-    if step < setup.steps:
+    if step < setup.steps and not log.stopped:
         raise Interrupted(
             f"interrupted at step {step:,}, saved in {path}: run the same command to resume",
             interrupt.signal,
@@ -188,7 +195,8 @@ def _announce(setup: Setup, step: int, progress: Progress) -> None:
         f"{setup.config.method.name}, {setup.data.facts.name} ({setup.examples:,} images), "
         f"{setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}"
     )
-    if said := rate_in_words(setup.config):
+    lines = (rate_in_words(setup.config), frozen_in_words(setup.config), class_weights_in_words(setup))
+    for said in filter(None, lines):
         progress.line(said)
 
 
@@ -199,7 +207,7 @@ def _through_the_loop(setup: Setup, state: TrainState, log: Log, record: "Record
     started = time.monotonic()
     watched = evaluation_set(setup.config, setup.data, setup.mesh, setup.watched)
     with contextlib.closing(training_feed(setup.config, setup.data, setup.mesh, setup.steps)) as feed:
-        if step < setup.steps:
+        if step < setup.steps and not log.stopped:
             feed.load(step)
         log.seconds["read"] += time.monotonic() - started
         return Loop(setup, feed, watched, state, log, record).train()
@@ -244,8 +252,8 @@ class Loop:
         self.state = parallel.place(state, shardings)
         log.sums = parallel.replicate(mesh, log.sums)
         self.record_every = config.train.log_every_steps
-        self.evaluate_every = steps_in(config.train.evaluate_every_epochs, config, setup.examples)
-        self.save_every = steps_in(config.train.checkpoint_every_epochs, config, setup.examples)
+        self.evaluate_every = setup.steps_in(config.train.evaluate_every_epochs)
+        self.save_every = setup.steps_in(config.train.checkpoint_every_epochs)
 
         started = time.monotonic()
         record.progress.update(self.step, "compiling")
@@ -267,7 +275,7 @@ class Loop:
         number, stop = 1, 0
         self.record.progress.restart_clock()
         with jax.transfer_guard("disallow"):
-            while self.step < setup.steps and not stop:
+            while not (self.ended or stop):
                 due = self._next_event()
                 taken = min(number, due - self.step)
                 seconds = self._advance(taken)
@@ -279,9 +287,16 @@ class Loop:
                 if self.step % self.record_every == 0 or self.step == setup.steps:
                     self._write_record()
                 evaluation = self._evaluate() if self._must_evaluate() else None
+                if self.log.stopped and self.log.recorded < self.step:
+                    self._write_record()
                 if evaluation or self.step % self.save_every == 0 or stop:
                     self._save(evaluation)
         return self.step
+
+    @property
+    def ended(self) -> bool:
+        """True after the last step, or where the run ended early."""
+        return self.step == self.setup.steps or self.log.stopped > 0
 
     def _next_event(self) -> int:
         """Return the next step at which something is recorded, evaluated or saved."""
@@ -350,16 +365,19 @@ class Loop:
         log.window = log.waited = 0.0
 
     def _evaluate(self) -> Results:
-        """Evaluate on the watched set, and after the last step also on the test set."""
+        """Evaluate on the watched set, and where the run ends also on the test set."""
         setup, log, watched = self.setup, self.log, self.watched
         if self.evaluator is None:  # compiled when it is first needed: the first step need not wait for it
             self._compile_evaluator()
         started = time.monotonic()
         evaluation = self._measure(self.evaluator, watched)
         log.note_best(evaluation, self.step, setup.names)
+        if early := early_stop(setup, log, self.step):
+            log.stopped = self.step
+            self.record.progress.line(early_stop_line(early))
         if watched.name == "test":
             log.last = evaluation
-        elif self.step == setup.steps:
+        elif self.ended:
             with jax.transfer_guard("allow"):
                 test = evaluation_set(setup.config, setup.data, setup.mesh, "test")
             predict = make_predict(setup.networks)

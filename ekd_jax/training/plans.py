@@ -112,6 +112,7 @@ def _srm_earlier(config: FrozenConfigDict, path: pathlib.Path) -> dict[str, Any]
         "name": network.name,
         "students": (tuple(network.widths),),
         **{"sharing": "", "compressed_stages": 0, "shared_stages": -1},
+        "frozen_stages": -1,
         "initial_weights": sources[0],
     }
     first["data"] |= {"mean": preprocessing.mean, "std": preprocessing.std}
@@ -135,6 +136,7 @@ def _srm_earlier(config: FrozenConfigDict, path: pathlib.Path) -> dict[str, Any]
     second["optimizer"] |= _adam(own.initialize_learning_rate, own.initialize_weight_decay, 30, 100, 30)
     for earlier in (first, second):
         earlier["model"]["last_map"] = "stage"  # the maps that a frozen teacher gives
+        earlier["train"]["patience_epochs"] = 0.0  # accuracy does not tell when they have learned enough
     taught, learning = (
         [
             row[0]
@@ -162,6 +164,7 @@ def _adam(rate: float, weight_decay: float, *epochs: float) -> dict[str, Any]:
         "name": "adam",
         "learning_rate": rate,
         "weight_decay": weight_decay,
+        **{"b1": 0.9, "b2": -1.0, "epsilon": -1.0},
         **{"schedule": "steps", "decay_factor": 0.1, "decay_every_epochs": 0.0},
         "milestones": (first / total, (first + second) / total),
     }
@@ -177,6 +180,7 @@ def _blockwise_earlier(config: FrozenConfigDict, path: pathlib.Path) -> dict[str
     search["method"]["name"] = "blockwise_search"
     search["model"]["students"] = (1,)
     search["train"]["epochs"] = config.method.search_epochs or config.train.epochs
+    search["train"]["patience_epochs"] = 0.0  # it is done when the penalty has worked, not accuracy
     return {"search": search}
 
 

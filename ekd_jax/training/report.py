@@ -11,7 +11,7 @@ from ekd_jax.common.progress import Progress
 from ekd_jax.common.text import clock, human, table
 from ekd_jax.config.resolve import identity
 from ekd_jax.runs.describe import width_label
-from ekd_jax.runs.records import Result, StudentResult, Summary
+from ekd_jax.runs.records import EarlyStop, Result, StudentResult, Summary
 from ekd_jax.training.setup import Setup
 
 
@@ -28,6 +28,7 @@ class Log:
         best: name of a predictor -> its best top-1 of all evaluations, and the step of it.
         seconds: wall-clock so far, by what was done.
         execution: how branches run.
+        stopped: step at which the run ended early; 0 if it did not.
     """
 
     sums: Any
@@ -40,6 +41,7 @@ class Log:
         default_factory=lambda: {"read": 0.0, "compile": 0.0, "train": 0.0, "evaluate": 0.0}
     )
     execution: str = ""
+    stopped: int = 0
 
     @classmethod
     def from_json(cls, remembered: dict[str, Any]) -> "Log":
@@ -57,6 +59,26 @@ class Log:
             top1 = evaluation[f"{name}/top1"]
             if name not in self.best or top1 > self.best[name]["top1"]:
                 self.best[name] = {"top1": top1, "step": step}
+
+
+def early_stop(setup: Setup, log: Log, step: int) -> EarlyStop | None:
+    """Return why a run ends at a step that was just evaluated, None if it does not end early.
+
+    It ends if the ensemble's top-1 on the watched set was best `train.patience_epochs` ago or earlier. The best is
+    part of the log, so a run that resumes ends at the same step.
+    """
+    patience, best = setup.config.train.patience_epochs, int(log.best["ensemble"]["step"])
+    if not patience or step == setup.steps or step - best < setup.steps_in(patience):
+        return None
+    return EarlyStop(step, setup.steps, best, patience)
+
+
+def early_stop_line(stop: EarlyStop) -> str:
+    """Return one line that says when and why a run ended early."""
+    return (
+        f"stopped early at step {stop.step:,} of {stop.planned_steps:,}: the ensemble's top-1 on the validation "
+        f"set was best at step {stop.best_step:,} (train.patience_epochs={stop.patience_epochs:g})"
+    )
 
 
 def train_line(setup: Setup, step: int, means: dict[str, float], progress: Progress) -> str:
@@ -85,18 +107,20 @@ def summarize(setup: Setup, log: Log) -> Summary:
             "best_step": int(best["step"]),
         }
 
+    stopped = early_stop(setup, log, log.stopped) if log.stopped else None
     students = setup.description.students
     others = [n for n in setup.names if n != "ensemble" and not n.startswith("student_")]
     return Summary(
         **identity(setup.config),
-        steps=setup.steps,
-        epochs=setup.config.train.epochs,
+        steps=log.stopped or setup.steps,
+        epochs=round(setup.epochs(log.stopped), 4) if log.stopped else setup.config.train.epochs,
         seconds={name: round(value, 1) for name, value in log.seconds.items()},
         best_on=setup.watched,
         method_parameters=setup.description.method_parameters,
         students=tuple(StudentResult(**vars(s), **result(f"student_{s.student}")) for s in students),
         ensemble=Result(**result("ensemble")),
         others={name: Result(**result(name)) for name in others},
+        stopped=stopped,
     )
 
 
@@ -121,8 +145,9 @@ def summary_table(summary: Summary) -> str:
         rows.append(row(name, "", "", "", "", result=result))
     header = ["student", "width", "parameters", "% of 1", "MACs", "top-1 last", "top-1 best"]
     spent = ", ".join(f"{name} {clock(seconds)}" for name, seconds in summary.seconds.items())
+    early = f"{early_stop_line(summary.stopped)}\n" if summary.stopped else ""
     return (
-        f"{table(rows, header)}\n"
+        f"{table(rows, header)}\n{early}"
         f"top-1 last: per cent of the test set after the last epoch (the result); top-1 best: of the "
         f"{summary.best_on} set at the best evaluation\n{spent}"
     )

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 from functools import cached_property
 
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
@@ -13,6 +14,7 @@ from ekd_jax.common.errors import UserError
 from ekd_jax.common.knob import LARGEST
 from ekd_jax.config.build import Networks, build_networks
 from ekd_jax.data.dataset import Source
+from ekd_jax.data.labels import make_class_weights
 from ekd_jax.data.opening import Data, open_data
 from ekd_jax.methods.base import TeacherOutputs
 from ekd_jax.runs.describe import describe, describe_data
@@ -36,6 +38,7 @@ class Setup:
         taught: shapes of the outputs of each teacher for one image.
         description: of the students, for `students.json`.
         steps: of the whole run.
+        class_weights: (K,) weights of the classes in the cross entropy; None: all weigh 1.
     """
 
     config: FrozenConfigDict
@@ -47,6 +50,7 @@ class Setup:
     taught: list[TeacherOutputs]
     description: RunDescription
     steps: int
+    class_weights: np.ndarray | None = None
 
     @property
     def examples(self) -> int:
@@ -67,6 +71,10 @@ class Setup:
     def trained_names(self) -> list[str]:
         """Names of everything whose training accuracy is recorded."""
         return self.networks.method.prediction_names(self.networks.trace.outputs)
+
+    def steps_in(self, epochs: float) -> int:
+        """Return the number of steps nearest to a number of epochs; at least one."""
+        return steps_in(epochs, self.config, self.examples)
 
     def epochs(self, step: int) -> float:
         """Return how many epochs have passed after `step` steps."""
@@ -111,7 +119,31 @@ def prepare(
         taught=taught,
         description=description,
         steps=steps,
+        class_weights=make_class_weights(config, data),
     )
+
+
+def class_weights_in_words(setup: Setup) -> str:
+    """Return a line with the smallest and the largest class weight, or "" if there are no weights."""
+    weights, names = setup.class_weights, setup.data.facts.class_names
+    if weights is None:
+        return ""
+    least, most = int(weights.argmin()), int(weights.argmax())
+    return (
+        f"class weights from {weights[least]:.3g} ({names[least]}) to {weights[most]:.3g} ({names[most]}) "
+        f"(train.class_weights)"
+    )
+
+
+def frozen_in_words(config: FrozenConfigDict) -> str:
+    """Return a line that says what of the networks does not learn, or "" if everything does."""
+    stages = config.model.frozen_stages
+    if stages < 0:
+        return ""
+    line = f"the stem and {stages} stages do not learn (model.frozen_stages)"
+    if config.model.initial_weights:
+        return line
+    return f"{line}; they keep random values, because model.initial_weights is empty"
 
 
 def steps_in(epochs: float, config: FrozenConfigDict, examples: int) -> int:

@@ -21,7 +21,10 @@ from ekd_jax.models.ensemble import Outputs, Variables
 from ekd_jax.runs.state import (
     TrainState,
     batch_shapes,
+    copied_variables,
+    merged,
     method_variables,
+    moving_average,
     network_variables,
     trainable,
 )
@@ -58,6 +61,7 @@ def make_step(
     epochs: float = 1.0,
     accumulation_steps: int = 1,
     mesh: Mesh | None = None,
+    class_weights: np.ndarray | None = None,
 ) -> Step:
     """Make the function that updates the state from one batch.
 
@@ -70,6 +74,7 @@ def make_step(
             j + accumulation_steps, j + 2 * accumulation_steps, ... Gradients and metrics are the parts' means.
             Batch norm's statistics, and losses that compare examples, are those of a part.
         mesh: devices that share the batch, if there are several.
+        class_weights: (K,) weights of the classes in the cross entropy; None: all weigh 1.
 
     Returns:
         A function of (state, images (B, H, W, C) float32 normalized or a tuple of views of them, labels (B,)
@@ -88,7 +93,7 @@ def make_step(
         key: Array | None = None,
         teachers: tuple[TeacherOutputs, ...] = (),
     ) -> tuple[TrainState, Metrics]:
-        learned = trainable(method, state.params)
+        learned = trainable(networks, state.params)
         epoch = state.step * jnp.float32(epochs / steps)
         compared = whole(tuple(state.copies.values()) if method.uses_copy_outputs else ())
 
@@ -97,10 +102,11 @@ def make_step(
             copies = tuple(
                 ensemble.apply(copy, part.images, train=True, key=part.key)[0] for copy in compared
             )
-            batch = Batch(part.labels, epoch, part.key, part.teachers, copies)
+            weights = None if class_weights is None else jnp.asarray(class_weights)
+            batch = Batch(part.labels, epoch, part.key, part.teachers, copies, class_weights=weights)
 
             def loss_of(learned: Any) -> tuple[Array, tuple[Metrics, Any]]:
-                variables = {"params": whole({**state.params, **learned}), "batch_stats": stats}
+                variables = {"params": whole(merged(state.params, learned)), "batch_stats": stats}
                 trained = network_variables(variables)
                 outputs, new = ensemble.apply(
                     trained, part.images, train=method.trains_networks, key=part.key
@@ -117,15 +123,20 @@ def make_step(
             gradients, metrics, stats = gradients_of(batch, stats)
         else:
             gradients, metrics, stats = in_parts(gradients_of, accumulation_steps, mesh, batch, stats)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, learned)
-        params = {**state.params, **optax.apply_updates(learned, updates)}
-        new = TrainState(state.step + 1, params, stats, opt_state, state.copies)
         learners = method.learning_students(state.step, len(ensemble.students))
-        if learners is not None:
-            new = _keep_the_others(learners, new, state)
-        if method.number_of_copies:
-            trained = network_variables(new.variables)
-            copies = method.update_copies(state.copies, trained, new.step, steps, epochs)
+        if learners is not None:  # the norm of the gradients is that of the students that learn
+            gradients = _choose(learners, gradients, jax.tree.map(jnp.zeros_like, gradients))
+        updates, opt_state = optimizer.update(gradients, state.opt_state, learned)
+        params = merged(state.params, optax.apply_updates(learned, updates))
+        new = TrainState(state.step + 1, params, stats, opt_state, state.copies)
+        if learners is not None:  # momentum and statistics, too
+            new = _choose(learners, new, state)
+        if networks.number_of_copies:
+            trained = copied_variables(networks, new.variables)
+            if networks.ema_decay:
+                copies = moving_average(state.copies, {"1": trained}, networks.ema_decay, new.step)
+            else:
+                copies = method.update_copies(state.copies, trained, new.step, steps, epochs)
             new = dataclasses.replace(new, copies=copies)
         return new, metrics
 
@@ -193,16 +204,16 @@ def in_parts(
     return gradients, metrics, stats
 
 
-def _keep_the_others(learners: Array, new: TrainState, old: TrainState) -> TrainState:
-    """Return the new state with the students that do not learn unchanged, momentum and statistics included."""
+def _choose(learners: Array, theirs: Any, others: Any) -> Any:
+    """Return a tree with the leaves of `theirs`; of `others` for the students that do not learn."""
 
-    def choose(path: Any, after: Array, before: Array) -> Array:
+    def choose(path: Any, own: Array, other: Array) -> Array:
         names = [str(getattr(key, "key", "")) for key in path]
         if "students" not in names:
-            return after
-        return jnp.where(learners[int(names[names.index("students") + 1]) - 1], after, before)
+            return own
+        return jnp.where(learners[int(names[names.index("students") + 1]) - 1], own, other)
 
-    return jax.tree_util.tree_map_with_path(choose, new, old)
+    return jax.tree_util.tree_map_with_path(choose, theirs, others)
 
 
 def make_train_steps(setup: Setup, feed: Feed, teach: Teach, shardings: Any = None) -> Any:
@@ -224,7 +235,16 @@ def make_train_steps(setup: Setup, feed: Feed, teach: Teach, shardings: Any = No
     """
     config, mesh, networks = setup.config, setup.mesh, setup.networks
     classes, train = setup.data.facts.num_classes, config.train
-    step = make_step(networks, setup.optimizer, setup.steps, train.epochs, train.accumulation_steps, mesh)
+    step = make_step(
+        networks,
+        setup.optimizer,
+        setup.steps,
+        train.epochs,
+        train.accumulation_steps,
+        mesh,
+        setup.class_weights,
+    )
+    repeats = config.data.sampler == "balanced"
 
     def train_steps(
         state: TrainState, sums: Metrics, held: Any, number: Array, frozen: Any
@@ -234,12 +254,15 @@ def make_train_steps(setup: Setup, feed: Feed, teach: Teach, shardings: Any = No
             key = jax.random.fold_in(jax.random.wrap_key_data(frozen["key"]), state.step)
             picked = feed.select_batch(held, i)
             images: Any
-            images, targets = training_batch(key, *picked, classes, config.data)
+            # Copies of an example in a batch are augmented each in its own way.
+            own_draws = jnp.arange(train.batch_size) if repeats else picked[2]
+            drawn = (*picked[:2], own_draws, classes, config.data)
+            images, targets = training_batch(key, *drawn)
             teachers = teach(frozen, images, picked[2])
             if networks.method.separate_views:
                 students = range(1, len(networks.ensemble.students))
                 keys = [jax.random.fold_in(key, Purpose.VIEW + s) for s in students]
-                others = [training_batch(own, *picked, classes, config.data)[0] for own in keys]
+                others = [training_batch(own, *drawn)[0] for own in keys]
                 images = (images, *others)
             own_key = jax.random.fold_in(key, Purpose.NETWORK)
             state, metrics = step(state, images, targets, own_key, teachers)

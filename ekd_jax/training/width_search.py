@@ -11,6 +11,7 @@ from ekd_jax.config.resolve import resolve, to_dict
 from ekd_jax.methods.blockwise import batch_norm_scales
 from ekd_jax.models.cost import count_parameters
 from ekd_jax.runs.run import load_run
+from ekd_jax.runs.state import deployed_variables
 
 
 def widths_within(directory: pathlib.Path, budget: float, cost: str) -> tuple[float, ...]:
@@ -28,7 +29,8 @@ def widths_within(directory: pathlib.Path, budget: float, cost: str) -> tuple[fl
         UserError: not even one channel per stage is within the budget.
     """
     run = load_run(directory)
-    network = run.networks.ensemble.student_variables(run.checkpoint.variables, 1)["params"]
+    (learned, *_) = deployed_variables(run.checkpoint.variables)
+    network = run.networks.ensemble.student_variables(learned, 1)["params"]
     stages = sorted(name for name in network if name.startswith("stage"))
     scales = [
         np.concatenate([np.abs(s).ravel() for s in batch_norm_scales(network[name])]) for name in stages
