@@ -167,10 +167,10 @@ def _class_names(given: tuple[str, ...], classes: int) -> tuple[tuple[str, ...],
 def _notes(found: Converted) -> list[str]:
     """Return the library whose names fit, the settings that it implies, and what was left out."""
     options = ", ".join(f"{name}={value}" for name, value in found.network.options.items())
-    notes = [f"names of {found.library}" + (f" ({options})" if options else "")]
+    notes = [f"arrays are named as in {found.library}" + (f" ({options})" if options else "")]
     if found.auxiliary:
         heads = sorted({name.partition(".")[0] for name in found.auxiliary})
-        notes.append(f"left out the auxiliary head {', '.join(heads)} ({len(found.auxiliary)} arrays)")
+        notes.append(f"arrays of auxiliary heads were left out: {', '.join(heads)}")
     return notes
 
 
