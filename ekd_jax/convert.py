@@ -4,7 +4,7 @@
     python -m ekd_jax.convert --model=efficientnet_b0 --weights=tf_efficientnet_b0.pth --output=DIR \\
         --padding=same --batch_norm_epsilon=0.001
     python -m ekd_jax.convert --model=resnet20 --weights=RUN/Model_saved_states/Epoch_341 --output=DIR \\
-        --data=cifar100 --image_size=32
+        --data=cifar100 --image_size=32 --fit=native --mean=0 --std=1
 
 Reads state dicts, bare or in training checkpoints, from .safetensors or, where PyTorch is installed, .pth, .pt, .bin,
 .ckpt, .tar and .t7; nothing in the file is executed. The networks are those of torchvision, timm, EfficientNet-PyTorch,
