@@ -4,7 +4,7 @@
     python -m ekd_jax.convert --model=efficientnet_b0 --weights=tf_efficientnet_b0.pth --output=DIR \\
         --padding=same --batch_norm_epsilon=0.001
     python -m ekd_jax.convert --model=resnet20 --weights=RUN/Model_saved_states/Epoch_341 --output=DIR \\
-        --data=cifar100 --image_size=32
+        --data=cifar100 --image_size=32 --fit=native --mean=0 --std=1
 
 Reads state dicts, bare or in training checkpoints, from .safetensors or, where PyTorch is installed, .pth, .pt, .bin,
 .ckpt, .tar and .t7; nothing in the file is executed. The networks are those of torchvision, timm, EfficientNet-PyTorch,
@@ -167,10 +167,10 @@ def _class_names(given: tuple[str, ...], classes: int) -> tuple[tuple[str, ...],
 def _notes(found: Converted) -> list[str]:
     """Return the library whose names fit, the settings that it implies, and what was left out."""
     options = ", ".join(f"{name}={value}" for name, value in found.network.options.items())
-    notes = [f"names of {found.library}" + (f" ({options})" if options else "")]
+    notes = [f"arrays are named as in {found.library}" + (f" ({options})" if options else "")]
     if found.auxiliary:
         heads = sorted({name.partition(".")[0] for name in found.auxiliary})
-        notes.append(f"left out the auxiliary head {', '.join(heads)} ({len(found.auxiliary)} arrays)")
+        notes.append(f"arrays of auxiliary heads were left out: {', '.join(heads)}")
     return notes
 
 

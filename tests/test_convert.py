@@ -328,7 +328,7 @@ def converted(tmp_path_factory):
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith(
         "student: resnet8x4, 5 classes, 1,209,125 parameters; averaged (EMA) weights were taken; the plain ones "
-        f"are there, too; names of the official CIFAR code; class names of {names}\n"
+        f"are there, too; arrays are named as in the official CIFAR code; class names of {names}\n"
     )
     return folder, variables
 
@@ -453,11 +453,14 @@ def test_class_names_without_a_file(converted, run_here, tmp_path, capsys, flags
 
 def test_names_of_the_data_set_if_their_number_fits(run_here, tmp_path, capsys):
     state, _ = torch_state("resnet8", "RepDistiller", classes=10)
-    safetensors.numpy.save_file(state, tmp_path / "ten.safetensors")
+    auxiliary = {"module.aux_head.fc.weight": np.zeros((10, 16), np.float32)}
+    safetensors.numpy.save_file(state | auxiliary, tmp_path / "ten.safetensors")
     flags = ["--model=resnet8", f"--weights={tmp_path}/ten.safetensors", "--data=digits"]
     run_here(*flags, f"--output={tmp_path}/student")
     assert load_student(tmp_path / "student").class_names[:2] == ("zero", "one")
-    assert "class names of digits" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "class names of digits" in printed
+    assert "arrays of auxiliary heads were left out: aux_head" in printed
 
 
 @pytest.mark.parametrize(
