@@ -31,8 +31,8 @@ LAYOUT = (
     "more classes"
 )
 TEST_EVERY = 5  # without a directory of test images, every fifth image of a class is one
-# Directories and files that systems and programs leave behind, besides those whose name begins with a dot.
 FORBIDDEN = "files without permission to read them"
+# Directories and files that systems and programs leave behind, besides those whose name begins with a dot.
 HIDDEN = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "lost+found", "@eadir")
 
 
@@ -143,13 +143,13 @@ def _splits(root: str, test_split: str, remarks: "_Remarks") -> tuple[str, str] 
     for kind in (train, tests, validations):
         if len(kind) > 1:
             raise UserError(
-                f"{shown} has directories {' and '.join(kind)}, which mean one split: remove one"
+                f"{shown} has directories {' and '.join(kind)}, which mean one split: remove one; {LAYOUT}"
             )
     held_out = [*tests, *validations]
     if not held_out:
         raise UserError(
             f"{shown} has a directory {train[0]}, but none named {', '.join((*TEST, *VALIDATION))}: add one, or "
-            f"pass {os.path.join(shown, train[0])} itself to hold out every fifth image"
+            f"pass {os.path.join(shown, train[0])} itself to hold out every fifth image; {LAYOUT}"
         )
     if test_split and test_split not in held_out:
         raise UserError(
