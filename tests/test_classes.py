@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from conftest import fresh_student, one_device, tiny_config
@@ -18,7 +19,7 @@ from ekd_jax.runs.evaluation import evaluate_student
 from ekd_jax.runs.run import load_run
 from ekd_jax.runs.state import InitialWeights, init_state, start_from
 from ekd_jax.runs.teachers import load_teachers
-from ekd_jax.students.student import write_student
+from ekd_jax.students.student import LoadedStudent, write_student
 from ekd_jax.training import loop
 from ekd_jax.training.optimizer import make_optimizer
 from ekd_jax.training.setup import prepare
@@ -72,6 +73,19 @@ def test_the_order_of_classes_in_the_data_does_not_matter(student, truth, names)
         {name: precision[name] for name in by_class}
     )
     assert found["student_1/macro_recall"] == pytest.approx(np.mean(list(recall.values())))
+
+
+def test_the_order_of_classes_in_the_student_does_not_matter(student, truth):
+    """The columns of its classifier and its class names are permuted together."""
+    order = [2, 0, 1]
+    variables = jax.tree.map(np.copy, student.variables)
+    linear = variables["params"]["head"]["linear"]
+    variables["params"]["head"]["linear"] = {name: leaf[..., order] for name, leaf in linear.items()}
+    own = dataclasses.replace(student.description, class_names=tuple(NAMES[k] for k in order))
+    found = evaluate_student(LoadedStudent(own, variables), source=data_of(NAMES, truth))
+    assert found["student_1/top1"] == pytest.approx(100 * 2 / 3)
+    before = evaluate_student(student, source=data_of(NAMES, truth))
+    assert found.of_classes("student_1") == before.of_classes("student_1")
 
 
 @pytest.mark.parametrize("names", [("0", "90"), ("90", "0")])
