@@ -23,7 +23,12 @@ from ekd_jax.config.other_names import find_knob, other_way
 from ekd_jax.config.resolve import resolve
 
 FLAGS = flags.FLAGS
-MAY_BE_EMPTY = ("compilation_cache", "data_dir", "manual_dir")  # flags for which nothing is a value
+MAY_BE_EMPTY = (
+    "compilation_cache",
+    "data_dir",
+    "manual_dir",
+    "test_split",
+)  # flags for which nothing is a value
 KNOBS_HELP = (
     "change a knob of the recipe, as in --config.optimizer.learning_rate=0.05; `ekd knobs` lists them"
 )

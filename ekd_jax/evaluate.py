@@ -37,6 +37,9 @@ def define_flags() -> None:
         "directory of prepared TFDS sets, if it is not where the run had it; of --data=folder",
     )
     flags.DEFINE_string("manual_dir", "", "directory of archives, if it is not where the run had it")
+    flags.DEFINE_string(
+        "test_split", None, "split or directory of test images, if not as in training; empty: the usual one"
+    )
     flags.DEFINE_enum(
         "corrupt", None, ["fatal", "skip"], "skip: leave out images that cannot be read, and count them"
     )
@@ -54,7 +57,7 @@ def main() -> None:
     if bool(FLAGS.workdir) == bool(FLAGS.student_dir):
         raise UserError("pass --workdir=RUN, or --student_dir=DIR for an extracted student")
     confusion = cli.output_file("confusion", (".csv",))
-    data = {name: FLAGS[name].value for name in ("data_dir", "manual_dir", "corrupt")}
+    data = {name: FLAGS[name].value for name in ("data_dir", "manual_dir", "test_split", "corrupt")}
     data["name"] = FLAGS.data
     if FLAGS.student_dir:
         _refuse_flags_of_runs()

@@ -102,6 +102,18 @@ def test_a_set_that_lacks_a_class(student, truth, names, caplog):
     assert "has images of 2 of the 3 classes of the student, none of '180'" in caplog.text
 
 
+@pytest.mark.parametrize(("test_split", "images"), [(None, 3), ("", 3), ("val", 6)])
+def test_another_directory_of_test_images(student, tmp_path, test_split, images):
+    for split, number in (("train", 1), ("test", 1), ("val", 2)):
+        for name in NAMES:
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = np.full((8, 8), 40 * i + 10 * len(split), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    data = {"name": "folder", "data_dir": str(tmp_path), "test_split": test_split}
+    assert evaluate_student(student, data).examples == images
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

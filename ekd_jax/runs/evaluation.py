@@ -338,15 +338,16 @@ def with_data(
 
     Args:
         config: a complete configuration.
-        changes: knobs of the section `data`: `data_dir`, `manual_dir`, `name`; an empty value changes nothing.
-            With another name, the knobs that choose images of the old set are set to their defaults, and images
-            of another size are resized.
+        changes: knobs of the section `data`: `data_dir`, `manual_dir`, `name`, `test_split`, `corrupt`; an empty
+            value changes nothing, except that an empty `test_split` stands for the usual one. With another name,
+            the knobs that choose images of the old set are set to their defaults, and images of another size are
+            resized.
         input_shape: H, W, C of the network's input.
 
     Raises:
         UserError: there is no such set, or its images cannot be brought to the network's input.
     """
-    changes = {name: value for name, value in changes.items() if value}
+    changes = {k: v for k, v in changes.items() if v or (k == "test_split" and v is not None)}
     changed = ConfigDict(config)
     if changes.get("name", config.data.name) != config.data.name:
         changed.data.update({knob: KNOBS[f"data.{knob}"].default for knob in OF_ONE_SET})
