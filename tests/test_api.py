@@ -92,6 +92,7 @@ def test_training_works_outside_the_main_thread(tmp_path):
     assert found[0].steps > 0
 
 
+@pytest.mark.slow  # test_outside.py trains on arrays, too
 def test_arrays_are_trained_on(tmp_path):
     generator = np.random.default_rng(0)
     labels = np.arange(96) % 3
@@ -110,6 +111,7 @@ def test_arrays_are_trained_on(tmp_path):
         run.evaluate()
 
 
+@pytest.mark.slow  # test_compare.py trains plans, too
 def test_a_method_of_several_runs_is_trained(tmp_path):
     config = ekd_jax.default_config("self_distillation")
     for name, value in (TINY | {"train.epochs": 1.0, "model.students": (0.25,)}).items():

@@ -71,7 +71,9 @@ def test_validation_subset_and_size_work_on_arrays():
 
 
 @pytest.mark.parametrize("placement", ["replicated", "sharded", "stream"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "workers", [0, pytest.param(2, marks=pytest.mark.slow)]
+)  # test_data.py has workers
 def test_batches_of_arrays(placement, workers):
     """Also from worker processes, which get a copy of the arrays."""
     if workers and placement != "stream":

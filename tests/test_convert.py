@@ -567,6 +567,7 @@ def test_students_with_fewer_compressed_stages():
         jax.tree.map(np.testing.assert_array_equal, student.variables, tree)
 
 
+@pytest.mark.slow  # test_classes.py starts from given weights, too
 def test_training_begins_with_a_students_values(converted, tmp_path):
     """Base block and student 1 start with them, but not a classifier for other classes."""
     folder, variables = converted

@@ -153,9 +153,8 @@ feed.close()
 @pytest.mark.parametrize(
     ("processes", "placement"),
     [
-        (2, "replicated"),
-        (2, "sharded"),
         (2, "stream"),
+        *(pytest.param(2, name, marks=pytest.mark.slow) for name in ("replicated", "sharded")),
         pytest.param(4, "stream", marks=pytest.mark.slow),
     ],
 )

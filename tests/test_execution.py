@@ -115,6 +115,7 @@ def test_students_that_part_one_by_one():
     compare("resnet8", (1, 1, 1, 1), "stacked", "packed", sharing="tree", base_gradients="mean")
 
 
+@pytest.mark.slow  # the cases above pack whole branches, too
 def test_students_that_share_nothing():
     compare("resnet8", (1, 0.5), "packed", sharing="none")
 
@@ -125,6 +126,7 @@ def test_packed_with_a_view_per_student_batch_norm_groups_and_rematerialization(
     compare("resnet14", (0.5, 0.5), "packed", images=images_of(views=2), **options)
 
 
+@pytest.mark.slow  # stacked runs are among the cases above
 def test_equal_students_of_any_network_run_stacked():
     """This network cannot be packed, as it drops between convolutions. The other student runs in turn."""
     compare("wrn_10_1", (0.5, 1, 0.5), "stacked", shared_stages=2, dropout=0.5)

@@ -579,6 +579,7 @@ def test_local_signal_is_passed_on(number, cloud):
     assert sorted(said) == [f"{number.name[3:]} to {i}" for i in range(2)]
 
 
+@pytest.mark.slow  # a run of several processes; test_processes.py has them
 def test_local_for_real(tmp_path):
     """Two processes with two devices each save when they are told to end, and a second start resumes them."""
     flags = tiny_flags(train__epochs=2, train__log_every_steps=1)

@@ -120,13 +120,11 @@ def state_of(path):
     return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}, records
 
 
-ALWAYS = {"snapshot"}  # copies of the network, beside all else
 NAMES = list_methods()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ALWAYS else pytest.mark.slow) for n in NAMES]
-)
+@pytest.mark.slow  # test_train.py and test_outside.py kill runs, too
+@pytest.mark.parametrize("name", NAMES)
 def test_killed_in_every_stage(name, teacher, tmp_path):
     config = config_of(name, teacher)
     folders = [
