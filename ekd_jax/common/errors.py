@@ -45,7 +45,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     names = [str(choice) for choice in choices]
 
     def likeness(name: str) -> tuple[float, int]:
-        """Of two equally near names, the one with the nearer number counts as nearer."""
+        """Return how near a name is; between equal names the distance of their numbers decides."""
         ratio = difflib.SequenceMatcher(None, word, name).ratio()
         return ratio, -abs(_number(word) - _number(name))
 
