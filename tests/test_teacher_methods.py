@@ -15,10 +15,12 @@ from conftest import one_device, tiny_config
 from ekd_jax.common.errors import UserError
 from ekd_jax.config.build import build_method, build_networks
 from ekd_jax.data import resident
+from ekd_jax.data.opening import DIGITS
 from ekd_jax.methods import METHODS
 from ekd_jax.methods.base import Batch, TeacherOutputs
 from ekd_jax.methods.meal import adaptive_average_pool, draw_index, flatten_map, reverse_gradient
 from ekd_jax.methods.srm import binary_cross_entropy, similarity, sparsify
+from ekd_jax.models.cost import count_parameters
 from ekd_jax.models.ensemble import Outputs
 from ekd_jax.runs import workdir
 from ekd_jax.runs.checkpoint import Checkpoints
@@ -587,6 +589,7 @@ def teacher_folder(
     """Write the directory of a student with random weights, which trained nothing."""
     config = tiny_config("baseline", model__name=model, model__students=(width,))
     networks = build_networks(config, classes, shape)
+    variables = networks.ensemble.student_variables(networks.trace.init(seed), 1)
     description = StudentDescription(
         network=NetworkDescription(
             name=model,
@@ -597,13 +600,12 @@ def teacher_folder(
             options={"dropout": -1.0, "stochastic_depth": -1.0, "padding": "", "batch_norm_epsilon": 1e-5},
         ),
         student=1,
-        parameters=0,
-        macs=0,
-        class_names=tuple(map(str, range(classes))),
+        parameters=count_parameters(variables["params"]),
+        macs=networks.trace.cost(1).macs,
+        class_names=DIGITS.class_names if classes == 10 else tuple(map(str, range(classes))),
         preprocessing=Preprocessing(mean, std),
         provenance=Provenance("digits"),
     )
-    variables = networks.ensemble.student_variables(networks.trace.init(seed), 1)
     write_student(path, LoadedStudent(description, variables))
     return str(path)
 

@@ -126,13 +126,17 @@ def check_description(path: pathlib.Path, config: FrozenConfigDict, description:
     """
     assert description.data
     for run in (path, *sorted((path / EARLIER).glob("*"))):
-        if (run / STUDENTS).exists() and _reads_the_same(run, config):
-            before = read_record(run / STUDENTS, RunDescription, "the directory of a run")
+        if not (run / STUDENTS).exists():
+            continue
+        before = read_record(run / STUDENTS, RunDescription, "the directory of a run")
+        if _reads_the_same(run, config):
             check_same_data(run, before, description.class_names, description.data)
-    if not (path / STUDENTS).exists():
-        return
-    before = read_record(path / STUDENTS, RunDescription, "the directory of a run")
-    for old, new in zip(before.teachers, description.teachers, strict=True):
+        if run == path:
+            _check_same_teachers(path, before, description)
+
+
+def _check_same_teachers(path: pathlib.Path, before: RunDescription, now: RunDescription) -> None:
+    for old, new in zip(before.teachers, now.teachers, strict=True):
         if old.sha256 != new.sha256:
             raise UserError(
                 f"method.teachers: the weights in {new.source} are not those that the run in {path} "
