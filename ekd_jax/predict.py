@@ -23,7 +23,7 @@ from ekd_jax.common.text import csv_text, printable
 from ekd_jax.data.decode import MAX_PIXELS
 from ekd_jax.data.folder import find_images
 from ekd_jax.students.predictions import Prediction, predict_files
-from ekd_jax.students.student import load_student, read_image
+from ekd_jax.students.student import load_student
 
 FLAGS = flags.FLAGS
 
@@ -45,14 +45,14 @@ def main() -> int:
     """Run the command."""
     output = cli.output_file("output", (".csv", ".json"))
     student = load_student(FLAGS.student_dir)
-    if len(FLAGS.image) == 1 and not os.path.isdir(FLAGS.image[0]):
-        read_image(FLAGS.image[0], student, FLAGS.max_pixels)  # one image that cannot be read is an error
     files = [
         file for place in FLAGS.image for file in (find_images(place) if os.path.isdir(place) else [place])
     ]
     top = min(FLAGS.top, len(student.class_names))
     found = list(predict_files(student, files, top, FLAGS.max_pixels))
     read = [prediction for prediction in found if not prediction.problem]
+    if len(files) == 1 and not read:
+        raise UserError(found[0].problem)
     if output:
         _write(output, read, top)
         print(f"{len(read):,} images -> {output}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.metadata
 import multiprocessing
 import os
 import pathlib
@@ -10,12 +11,17 @@ import subprocess
 import sys
 import tempfile
 
+# Networks are tiny here: compiling is what takes time, and so it is cut short in tests and in what they start.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
+    + " --xla_cpu_parallel_codegen_split_count=1"
+    # later versions have no other emitters
+    + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10.")
     # with the other scheduler devices may start all-reduces in different orders, and wait for ever
     + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
     + " --xla_force_host_platform_device_count=8"
 )
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ekd_jax-cache-")  # not the user's
 
@@ -33,9 +39,6 @@ from ekd_jax.students.convert import match_arrays
 from ekd_jax.students.description import NetworkDescription, Preprocessing, Provenance, StudentDescription
 from ekd_jax.students.student import LoadedStudent
 from ekd_jax.training import loop
-
-# Networks are tiny here: compiling is what takes time. Commands run optimized programs, as a user's do.
-jax.config.update("jax_disable_most_optimizations", True)
 
 # A shell's background jobs ignore SIGINT, and so would the commands that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -117,7 +120,7 @@ def command(module: str, *args: object) -> subprocess.CompletedProcess:
 def _run_command(module: str, args: list[str], files: list[pathlib.Path]) -> None:
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
-    os.environ.pop("XLA_FLAGS", None)
+    os.environ.update(plain_environment())
     os.chdir(ROOT)
     sys.argv = [module, *args]
     cli.run(importlib.import_module(f"ekd_jax.{module}"))
@@ -143,7 +146,9 @@ def latest_state(path: pathlib.Path) -> dict:
 
 
 def plain_environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    """Return the environment of a command: the same, with one device."""
+    flags = os.environ["XLA_FLAGS"].split()
+    return os.environ | {"XLA_FLAGS": " ".join(f for f in flags if "device_count" not in f)}
 
 
 @pytest.fixture(scope="session")

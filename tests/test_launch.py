@@ -583,10 +583,8 @@ def test_local_signal_is_passed_on(number, cloud):
 def test_local_for_real(tmp_path):
     """Two processes with two devices each save when they are told to end, and a second start resumes them."""
     flags = tiny_flags(train__epochs=2, train__log_every_steps=1)
-    environment = plain_environment() | {
-        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    environment = plain_environment() | {"PATH": path}
     start = lambda: subprocess.Popen(
         [LAUNCH / "local.sh", "--devices=2", "--", *flags, f"--workdir={tmp_path}/run"],
         env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -34,10 +34,8 @@ def free_port():
 @contextlib.contextmanager
 def processes(number, path, each=None, devices=2, timeout=60, **changes):
     """So many processes of one run; `each` changes knobs of single ones. Ends them with the block."""
-    environment = os.environ | {
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}"),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # to compile faster
-    }
+    xla_flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    environment = os.environ | {"XLA_FLAGS": xla_flags}
     port = free_port()
     started = []
     for i in range(number):
