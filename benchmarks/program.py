@@ -17,7 +17,7 @@ from ekd_jax.data.resident import Resident
 from ekd_jax.models import MODELS
 from ekd_jax.runs.state import init_state
 from ekd_jax.training.setup import prepare
-from ekd_jax.training.step import make_train_steps, zero_metrics
+from ekd_jax.training.step import make_train_steps, zero_tally
 from ekd_jax.training.teaching import make_teach
 
 IMAGENET_PREFIXES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext", "wide_resnet")
@@ -62,7 +62,7 @@ class Program:
         setup: the setup of a run on random images.
         state: the state before the first step, as NumPy arrays.
         feed: the training set on the devices.
-        carry: state and sums of metrics on the devices; every dispatch replaces them, and they are donated.
+        carry: state and tally of metrics on the devices; every dispatch replaces them, and they are donated.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Program:
         self._shardings = parallel.state_shardings(self.mesh, self.state)
         self.carry: Sequence[Any] = (
             parallel.place(self.state, self._shardings),
-            parallel.replicate(self.mesh, zero_metrics(networks, self.state)),
+            parallel.replicate(self.mesh, zero_tally(self.setup, self.state)),
         )
         frozen = {"teachers": [], "key": jax.random.key_data(jax.random.key(0))}
         self._frozen = parallel.replicate(self.mesh, frozen)

@@ -18,6 +18,7 @@ from ekd_jax.common.log import shown
 from ekd_jax.config.knobs import default_config
 from ekd_jax.config.resolve import resolve
 from ekd_jax.data.dataset import Source
+from ekd_jax.runs.history import Permit, branch
 from ekd_jax.runs.records import Summary
 from ekd_jax.training import plans
 
@@ -58,25 +59,32 @@ def train(
     workdir: str | os.PathLike[str],
     data: Source | None = None,
     verbose: bool = True,
+    extend: bool = False,
+    from_run: str | os.PathLike[str] | None = None,
 ) -> Summary:
     """Train, or resume training, and return the summary.
 
-    A method that needs earlier runs trains these first, in `workdir/earlier`. In the main thread Ctrl-C (SIGINT)
-    and SIGTERM end training after a checkpoint; the same call resumes.
+    A method that needs earlier runs trains these first, in `workdir/earlier`. In the main thread Ctrl-C (SIGINT),
+    SIGTERM and SIGHUP end training after a checkpoint; the same call resumes.
 
     Args:
         config: knobs that differ from their defaults; `default_config` and `load_recipe` return all of them.
         workdir: directory of the run, new, or with a run of the same configuration.
         data: images in memory, as `ekd_jax.data.from_arrays` returns them; `data.name` is set to theirs.
         verbose: show progress on standard error, unless the logger "ekd_jax" has handlers of its own.
+        extend: a run in `workdir` goes on from where it stands, with this configuration.
+        from_run: directory of a run that `workdir` becomes a copy of, to go on with this configuration.
 
     Raises:
         UserError: the configuration, the directory or the data is not possible; the loss is not finite.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
+        Interrupted: a signal came; a checkpoint was saved.
     """
     asked = ConfigDict(config).to_dict()
     if data is not None:
         asked.setdefault("data", {})["name"] = data.name
     complete = resolve(asked)
     with shown() if verbose else contextlib.nullcontext():
-        return plans.run(complete, pathlib.Path(workdir), source=data)
+        path, permit = pathlib.Path(workdir), Permit("extend") if extend or from_run else None
+        if from_run:
+            branch(pathlib.Path(from_run), path)
+        return plans.run(complete, path, source=data, permit=permit)

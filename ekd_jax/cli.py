@@ -4,6 +4,7 @@ import difflib
 import math
 import os
 import pathlib
+import re
 import sys
 import textwrap
 import threading
@@ -170,7 +171,7 @@ def leave(code: int, message: str) -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
-        rest = FLAGS(argv)
+        rest = FLAGS([*argv, *_changed_knobs(argv)])
     except UserError:
         raise
     except flags.UnrecognizedFlagError as error:
@@ -193,6 +194,27 @@ def _parse(argv: Sequence[str]) -> list[str]:
     threading.excepthook = lambda failed: logging.info("in the background: %s", failed.exc_value)
     sys.unraisablehook = lambda failed: logging.info("in the background: %s", failed.exc_value)
     return list(rest)
+
+
+def _changed_knobs(argv: Sequence[str]) -> list[str]:
+    """Return `--config.KNOB=VALUE` for every `--resume_with=KNOB=VALUE`.
+
+    Raises:
+        UserError: one is not of this form, or names no knob.
+    """
+    if "resume_with" not in FLAGS:
+        return []
+    changes = []
+    for place, argument in enumerate(argv):
+        flag, equals, change = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and flag == "resume_with":
+            changes.append(change if equals else "".join(argv[place + 1 : place + 2]))
+    for change in changes:
+        if not re.fullmatch(r"\w+(\.\w+)*=.+", change):
+            raise UserError(
+                f"--resume_with={change} must be KNOB=VALUE, as in optimizer.learning_rate=0.01"
+            )
+    return [f"--config.{change}" for change in changes]
 
 
 def _about_parsing(argv: Sequence[str], error: Exception) -> str:

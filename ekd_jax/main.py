@@ -4,6 +4,10 @@
 
 Run the same command again to resume after an interruption. `--dry_run` prints what would happen.
 
+A run may go on with other knobs: --resume_with=optimizer.learning_rate=0.01 changes one, --extend all that
+--config and its knobs ask for, as in --extend --config.train.epochs=400. --from_run=RUN --workdir=NEW does the same
+in a copy of a run (docs/reliability.md).
+
 Several processes, each with its own devices, train together. Started by Slurm, Open MPI, GKE or on a Cloud TPU
 pod they find each other; elsewhere --coordinator, --num_processes and --process_id tell them.
 """
@@ -17,8 +21,12 @@ from absl import flags
 
 from ekd_jax import cli
 from ekd_jax.common import parallel
+from ekd_jax.common.errors import UserError
+from ekd_jax.runs import history
+from ekd_jax.runs.history import Permit, can_change
 from ekd_jax.training import plans
 from ekd_jax.training.dry_run import dry_run
+from ekd_jax.training.replay import replay
 from ekd_jax.training.report import summary_table
 
 FLAGS = flags.FLAGS
@@ -28,6 +36,16 @@ def define_flags() -> None:
     """Define the command's own flags."""
     cli.define_config()
     flags.DEFINE_string("workdir", None, "directory of the run; runs/<name of the recipe> if not given")
+    flags.DEFINE_multi_string(
+        "resume_with",
+        [],
+        "KNOB=VALUE: go on with another value than the run was started with; may be repeated",
+    )
+    flags.DEFINE_boolean(
+        "extend", False, "go on with another configuration, such as more epochs, from where the run stands"
+    )
+    flags.DEFINE_string("from_run", None, "a run of which --workdir becomes a copy that goes on by itself")
+    flags.DEFINE_integer("replay_step", None, "find the first array of this step that is not finite", 1)
     flags.DEFINE_boolean("dry_run", False, "print configuration, students, steps and memory; train nothing")
     flags.DEFINE_string("coordinator", None, "HOST:PORT that process 0 listens on, for several processes")
     flags.DEFINE_integer("num_processes", None, "how many processes train together", lower_bound=1)
@@ -45,11 +63,36 @@ def main() -> None:
             nothing = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nothing))
             stack.enter_context(contextlib.redirect_stderr(nothing))
+        permit = _permit()
         if FLAGS.dry_run:
-            print(dry_run(config, path))
+            print(dry_run(config, path, permit))
             return
-        print(summary_table(plans.run(config, path)))
+        if FLAGS.replay_step:
+            print(replay(config, path, FLAGS.replay_step))
+            return
+        if FLAGS.from_run:
+            history.branch(pathlib.Path(FLAGS.from_run), path)
+        print(summary_table(plans.run(config, path, permit=permit)))
         print(f"everything is in {path}; extract a student with python -m ekd_jax.extract --workdir={path}")
+
+
+def _permit() -> Permit | None:
+    """Return what of the configuration may be another one than the run was started with.
+
+    Raises:
+        UserError: flags that do not make sense together, or a knob that cannot change.
+    """
+    asked = [name for name in ("resume_with", "extend", "from_run") if FLAGS[name].value]
+    if len(asked) > 1:
+        raise UserError(f"pass one of {' and '.join(f'--{name}' for name in asked)}, not both")
+    if FLAGS.resume_with:
+        knobs = tuple(change.partition("=")[0] for change in FLAGS.resume_with)
+        if fixed := [knob for knob in knobs if not can_change(knob)]:
+            raise UserError(
+                f"--resume_with: {fixed[0]} cannot change once a run has started: start a new run"
+            )
+        return Permit("--resume_with", knobs)
+    return Permit(f"--{asked[0]}") if asked else None
 
 
 if __name__ == "__main__":

@@ -399,7 +399,8 @@ def batch_of(key, images, labels, examples, data):
 def test_nothing_on_is_normalization_alone():
     images, labels = colors(16), np.arange(16) % 10
     found, targets = batch_of(KEY, images, labels, np.arange(16), knobs(mean=(0.5,), std=(0.2,)))
-    np.testing.assert_array_equal(found, jax.jit(normalize)(images, (0.5,), (0.2,)))
+    # two programs may round a product and a sum once or twice
+    np.testing.assert_allclose(found, jax.jit(normalize)(images, (0.5,), (0.2,)), rtol=3e-7)
     np.testing.assert_array_equal(targets, labels)
     assert jnp.issubdtype(targets.dtype, jnp.integer)
 

@@ -38,6 +38,7 @@ def _are_class_weights(texts: Sequence[str]) -> bool:
 
 
 EPOCHS = Rule(lambda value: 0 < value <= 1e6, "be above 0 and at most 1,000,000")
+SHRINKS = Rule(lambda value: 0 < value <= 1, "be above 0 and at most 1")
 RATE = Rule(lambda value: value == -1 or 0 <= value < 1, "be -1, or at least 0 and below 1")
 
 KNOBS: dict[str, Knob] = {
@@ -317,6 +318,18 @@ KNOBS: dict[str, Knob] = {
         "Epochs after which a run ends if the ensemble's top-1 on the validation images has not risen; needs "
         "data.validation_examples. 0: no early stopping (docs/training.md).",
         NOT_NEGATIVE,
+    ),
+    "train.nonfinite": Knob(
+        "stop",
+        "When a loss is not finite: stop with an error, skip the step, or rewind to the last checkpoint and go "
+        "on with a smaller learning rate (docs/reliability.md).",
+        one_of(("stop", "skip", "rewind")),
+    ),
+    "train.nonfinite_limit": Knob(
+        10, "How many steps may be skipped, or how often the run may be rewound, before it stops.", POSITIVE
+    ),
+    "train.rewind_factor": Knob(
+        0.5, "The learning rate is multiplied by it each time the run is rewound.", SHRINKS
     ),
     "train.log_every_steps": Knob(
         100, "Steps that one training record averages.", POSITIVE, changes_result=False

@@ -9,24 +9,49 @@ import contextlib
 import hashlib
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError, reason
+from ekd_jax.common.log import logger
 from ekd_jax.runs.state import TrainState
 
-FOLDER = "checkpoints"
+FOLDER, DAMAGED = "checkpoints", "damaged"
+LATEST = 2  # checkpoints that are kept besides the best, so that one is left if a disk damages the last
+BEST_BY = "ensemble/top1"
 Tree = dict[str, Any]
 
 
+class _LatestAndBest:
+    """The policy that tells Orbax which checkpoints to keep: the latest ones and the best.
+
+    Attributes:
+        best: step of the best one; None if none was evaluated.
+        score: of that one.
+    """
+
+    best: int | None = None
+    score = float("-inf")
+
+    def note(self, step: int, evaluation: dict[str, float] | None) -> None:
+        """Take note of a checkpoint; of equally good ones the first is the best."""
+        if evaluation and evaluation[BEST_BY] > self.score:
+            self.best, self.score = step, evaluation[BEST_BY]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Return which checkpoints are kept, in the order of `checkpoints`."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-LATEST:], self.best}
+        return [step in kept for step in steps]
+
+
 class Checkpoints:
-    """The checkpoints of one run. The latest and the best are kept.
+    """The checkpoints of one run. The two latest and the best are kept.
 
     Args:
         workdir: the run's directory; checkpoints are in `checkpoints/<step>`.
@@ -35,18 +60,14 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, read_only: bool = False):
         self.directory = workdir.absolute() / FOLDER
-
-        def score(metrics: dict[str, float]) -> float:
-            return metrics["ensemble/top1"]
-
-        best = policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
+        self._read_only = read_only
+        self._kept = _LatestAndBest()
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
+                preservation_policy=self._kept,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,  # of a run that was killed while saving
-                best_fn=score,  # without it Orbax loses the metrics when the run is resumed
             ),
             item_handlers={"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()},
         )
@@ -88,13 +109,78 @@ class Checkpoints:
         """
         tree = parallel.fetch(_as_tree(state))
         run = {**run, "evaluation": evaluation, "sha256": _digests(tree)}
+        step = int(tree["step"])
+        self._kept.note(step, evaluation)
         with self._saving():
             self._check_room(tree)
+            if step in self.steps():  # it was saved before it was evaluated
+                self._manager.wait_until_finished()
+                self._manager.delete(step)
             self._manager.save(
-                int(tree["step"]),
-                args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree), run=ocp.args.JsonSave(run)),
-                metrics=evaluation,
+                step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree), run=ocp.args.JsonSave(run))
             )
+
+    def recover(self, like: TrainState) -> tuple[TrainState, Tree] | None:
+        """Restore the newest checkpoint that is whole, to train on from it; newer ones are damaged, and set aside.
+
+        Returns:
+            The whole state, as numpy arrays, and the values that the run remembered; None if nothing was saved.
+
+        Raises:
+            UserError: all checkpoints are damaged.
+        """
+        damaged: dict[int, str] = {}
+        if self.steps() and (different := self.differences(like, self.steps()[-1])):
+            raise UserError(
+                f"the checkpoints in {self.directory} are of another version of ekd_jax, whose state has other "
+                f"arrays ({different}): train on with that version"
+            )
+        for step in reversed(self.steps()):
+            try:
+                restored, problem = self.restore(like, step), ""
+            except UserError as error:
+                problem = str(error)
+            if parallel.gathered(np.bool_(problem)).any():  # processes must go on from the same step
+                damaged[step] = problem or f"checkpoint {self.directory / str(step)} is damaged"
+                continue
+            for newer, why in damaged.items():
+                logger.warning(f"{why}: moved to {self._set_aside(newer)}, going on from step {step:,}")
+            for other in self.steps():
+                with contextlib.suppress(UserError):  # a damaged one is never the best
+                    self._kept.note(other, self._run(other)["evaluation"])
+            return restored
+        if damaged:
+            raise UserError(
+                f"all checkpoints in {self.directory} are damaged ({', '.join(map(str, sorted(damaged)))}; "
+                f"{next(iter(damaged.values()))}): put back a copy, or train in another --workdir"
+            )
+        return None
+
+    def differences(self, like: TrainState, step: int) -> str:
+        """Return in what the arrays of a checkpoint differ from those of a state, "" if in nothing.
+
+        A checkpoint that cannot be read differs in nothing: that is for `recover` to find out.
+        """
+        wanted = {path: np.shape(leaf) for path, leaf in _leaves(_as_tree(like))}
+        try:
+            saved = {path: tuple(leaf.shape) for path, leaf in _leaves(self.shapes(step))}
+        except UserError:
+            return ""
+        for path in sorted(wanted.keys() | saved.keys()):
+            if wanted.get(path) != saved.get(path):
+                return f"{path}: {saved.get(path, 'none')} there, {wanted.get(path, 'none')} now"
+        return ""
+
+    def _set_aside(self, step: int) -> pathlib.Path:
+        """Move a checkpoint out of the way, so that this step can be saved again; return where it is then."""
+        place = self.directory.parent / DAMAGED / str(step)
+        if parallel.is_main():
+            place.parent.mkdir(exist_ok=True)
+            shutil.rmtree(place, ignore_errors=True)  # one that was damaged before
+            (self.directory / str(step)).rename(place)
+        parallel.gathered(0)  # others wait until it is gone
+        self._manager.reload()
+        return place
 
     def restore(self, like: TrainState, step: int) -> tuple[TrainState, Tree]:
         """Restore the whole state, as numpy arrays, and the values that the run remembered.
@@ -161,7 +247,10 @@ class Checkpoints:
     def _run(self, step: int) -> Tree:
         """Return the values that the run remembered at a step."""
         with self._reading(step):
-            return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+            run: Tree = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+            if not {"epoch", "log", "evaluated_on", "evaluation", "sha256"} <= run.keys():
+                raise ValueError("values that the run remembered are missing")
+            return run
 
     def _restore(self, like: Tree, step: int) -> tuple[Tree, Tree]:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), like)
@@ -180,11 +269,17 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            others = ", ".join(str(s) for s in self.steps() if s != step) or "there is none"
+            others = [str(other) for other in self.steps() if other != step]
+            hint = f": pass --step={' or --step='.join(others)}" if self._read_only and others else ""
             raise UserError(
-                f"checkpoint {self.directory / str(step)} is damaged: delete that directory to use "
-                f"another one ({others}) ({reason(error)})"
+                f"checkpoint {self.directory / str(step)} is damaged ({reason(error)}){hint}"
             ) from error
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    """Return the steps of the complete checkpoints of a run, in order; nothing is opened."""
+    names = [path.name for path in (workdir / FOLDER).glob("*") if path.is_dir()]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 @contextlib.contextmanager
@@ -219,8 +314,12 @@ def _as_tree(state: TrainState) -> Tree:
 
 def _digests(tree: Tree) -> dict[str, str]:
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): hashlib.sha256(
-            np.ascontiguousarray(leaf).tobytes()
-        ).hexdigest()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        path: hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()
+        for path, leaf in _leaves(tree)
     }
+
+
+def _leaves(tree: Tree) -> list[tuple[str, Any]]:
+    """Return the arrays of a tree with their paths, such as `params/base/conv/kernel`."""
+    with_paths = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in with_paths]

@@ -3,6 +3,10 @@
 import dataclasses
 from collections.abc import Mapping
 
+A_RUN = "the directory of a run"
+CONFIG, STUDENTS, ENVIRONMENT = "config.json", "students.json", "environment.json"
+SUMMARY, HISTORY = "summary.json", "history.json"
+
 
 @dataclasses.dataclass(frozen=True)
 class StudentInfo:

@@ -23,19 +23,17 @@ from ekd_jax.runs.checkpoint import open_checkpoints
 from ekd_jax.runs.describe import describe_data
 from ekd_jax.runs.evaluation import Evaluation, Predict, Predictors, evaluate_predictors, with_data
 from ekd_jax.runs.metrics import read_metrics
-from ekd_jax.runs.records import RunDescription
+from ekd_jax.runs.records import A_RUN, CONFIG, STUDENTS, RunDescription
 from ekd_jax.runs.state import (
     deployed_method_variables,
     deployed_variables,
     joined_outputs,
     predictor_names,
 )
-from ekd_jax.runs.workdir import CONFIG, STUDENTS, check_same_data
+from ekd_jax.runs.workdir import check_same_data
 from ekd_jax.students.description import NetworkDescription, Preprocessing, Provenance, StudentDescription
 from ekd_jax.students.student import LoadedStudent, write_student
 from ekd_jax.version import __version__
-
-A_RUN = "the directory of a run"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,10 +21,9 @@ from ekd_jax.data.classes import check_same_classes, label_map
 from ekd_jax.data.dataset import Facts
 from ekd_jax.methods.base import EARLIER, TeacherOutputs
 from ekd_jax.models.ensemble import Student, Variables
-from ekd_jax.runs.records import TeacherInfo
+from ekd_jax.runs.records import SUMMARY, TeacherInfo
 from ekd_jax.runs.run import Run, load_run, make_predict
 from ekd_jax.runs.state import deployed_method_variables, deployed_variables
-from ekd_jax.runs.workdir import SUMMARY
 from ekd_jax.students.description import NetworkDescription, Preprocessing
 from ekd_jax.students.student import DESCRIPTION, load_student
 

@@ -1,10 +1,12 @@
 """The directory of a run: what is in it, who may write to it, and whether a configuration fits it.
 
 config.json       the complete configuration
+history.json      what of it was changed after the run had started
 environment.json  versions and devices, one entry each time the run was started
 students.json     the students, class names and input shape
 metrics.jsonl     one record per line      tensorboard/   the same
-checkpoints/      the latest and the best  summary.json   written when the run is complete
+checkpoints/      the two latest, the best  summary.json  written when the run is complete
+damaged/          checkpoints that could not be read
 earlier/          the runs that a method's plan trains first, one directory each
 """
 
@@ -25,16 +27,27 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from ekd_jax.common import parallel
-from ekd_jax.common.errors import UserError, reason
+from ekd_jax.common.errors import UserError
 from ekd_jax.common.files import write_json
+from ekd_jax.common.log import logger
 from ekd_jax.common.records import read_json, read_record, write_record
 from ekd_jax.config.knobs import KNOBS
 from ekd_jax.config.resolve import result_fields, to_dict
 from ekd_jax.data.classes import listed
 from ekd_jax.methods.base import EARLIER
-from ekd_jax.runs.records import DataDescription, RunDescription
+from ekd_jax.runs.checkpoint import saved_steps
+from ekd_jax.runs.history import Changes, Permit, can_change, read_history
+from ekd_jax.runs.records import (
+    A_RUN,
+    CONFIG,
+    ENVIRONMENT,
+    STUDENTS,
+    SUMMARY,
+    DataDescription,
+    RunDescription,
+    Summary,
+)
 
-CONFIG, STUDENTS, ENVIRONMENT, SUMMARY = "config.json", "students.json", "environment.json", "summary.json"
 CHOOSE_EXAMPLES = ("name", "extra", "test_split", "validation_examples", "train_examples", "corrupt")
 PACKAGES = (
     *("ekd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets"),
@@ -58,8 +71,16 @@ def locked(path: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def check(path: pathlib.Path, config: FrozenConfigDict) -> None:
+def check(path: pathlib.Path, config: FrozenConfigDict, permit: Permit | None = None) -> Changes:
     """Check that a run of `config` may start or resume in `path`; nothing is changed.
+
+    Args:
+        path: directory of the run.
+        config: a complete configuration.
+        permit: what of the configuration may be another one than the run has; nothing if not given.
+
+    Returns:
+        Every permitted change, knob -> value before and after.
 
     Raises:
         UserError: `path` is not a directory, cannot be written to, holds something else, or holds a run whose
@@ -79,27 +100,57 @@ def check(path: pathlib.Path, config: FrozenConfigDict) -> None:
                 f"--workdir={path} holds other files ({', '.join(others[:3])}) and no run: "
                 f"choose an empty or new directory"
             )
-        return
-    try:
-        old = result_fields(json.loads((path / CONFIG).read_text()))
-    except ValueError as error:
-        raise UserError(
-            f"{path / CONFIG} is damaged ({reason(error)}): restore it, or choose another --workdir"
-        ) from error
-    new = result_fields(to_dict(config))
+        return {}
+    stored = read_json(path / CONFIG, A_RUN)
+    if not isinstance(stored, dict):
+        raise UserError(f"{path / CONFIG} is damaged: restore it, or choose another --workdir")
+    old, new = result_fields(stored), result_fields(to_dict(config))
     # A knob that the run does not have is newer than the run, and changes nothing at its default.
     newer = {name: KNOBS[name].default for name in new.keys() - old.keys() if name in KNOBS}
     old |= json.loads(json.dumps(newer))
-    different = [
-        f"{name}: {old.get(name, 'absent')} there, {new.get(name, 'absent')} now"
+    changes = {
+        name: (old.get(name, "absent"), new.get(name, "absent"))
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
-    ]
-    if different:
+    }
+    refused = {name: values for name, values in changes.items() if not (permit and permit.allows(name))}
+    if refused:
+        different = "; ".join(f"{name}: {there} there, {now} now" for name, (there, now) in refused.items())
         raise UserError(
-            f"--workdir={path} holds a run of another configuration ({'; '.join(different)}): "
-            f"choose another --workdir, or ask for the same"
+            f"--workdir={path} holds a run of another configuration ({different}): "
+            f"{_after_refusal(path, refused)}"
         )
+    return changes
+
+
+def _after_refusal(path: pathlib.Path, refused: Changes) -> str:
+    """Return what the user may do whose configuration is not that of the run."""
+    for entry in reversed(read_history(path)):
+        if entry.knobs.keys() & refused.keys():
+            return f"it was changed at step {entry.step:,} with {entry.how}: pass the same again"
+    if not all(map(can_change, refused)):
+        return "choose another --workdir, or ask for the same"
+    flags = " ".join(f"--resume_with={name}={now}" for name, (_, now) in refused.items())
+    return f"choose another --workdir, ask for the same, or go on from where it stands with {flags}"
+
+
+def has_checkpoints(path: pathlib.Path) -> bool:
+    """Return whether a run has saved anything."""
+    return bool(saved_steps(path))
+
+
+def read_summary(path: pathlib.Path) -> Summary:
+    """Return the summary of a complete run.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return read_record(path / SUMMARY, Summary, A_RUN)
+    except UserError as error:
+        raise UserError(
+            f"{error}; delete this file and run the same command: it is written again"
+        ) from error
 
 
 def check_same_everywhere(path: pathlib.Path, config: FrozenConfigDict) -> None:
@@ -128,7 +179,7 @@ def check_description(path: pathlib.Path, config: FrozenConfigDict, description:
     for run in (path, *sorted((path / EARLIER).glob("*"))):
         if not (run / STUDENTS).exists():
             continue
-        before = read_record(run / STUDENTS, RunDescription, "the directory of a run")
+        before = read_record(run / STUDENTS, RunDescription, A_RUN)
         if _reads_the_same(run, config):
             check_same_data(run, before, description.class_names, description.data)
         if run == path:
@@ -146,7 +197,7 @@ def _check_same_teachers(path: pathlib.Path, before: RunDescription, now: RunDes
 
 def _reads_the_same(path: pathlib.Path, config: FrozenConfigDict) -> bool:
     """Return whether the run in `path` asked for the same examples as `config`."""
-    stored = read_json(path / CONFIG, "the directory of a run")["data"]
+    stored = read_json(path / CONFIG, A_RUN)["data"]
     return all(stored.get(knob) == config.data[knob] for knob in CHOOSE_EXAMPLES)
 
 
@@ -181,8 +232,23 @@ def claim(path: pathlib.Path, config: FrozenConfigDict) -> None:
 def write_description(path: pathlib.Path, description: RunDescription) -> None:
     """Write what the run trains, and append to the list of environments it ran in."""
     write_record(path / STUDENTS, description)
-    log = json.loads((path / ENVIRONMENT).read_text()) if (path / ENVIRONMENT).exists() else []
-    write_json(path / ENVIRONMENT, [*log, environment()])
+    before = read_environments(path)
+    write_json(path / ENVIRONMENT, [*before, environment()])
+
+
+def read_environments(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Return the environments that a run was started in; of a damaged file none, with a warning."""
+    if not (path / ENVIRONMENT).exists():
+        return []
+    try:
+        log = read_json(path / ENVIRONMENT, A_RUN)
+        if isinstance(log, list) and all(isinstance(entry, dict) for entry in log):
+            return log
+        problem = "it does not hold a list of environments"
+    except UserError as error:
+        problem = str(error)
+    logger.warning(f"{path / ENVIRONMENT} is begun anew: {problem}")
+    return []
 
 
 def environment() -> dict[str, Any]:

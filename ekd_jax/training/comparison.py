@@ -26,10 +26,9 @@ from ekd_jax.data.labels import check_class_weights
 from ekd_jax.data.opening import known_facts
 from ekd_jax.methods.base import EARLIER
 from ekd_jax.runs.describe import describe
-from ekd_jax.runs.records import Summary
-from ekd_jax.runs.run import A_RUN
+from ekd_jax.runs.records import A_RUN, SUMMARY, Summary
 from ekd_jax.runs.teachers import load_teachers
-from ekd_jax.runs.workdir import SUMMARY
+from ekd_jax.runs.workdir import read_summary
 from ekd_jax.training import plans
 from ekd_jax.training.optimizer import make_optimizer
 from ekd_jax.training.setup import check_batches, steps_in
@@ -66,7 +65,7 @@ class Entry:
 
     def summary(self) -> Summary:
         """Return the summary of a complete run."""
-        return read_record(self.path / SUMMARY, Summary, A_RUN)
+        return read_summary(self.path)
 
     def seconds(self) -> float:
         """Return what a complete run took, earlier runs of its plan included."""

@@ -13,24 +13,26 @@ from ekd_jax.data.feed import placements, resident_bytes
 from ekd_jax.data.labels import check_class_weights
 from ekd_jax.data.opening import known_facts
 from ekd_jax.runs.describe import as_text, describe, memory
+from ekd_jax.runs.history import Permit
 from ekd_jax.runs.teachers import load_teachers
 from ekd_jax.training import plans
 from ekd_jax.training.optimizer import make_optimizer, rate_in_words
 from ekd_jax.training.setup import check_batches, frozen_in_words, steps_in
 
 
-def dry_run(config: FrozenConfigDict, path: pathlib.Path) -> str:
+def dry_run(config: FrozenConfigDict, path: pathlib.Path, permit: Permit | None = None) -> str:
     """Return what a run would do: configuration, students, steps and memory. Nothing is written.
 
     Args:
         config: a complete configuration.
         path: directory of the run.
+        permit: what of the configuration may be another one than the run was started with.
 
     Raises:
         UserError: as a run, before it starts.
     """
     planned = plans.runs(config, path)
-    plans.check(planned)
+    plans.check(planned, permit)
     parts = []
     for number, (directory, run) in enumerate(planned.items(), 1):
         name = "" if directory == path else f", {directory.name}"

@@ -12,14 +12,13 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-import signal
-import threading
 import time
-from types import FrameType
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
@@ -27,22 +26,26 @@ from ekd_jax.common import parallel
 from ekd_jax.common.errors import Interrupted, UserError, reason
 from ekd_jax.common.log import logger
 from ekd_jax.common.progress import Progress
-from ekd_jax.common.records import read_record, write_record
+from ekd_jax.common.records import write_record
+from ekd_jax.data.classes import listed
 from ekd_jax.data.dataset import Source
 from ekd_jax.data.feed import EvaluationSet, Feed, evaluation_set, training_feed
 from ekd_jax.data.opening import facts
-from ekd_jax.runs import workdir
+from ekd_jax.runs import history, workdir
 from ekd_jax.runs.checkpoint import Checkpoints
 from ekd_jax.runs.evaluation import Results, make_evaluator, measure, results
+from ekd_jax.runs.history import Permit
 from ekd_jax.runs.metrics import MetricWriter
-from ekd_jax.runs.records import Summary
+from ekd_jax.runs.records import SUMMARY, Summary
 from ekd_jax.runs.run import make_predict
 from ekd_jax.runs.state import InitialWeights, TrainState, init_state, start_from
 from ekd_jax.runs.teachers import load_teacher
 from ekd_jax.training.autotune import choose_execution
-from ekd_jax.training.optimizer import rate_in_words
+from ekd_jax.training.interrupt import Interrupt
+from ekd_jax.training.optimizer import rate_factor, rate_in_words
 from ekd_jax.training.report import (
     Log,
+    best_of,
     early_stop,
     early_stop_line,
     evaluation_line,
@@ -50,7 +53,8 @@ from ekd_jax.training.report import (
     train_line,
 )
 from ekd_jax.training.setup import Setup, check_batches, class_weights_in_words, frozen_in_words, prepare
-from ekd_jax.training.step import make_train_steps, zero_metrics
+from ekd_jax.training.step import make_train_steps, zero_tally
+from ekd_jax.training.tally import Tally
 from ekd_jax.training.teaching import frozen_inputs, make_teach
 
 # Target length of one dispatch: short enough to react to signals, long enough to amortize overhead. On a CPU
@@ -58,133 +62,167 @@ from ekd_jax.training.teaching import frozen_inputs, make_teach
 DISPATCH_SECONDS = 3.0
 
 
-class Interrupt:
-    """Notes SIGINT and SIGTERM, so that the loop can stop where nothing is lost.
-
-    All processes of a run stop together, whichever of them got the signal.
-
-    Attributes:
-        signal: the number of the signal, 0 if there was none.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
-        in_main = (
-            threading.current_thread() is threading.main_thread()
-        )  # the only one that may handle signals
-        numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self.restore()  # a second signal acts at once
-
-    def agreed(self, steps: int = 0) -> tuple[int, int]:
-        """Agree on what all processes do next, and wait for all of them.
-
-        Args:
-            steps: this process's proposal.
-
-        Returns:
-            The number of steps of process 0, and the signal that any of them got, 0 if none did.
-        """
-        said = parallel.gathered(np.array([steps, self.signal], np.int32))
-        stop = int(said[:, 1].max())
-        self.signal = self.signal or stop
-        return int(said[0, 0]), stop
-
-    def restore(self) -> None:
-        """Handle signals as before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def run(
-    config: FrozenConfigDict, path: pathlib.Path, mesh: Mesh | None = None, source: Source | None = None
+    config: FrozenConfigDict,
+    path: pathlib.Path,
+    mesh: Mesh | None = None,
+    source: Source | None = None,
+    permit: Permit | None = None,
 ) -> Summary:
     """Train, or resume training, in the directory `path`.
 
     Args:
         config: a complete configuration.
         path: directory of the run. If it holds checkpoints of the same configuration, the run resumes from the
-            latest; of a complete run the summary is returned.
+            latest that is whole; of a complete run the summary is returned.
         mesh: devices to train on; all if not given.
         source: the data set itself, if it is in memory.
+        permit: what of the configuration may be another one than the run was started with; nothing if not given.
 
     Returns:
         The summary of the complete run.
 
     Raises:
         UserError: the directory holds something else, the data is missing, the loss is not finite.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
+        Interrupted: a signal came; a checkpoint was saved.
     """
     mesh = mesh or parallel.make_mesh(fsdp=config.train.fsdp)
     known = facts(config, source)
     check_batches(config, mesh, known.train_examples if known else None)
-    workdir.check(path, config)
+    changes = workdir.check(path, config, permit)
     workdir.check_same_everywhere(path, config)
-    if (path / workdir.SUMMARY).exists():
+    if (path / SUMMARY).exists() and not changes:
         logger.info(f"{path} holds the complete run: nothing to train")
-        return read_record(path / workdir.SUMMARY, Summary, "the directory of a run")
+        return workdir.read_summary(path)
     setup = prepare(config, mesh, path, source)
     workdir.check_description(path, config, setup.description)
+    state = first_state(setup, path)
+    if changes:
+        history.check(path, setup.steps, state, changes)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with workdir.locked(path):
             workdir.claim(path, config)
-            return _train(setup, path)
+            if changes and permit:
+                history.change(path, config, changes, permit)
+            with contextlib.ExitStack() as stack:
+                checkpoints, interrupt = Checkpoints(path), Interrupt()
+                stack.callback(checkpoints.close)
+                stack.callback(interrupt.restore)
+                return _train(setup, path, state, checkpoints, interrupt)
     except OSError as error:
         raise UserError(
             f"cannot write to --workdir={path}: {reason(error)}; what was saved before is intact"
         ) from error
 
 
-def _train(setup: Setup, path: pathlib.Path) -> Summary:
-    """Train in a locked directory: restore or initialize, go through the loop, summarize."""
+def first_state(setup: Setup, path: pathlib.Path) -> TrainState:
+    """Return the state before the first step; nothing is written."""
     state = init_state(setup.networks, setup.optimizer, setup.config.seed, setup.taught)
-    log = Log(zero_metrics(setup.networks, state, setup.taught))
-    with contextlib.ExitStack() as stack:
-        checkpoints = Checkpoints(path)
-        stack.callback(checkpoints.close)
-        if checkpoints.steps():
-            state, remembered = checkpoints.restore(state, checkpoints.choose())
-            log = Log.from_json(remembered["log"])
-        elif source := setup.config.model.initial_weights:
-            network = load_teacher(source, path, "model.initial_weights")
-            given = InitialWeights(source, network.variables, network.class_names)
-            state = start_from(state, setup.networks, given, setup.data.facts.class_names)
-        if parallel.is_main():
-            workdir.write_description(path, setup.description)
-        writer = MetricWriter(path if parallel.is_main() else None, int(state.step))
-        stack.callback(writer.close)
-        interrupt = Interrupt()
-        stack.callback(interrupt.restore)
-        progress = Progress("training", setup.steps, int(state.step))
-        stack.callback(progress.clear)
-        record = Record(path, checkpoints, writer, progress, interrupt)
+    source = setup.config.model.initial_weights
+    if not source or workdir.has_checkpoints(path):
+        return state
+    network = load_teacher(source, path, "model.initial_weights")
+    given = InitialWeights(source, network.variables, network.class_names)
+    return start_from(state, setup.networks, given, setup.data.facts.class_names)
 
-        _announce(setup, int(state.step), progress)
-        progress.update(int(state.step), "choosing how branches run")
-        networks, said = choose_execution(setup, state, log.execution)
-        setup, log.execution = dataclasses.replace(setup, networks=networks), networks.ensemble.execution
-        if said:
-            progress.line(said)
-        step = _through_the_loop(setup, state, log, record)
-        checkpoints.wait()
-    if step < setup.steps and not log.stopped:
-        raise Interrupted(
-            f"interrupted at step {step:,}, saved in {path}: run the same command to resume",
-            interrupt.signal,
-        )
+
+def slowed(setup: Setup, rewinds: int) -> Setup:
+    """Return the setup of a run that was rewound so often: its updates are smaller."""
+    if not rewinds:
+        return setup
+    smaller = optax.scale(rate_factor(setup.config, rewinds))
+    return dataclasses.replace(setup, optimizer=optax.chain(setup.optimizer, smaller))
+
+
+def _train(
+    setup: Setup, path: pathlib.Path, first: TrainState, checkpoints: Checkpoints, interrupt: Interrupt
+) -> Summary:
+    """Train in a locked directory until the run is complete; rewind it as often as it may be."""
+    rewinds = 0
+    while True:
+        try:
+            log = _train_from(setup, path, first, checkpoints, interrupt, rewinds)
+            break
+        except NotFiniteError as error:
+            rewinds, limit = error.rewinds + 1, setup.config.train.nonfinite_limit
+            checkpoints.wait()
+            step = max(checkpoints.steps(), default=0)
+            if setup.config.train.nonfinite != "rewind" or rewinds > limit:
+                raise UserError(f"{error}; {_after_not_finite(setup, step, error)}") from error
+            logger.warning(
+                f"{error}: going on from step {step:,} with learning rates times "
+                f"{rate_factor(setup.config, rewinds):g} (rewound {rewinds} of at most {limit} times)"
+            )
+            first = first_state(setup, path)  # arrays of the other were given to the devices
     summary = summarize(setup, log)
     if parallel.is_main():
-        write_record(path / workdir.SUMMARY, summary)
+        write_record(path / SUMMARY, summary)
     _, stop = interrupt.agreed()  # also: all processes wait until the summary is there
     if stop:  # the signal came while the run ended; another run of the plan may be about to follow
         raise Interrupted(
             f"interrupted; the run in {path} is complete: run the same command to continue", stop
         )
     return summary
+
+
+def _after_not_finite(setup: Setup, step: int, error: "NotFiniteError") -> str:
+    """Return what the user may do when a run has stopped because it was not finite."""
+    saved = f"the latest checkpoint is of step {step:,}" if step else "no checkpoint was saved"
+    changes = "optimizer.learning_rate=" + f"{setup.config.optimizer.learning_rate / 10:g}"
+    if setup.config.train.nonfinite == "stop":
+        changes += " or --resume_with=train.nonfinite=skip"
+    else:
+        saved = f"train.nonfinite_limit={setup.config.train.nonfinite_limit} is reached, {saved}"
+    return (
+        f"{saved}: --replay_step={error.step} shows where it begins; to go on, run the same command with "
+        f"--resume_with={changes}"
+    )
+
+
+def _train_from(
+    setup: Setup,
+    path: pathlib.Path,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    interrupt: Interrupt,
+    rewinds: int,
+) -> Log:
+    """Train from the newest checkpoint, or from `state` without one, and return the log of the complete run.
+
+    Raises:
+        NotFiniteError: as `Loop.train`.
+        Interrupted: a signal came; a checkpoint was saved.
+    """
+    log = Log(zero_tally(setup, state))
+    if recovered := checkpoints.recover(state):
+        state, log = recovered[0], Log.from_json(recovered[1]["log"], log.tally)
+    log.rewinds = max(log.rewinds, rewinds)
+    setup = slowed(setup, log.rewinds)
+    step = int(state.step)
+    with contextlib.ExitStack() as stack:
+        if parallel.is_main():
+            workdir.write_description(path, setup.description)
+        writer = MetricWriter(path if parallel.is_main() else None, step, log.evaluated)
+        stack.callback(writer.close)
+        progress = Progress("training", setup.steps, step)
+        stack.callback(progress.clear)
+        record = Record(path, checkpoints, writer, progress, interrupt)
+        _announce(setup, step, progress)
+        progress.update(step, "choosing how branches run")
+        networks, said = choose_execution(setup, state, log.execution)
+        setup, log.execution = dataclasses.replace(setup, networks=networks), networks.ensemble.execution
+        if said:
+            progress.line(said)
+        with open_loop(setup, state, log, record) as loop:
+            loop.train()
+        checkpoints.wait()
+    if not loop.complete:
+        raise Interrupted(
+            f"interrupted at step {loop.step:,}, saved in {path}: run the same command to resume",
+            interrupt.signal,
+        )
+    return log
 
 
 def _announce(setup: Setup, step: int, progress: Progress) -> None:
@@ -200,8 +238,9 @@ def _announce(setup: Setup, step: int, progress: Progress) -> None:
         progress.line(said)
 
 
-def _through_the_loop(setup: Setup, state: TrainState, log: Log, record: "Record") -> int:
-    """Place the data and train; return the step reached, which is saved."""
+@contextlib.contextmanager
+def open_loop(setup: Setup, state: TrainState, log: Log, record: "Record") -> Iterator["Loop"]:
+    """Place the data and compile the training step, for a loop that starts from a state of numpy arrays."""
     step = int(state.step)
     record.progress.update(step, "reading")
     started = time.monotonic()
@@ -210,7 +249,23 @@ def _through_the_loop(setup: Setup, state: TrainState, log: Log, record: "Record
         if step < setup.steps and not log.stopped:
             feed.load(step)
         log.seconds["read"] += time.monotonic() - started
-        return Loop(setup, feed, watched, state, log, record).train()
+        yield Loop(setup, feed, watched, state, log, record)
+
+
+class NotFiniteError(Exception):
+    """Training came to a step in which the loss was not finite.
+
+    Attributes:
+        step: the first such step, from 1.
+        rewinds: how often the run had been rewound.
+    """
+
+    def __init__(self, step: int, names: Sequence[str], rewinds: int):
+        terms = [name for name in names if name != "loss"] or list(names)
+        super().__init__(
+            f"{listed(terms)} {'is' if len(terms) == 1 else 'are'} not finite at step {step:,}"
+        )
+        self.step, self.rewinds = step, rewinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +287,10 @@ class Record:
 class Loop:
     """Training from a state to the last step, or until it is interrupted.
 
+    Attributes:
+        step: number of steps taken.
+        state: the train state after them, on the devices.
+
     Args:
         setup: of the run.
         feed: its training batches.
@@ -247,10 +306,10 @@ class Loop:
         self.setup, self.feed, self.watched, self.log, self.record = setup, feed, watched, log, record
         self.step = int(state.step)
         config, mesh = setup.config, setup.mesh
-        self.zeros = jax.tree.map(np.zeros_like, log.sums)
+        self.nothing = Tally.of(dict.fromkeys(log.tally.sums, 0.0))
         shardings = parallel.state_shardings(mesh, state)
         self.state = parallel.place(state, shardings)
-        log.sums = parallel.replicate(mesh, log.sums)
+        log.tally = parallel.replicate(mesh, log.tally)
         self.record_every = config.train.log_every_steps
         self.evaluate_every = setup.steps_in(config.train.evaluate_every_epochs)
         self.save_every = setup.steps_in(config.train.checkpoint_every_epochs)
@@ -262,20 +321,28 @@ class Loop:
         key = jax.random.key_data(jax.random.key(config.seed))
         self.frozen = parallel.replicate(mesh, {**frozen, "key": key})
         teach = make_teach(setup.teachers, config.data)
-        train_steps = make_train_steps(setup, feed, teach, shardings)
-        self.train_steps = train_steps.lower(
-            self.state, log.sums, feed.shapes, self.one, self.frozen
-        ).compile()
+        lowered = make_train_steps(setup, feed, teach, shardings).lower(
+            self.state, log.tally, feed.shapes, self.one, self.frozen
+        )
+        self.train_steps: Any = record.interrupt.unless_it_comes(lowered.compile)
         log.seconds["compile"] += time.monotonic() - started
         self.evaluator: Any = None
 
-    def train(self) -> int:
-        """Train; return the step reached, which is saved."""
-        setup, interrupt = self.setup, self.record.interrupt
-        number, stop = 1, 0
+    def train(self) -> None:
+        """Train until the run is complete or a signal comes; what was reached is saved.
+
+        Raises:
+            NotFiniteError: a metric was not finite; neither recorded nor saved.
+            UserError: more steps were skipped than may be.
+        """
+        interrupt = self.record.interrupt
+        number, stop = 1, interrupt.agreed()[1]  # it may have come while the step was compiled
         self.record.progress.restart_clock()
         with jax.transfer_guard("disallow"):
-            while not (self.ended or stop):
+            self._check_finite()
+            if self._owes_evaluation and not stop:
+                stop = self._evaluate_and_save()
+            while not (self.complete or stop):
                 due = self._next_event()
                 taken = min(number, due - self.step)
                 seconds = self._advance(taken)
@@ -284,29 +351,50 @@ class Loop:
                 if self.step < due and not stop:
                     continue
                 self._check_finite()
-                if self.step % self.record_every == 0 or self.step == setup.steps:
+                if self.step % self.record_every == 0 or self.step == self.setup.steps:
                     self._write_record()
-                evaluation = self._evaluate() if self._must_evaluate() else None
-                if self.log.stopped and self.log.recorded < self.step:
-                    self._write_record()
-                if evaluation or self.step % self.save_every == 0 or stop:
-                    self._save(evaluation)
-        return self.step
+                if self._owes_evaluation and not stop:
+                    stop = self._evaluate_and_save()
+                elif self.step % self.save_every == 0 or stop:
+                    self._save(None)
+
+    def advance_to(self, step: int) -> None:
+        """Take steps up to number `step`; nothing is recorded, evaluated or saved.
+
+        Raises:
+            UserError: a metric was not finite before, and no step may be skipped.
+            Interrupted: a signal came.
+        """
+        number = 1
+        while self.step < step:
+            taken = min(number, step - self.step)
+            seconds = self._advance(taken)
+            number = max(1, min(2 * number, math.floor(DISPATCH_SECONDS * taken / seconds)))
+            number, stop = self.record.interrupt.agreed(number)
+            if stop:
+                raise Interrupted("interrupted; nothing was written", stop)
+            try:
+                self._check_finite()
+            except NotFiniteError as error:
+                raise UserError(f"{error}: replay that step") from error
 
     @property
-    def ended(self) -> bool:
-        """True after the last step, or where the run ended early."""
-        return self.step == self.setup.steps or self.log.stopped > 0
+    def complete(self) -> bool:
+        """True when nothing is left to do: after the evaluation of the last step, or where the run ended early."""
+        return self.log.evaluated == self.setup.steps or self.log.stopped > 0
+
+    @property
+    def _owes_evaluation(self) -> bool:
+        """Whether the networks of this step are to be evaluated, and were not: a signal may have come before."""
+        left = self.setup.steps - self.step
+        soon_over = left < self.evaluate_every / 2  # the last evaluation follows soon
+        due = left == 0 or (self.step > 0 and self.step % self.evaluate_every == 0 and not soon_over)
+        return due and self.log.evaluated < self.step
 
     def _next_event(self) -> int:
         """Return the next step at which something is recorded, evaluated or saved."""
         intervals = (self.record_every, self.evaluate_every, self.save_every)
         return min(self.setup.steps, *((self.step // n + 1) * n for n in intervals))
-
-    def _must_evaluate(self) -> bool:
-        left = self.setup.steps - self.step
-        soon_over = left < self.evaluate_every / 2  # the last evaluation follows soon
-        return left == 0 or (self.step % self.evaluate_every == 0 and not soon_over)
 
     def _advance(self, number: int) -> float:
         """Take `number` steps, and return the seconds that they took.
@@ -324,11 +412,11 @@ class Loop:
             held = feed.load(self.step)
             waited += time.monotonic() - started
             count = parallel.replicate(mesh, np.int32(several))
-            self.state, log.sums, done = self.train_steps(self.state, log.sums, held, count, self.frozen)
+            self.state, log.tally, done = self.train_steps(self.state, log.tally, held, count, self.frozen)
             jax.block_until_ready(in_flight)
             in_flight = [done]
             self.step += several
-        self.state, log.sums = jax.block_until_ready((self.state, log.sums))
+        self.state, log.tally = jax.block_until_ready((self.state, log.tally))
         seconds = time.monotonic() - began
         log.seconds["train"] += seconds
         log.window += seconds
@@ -340,66 +428,109 @@ class Loop:
         return seconds
 
     def _check_finite(self) -> None:
-        """Raise UserError if a metric is not finite: such a state is neither recorded nor saved."""
-        self.sums = {name: float(value) for name, value in jax.device_get(self.log.sums).items()}
-        bad = [name for name, value in self.sums.items() if not math.isfinite(value)]
-        if bad:
-            self.record.checkpoints.wait()
-            saved = self.record.checkpoints.steps()
-            kept = f"the latest checkpoint is of step {saved[-1]:,}" if saved else "no checkpoint was saved"
+        """Read the tally from the devices, and see to it that a state that is not finite is not saved.
+
+        Raises:
+            NotFiniteError: a metric was not finite, and no step may be skipped.
+            UserError: more steps were skipped than may be.
+        """
+        log, train = self.log, self.setup.config.train
+        self.tally: Tally = jax.device_get(log.tally)
+        if self.tally.first_broken is None:
+            return
+        step, names = self.tally.first_broken
+        error = NotFiniteError(step, names, log.rewinds)
+        if not self.setup.skips_nonfinite:
+            raise error
+        skipped = log.skipped + int(self.tally.skipped)
+        limit, saved = train.nonfinite_limit, max(self.record.checkpoints.steps(), default=0)
+        if skipped > limit:
             raise UserError(
-                f"{bad[0]} is not finite between steps {self.log.recorded:,} and {self.step:,} ({kept}): "
-                f"try a lower optimizer.learning_rate in a new --workdir"
+                f"{error}, and {skipped} steps had to be skipped; {_after_not_finite(self.setup, saved, error)}"
             )
+        self.record.progress.clear()
+        logger.warning(f"{error}: the step is skipped ({skipped} of at most {limit} steps so far)")
+        whole = Tally.of(self.tally.sums, int(self.tally.skipped))
+        self.tally, log.tally = whole, parallel.replicate(self.setup.mesh, whole)
 
     def _write_record(self) -> None:
         """Write the means of the metrics since the last record."""
         log, record = self.log, self.record
-        steps = self.step - log.recorded
-        means = {name: value / steps for name, value in self.sums.items()}
+        steps, skipped = self.step - log.recorded, int(self.tally.skipped)
+        means = {name: float(value) / max(steps - skipped, 1) for name, value in self.tally.sums.items()}
+        if self.setup.skips_nonfinite:
+            means["skipped"] = float(skipped)
         means["images/s"] = round(steps * self.setup.config.train.batch_size / log.window, 1)
         means["input_wait"] = round(100 * log.waited / log.window, 2)
         record.writer.write(self.step, self.setup.epochs(self.step), "train", means)
         record.progress.line(train_line(self.setup, self.step, means, record.progress))
-        log.sums, log.recorded = parallel.replicate(self.setup.mesh, self.zeros), self.step
+        log.tally, log.recorded = parallel.replicate(self.setup.mesh, self.nothing), self.step
+        log.skipped += skipped
         log.window = log.waited = 0.0
 
-    def _evaluate(self) -> Results:
-        """Evaluate on the watched set, and where the run ends also on the test set."""
-        setup, log, watched = self.setup, self.log, self.watched
+    def _evaluate_and_save(self) -> int:
+        """Evaluate and save the step; return the number of a signal that came before it was done, else 0."""
+        interrupt = self.record.interrupt
+        evaluation = self._evaluate()
+        if evaluation is None:
+            self._save(None)
+            return interrupt.signal
+        if self.log.stopped and self.log.recorded < self.step:
+            self._write_record()
+        self._save(evaluation)
+        return 0
+
+    def _evaluate(self) -> Results | None:
+        """Evaluate on the watched set, and where the run ends also on the test set; None if a signal came."""
+        setup, log, watched, interrupt = self.setup, self.log, self.watched, self.record.interrupt
         if self.evaluator is None:  # compiled when it is first needed: the first step need not wait for it
-            self._compile_evaluator()
+            self.evaluator = self._compile_evaluator()
+        if self.evaluator is None:
+            return None
         started = time.monotonic()
-        evaluation = self._measure(self.evaluator, watched)
-        log.note_best(evaluation, self.step, setup.names)
-        if early := early_stop(setup, log, self.step):
-            log.stopped = self.step
-            self.record.progress.line(early_stop_line(early))
-        if watched.name == "test":
-            log.last = evaluation
-        elif self.ended:
-            with jax.transfer_guard("allow"):
-                test = evaluation_set(setup.config, setup.data, setup.mesh, "test")
-            predict = make_predict(setup.networks)
-            log.last = self._measure(make_evaluator(predict, setup.config, test.examples, setup.mesh), test)
+        evaluation = interrupt.unless_it_comes(lambda: self._measure(self.evaluator, watched))
+        if evaluation is None:
+            return None
+        found, best = {watched.name: evaluation}, best_of(log.best, evaluation, self.step, setup.names)
+        early = early_stop(setup, int(best["ensemble"]["step"]), self.step)
+        if watched.name != "test" and (early or self.step == setup.steps):
+            tested = interrupt.unless_it_comes(self._test)
+            if tested is None:
+                return None
+            found["test"] = tested
+        log.best, log.last, log.evaluated = best, found.get("test", log.last), self.step
         log.seconds["evaluate"] += time.monotonic() - started
+        epoch, record = setup.epochs(self.step), self.record
+        for name, each in found.items():
+            record.writer.write(self.step, epoch, name, each)
+            record.progress.line(evaluation_line(name, epoch, each, setup.names))
+        if early:
+            log.stopped = self.step
+            record.progress.line(early_stop_line(early))
         return evaluation
 
-    def _compile_evaluator(self) -> None:
+    def _compile_evaluator(self) -> Any:
+        """Return the compiled evaluation of the watched set, None if a signal came."""
         setup, watched, started = self.setup, self.watched, time.monotonic()
         self.record.progress.update(self.step, "compiling the evaluation")
         jitted = make_evaluator(make_predict(setup.networks), setup.config, watched.examples, setup.mesh)
-        self.evaluator = jitted.lower(self.state.variables, *watched.shapes, self.one).compile()
+        lowered = jitted.lower(self.state.variables, *watched.shapes, self.one)
+        compiled = self.record.interrupt.unless_it_comes(lowered.compile)
         self.log.seconds["compile"] += time.monotonic() - started
+        return compiled
+
+    def _test(self) -> Results:
+        """Evaluate on the test set, which was not looked at before."""
+        setup = self.setup
+        with jax.transfer_guard("allow"):
+            test = evaluation_set(setup.config, setup.data, setup.mesh, "test")
+        evaluator = make_evaluator(make_predict(setup.networks), setup.config, test.examples, setup.mesh)
+        return self._measure(evaluator, test)
 
     def _measure(self, evaluate: Any, examples: EvaluationSet) -> Results:
-        """Evaluate on a set, write it down and say it."""
-        setup, record, epoch = self.setup, self.record, self.setup.epochs(self.step)
+        setup = self.setup
         scores_3xP = measure(evaluate, self.state.variables, examples, setup.mesh)["scores"]
-        evaluation = results(scores_3xP, examples.examples, setup.names)
-        record.writer.write(self.step, epoch, examples.name, evaluation)
-        record.progress.line(evaluation_line(examples.name, epoch, evaluation, setup.names))
-        return evaluation
+        return results(scores_3xP, examples.examples, setup.names)
 
     def _save(self, evaluation: Results | None) -> None:
         remembered = {

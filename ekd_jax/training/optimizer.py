@@ -71,6 +71,11 @@ def warmed_up_cosine(config: FrozenConfigDict, steps: int) -> optax.Schedule:
     )
 
 
+def rate_factor(config: FrozenConfigDict, rewinds: int) -> float:
+    """Return the factor of the learning rate of a run that was rewound so often."""
+    return float(config.train.rewind_factor**rewinds)
+
+
 def rate_in_words(config: FrozenConfigDict) -> str:
     """Return a line that says how the learning rate is scaled and warmed up, or "" if it is not."""
     knobs, scale, epochs = config.optimizer, batch_scale(config), warmup_epochs(config)

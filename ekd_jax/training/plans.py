@@ -23,9 +23,9 @@ from ekd_jax.methods.self_distillation import member_names
 from ekd_jax.methods.srm import DICTIONARIES, INITIALIZE, check_map_sizes
 from ekd_jax.models.members import parse_students
 from ekd_jax.runs import workdir
-from ekd_jax.runs.records import Summary
+from ekd_jax.runs.history import Permit, read_history
+from ekd_jax.runs.records import SUMMARY, Summary
 from ekd_jax.runs.teachers import check_fit, network_of
-from ekd_jax.runs.workdir import SUMMARY
 from ekd_jax.training import loop
 from ekd_jax.training.width_search import widths_within
 
@@ -60,14 +60,29 @@ def runs(config: FrozenConfigDict, path: pathlib.Path) -> Runs:
     return {**earlier, path: config}
 
 
-def check(planned: Runs) -> None:
-    """Raise UserError if a directory holds something other than its run."""
-    for directory, config in planned.items():
-        workdir.check(directory, config)
+def check(planned: Runs, permit: Permit | None = None) -> None:
+    """Raise UserError if a directory holds something other than its run.
+
+    A change of a run that goes on is one of its own steps: earlier runs that are complete stay as they are.
+
+    Args:
+        planned: as `runs` returns it.
+        permit: what of the last run's configuration may change.
+    """
+    *earlier, last = planned
+    changed = permit or read_history(last)
+    for directory in earlier:
+        if not (changed and (directory / SUMMARY).exists()):
+            workdir.check(directory, planned[directory])
+    workdir.check(last, planned[last], permit)
 
 
 def run(
-    config: FrozenConfigDict, path: pathlib.Path, mesh: Mesh | None = None, source: Source | None = None
+    config: FrozenConfigDict,
+    path: pathlib.Path,
+    mesh: Mesh | None = None,
+    source: Source | None = None,
+    permit: Permit | None = None,
 ) -> Summary:
     """Train or resume all runs of the plan and return the summary of the last one.
 
@@ -75,15 +90,15 @@ def run(
     """
     *earlier, _ = planned = runs(config, path)
     if not earlier:
-        return loop.run(config, path, mesh, source)
-    check(planned)
+        return loop.run(config, path, mesh, source, permit)
+    check(planned, permit)
     for number, directory in enumerate(earlier, 1):
         if not (directory / SUMMARY).exists():
             logger.info(f"run {number} of {len(planned)}: {directory.name}")
             loop.run(planned[directory], directory, mesh, source)
     if not (path / SUMMARY).exists():
         logger.info(f"run {len(planned)} of {len(planned)}")
-    return loop.run(runs(config, path)[path], path, mesh, source)
+    return loop.run(runs(config, path)[path], path, mesh, source, permit)
 
 
 # --- SRM: dictionaries of the teacher's feature maps, then a student that predicts them -----------

@@ -1,18 +1,21 @@
 """The report of a run: its log, its lines on the terminal and its summary."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
+from ekd_jax.common.errors import UserError, reason
 from ekd_jax.common.progress import Progress
 from ekd_jax.common.text import clock, human, table
 from ekd_jax.config.resolve import identity
 from ekd_jax.runs.describe import width_label
 from ekd_jax.runs.records import EarlyStop, Result, StudentResult, Summary
 from ekd_jax.training.setup import Setup
+from ekd_jax.training.tally import Tally
+
+Best = dict[str, dict[str, float]]
 
 
 @dataclasses.dataclass
@@ -20,8 +23,11 @@ class Log:
     """The log of a run, saved with every checkpoint beside the training state.
 
     Attributes:
-        sums: metrics, added up since the last training record; on the devices while training.
+        tally: metrics, added up since the last training record; on the devices while training.
         recorded: step of that record.
+        evaluated: step of the last evaluation on the watched set.
+        skipped: number of steps that were skipped before that record.
+        rewinds: how often the run was rewound.
         window: seconds of training since then.
         waited: seconds of these in which devices waited for images.
         last: metrics of the latest evaluation on the test set.
@@ -31,12 +37,15 @@ class Log:
         stopped: step at which the run ended early; 0 if it did not.
     """
 
-    sums: Any
+    tally: Tally
     recorded: int = 0
+    evaluated: int = 0
+    skipped: int = 0
+    rewinds: int = 0
     window: float = 0.0
     waited: float = 0.0
     last: dict[str, float] = dataclasses.field(default_factory=dict)
-    best: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    best: Best = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(
         default_factory=lambda: {"read": 0.0, "compile": 0.0, "train": 0.0, "evaluate": 0.0}
     )
@@ -44,30 +53,55 @@ class Log:
     stopped: int = 0
 
     @classmethod
-    def from_json(cls, remembered: dict[str, Any]) -> "Log":
-        """Return the log that `as_json` wrote."""
-        log = cls(**remembered)
-        return dataclasses.replace(log, sums={k: np.float32(v) for k, v in log.sums.items()})
+    def from_json(cls, remembered: dict[str, Any], zero: Tally) -> "Log":
+        """Return the log that `as_json` wrote.
+
+        Args:
+            remembered: what it returned.
+            zero: the tally of no step; it tells which metrics there are.
+
+        Raises:
+            UserError: it was written by another version.
+        """
+        try:
+            log = cls(**remembered)
+            sums, skipped = remembered["tally"]["sums"], remembered["tally"]["skipped"]
+        except (TypeError, KeyError) as error:
+            raise UserError(
+                f"the checkpoint is of another version of ekd_jax ({reason(error)}): train on with that version"
+            ) from error
+        sums = {name: sums.get(name, value) for name, value in zero.sums.items()}
+        return dataclasses.replace(log, tally=Tally.of(sums, skipped))
 
     def as_json(self) -> dict[str, Any]:
         """Return the log as numbers, strings and dicts."""
-        return {**vars(self), "sums": {k: float(v) for k, v in jax.device_get(self.sums).items()}}
-
-    def note_best(self, evaluation: dict[str, float], step: int, names: Sequence[str]) -> None:
-        """Keep the best top-1 of every predictor."""
-        for name in names:
-            top1 = evaluation[f"{name}/top1"]
-            if name not in self.best or top1 > self.best[name]["top1"]:
-                self.best[name] = {"top1": top1, "step": step}
+        tally: Tally = jax.device_get(self.tally)
+        sums = {name: float(value) for name, value in tally.sums.items()}
+        return {**vars(self), "tally": {"sums": sums, "skipped": int(tally.skipped)}}
 
 
-def early_stop(setup: Setup, log: Log, step: int) -> EarlyStop | None:
+def best_of(best: Best, evaluation: Mapping[str, float], step: int, names: Sequence[str]) -> Best:
+    """Return the best top-1 of every predictor, after one more evaluation; of equal ones the first."""
+    new = dict(best)
+    for name in names:
+        top1 = evaluation[f"{name}/top1"]
+        if name not in best or top1 > best[name]["top1"]:
+            new[name] = {"top1": top1, "step": step}
+    return new
+
+
+def early_stop(setup: Setup, best: int, step: int) -> EarlyStop | None:
     """Return why a run ends at a step that was just evaluated, None if it does not end early.
 
     It ends if the ensemble's top-1 on the watched set was best `train.patience_epochs` ago or earlier. The best is
     part of the log, so a run that resumes ends at the same step.
+
+    Args:
+        setup: of the run.
+        best: the step at which the ensemble was best.
+        step: that was just evaluated.
     """
-    patience, best = setup.config.train.patience_epochs, int(log.best["ensemble"]["step"])
+    patience = setup.config.train.patience_epochs
     if not patience or step == setup.steps or step - best < setup.steps_in(patience):
         return None
     return EarlyStop(step, setup.steps, best, patience)
@@ -107,7 +141,8 @@ def summarize(setup: Setup, log: Log) -> Summary:
             "best_step": int(best["step"]),
         }
 
-    stopped = early_stop(setup, log, log.stopped) if log.stopped else None
+    best_step = int(log.best["ensemble"]["step"])
+    stopped = early_stop(setup, best_step, log.stopped) if log.stopped else None
     students = setup.description.students
     others = [n for n in setup.names if n != "ensemble" and not n.startswith("student_")]
     return Summary(

@@ -62,6 +62,11 @@ class Setup:
         """The set that is evaluated while training, and decides which checkpoint is best."""
         return "test" if self.data.validation is None else "validation"
 
+    @property
+    def skips_nonfinite(self) -> bool:
+        """Whether a step whose loss or new state is not finite is skipped."""
+        return bool(self.config.train.nonfinite == "skip")
+
     @cached_property
     def names(self) -> list[str]:
         """Names of everything that is evaluated: every student, and last the ensemble."""

@@ -1,7 +1,7 @@
 """The training step: augmentation, networks, loss and update; many of them in one dispatch."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,12 +29,11 @@ from ekd_jax.runs.state import (
     trainable,
 )
 from ekd_jax.training.setup import Setup
+from ekd_jax.training.tally import Metrics, Step, Tally, name_of_norm, parts_of, skip_nonfinite
 from ekd_jax.training.teaching import Teach
 
 Array = jax.Array
-Metrics = dict[str, Array]
 Gradients = Any
-Step = Callable[..., tuple[TrainState, Metrics]]
 
 
 def objective(
@@ -216,6 +215,64 @@ def _choose(learners: Array, theirs: Any, others: Any) -> Any:
     return jax.tree_util.tree_map_with_path(choose, theirs, others)
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Everything that is drawn for a step.
+
+    Attributes:
+        images: (B, H, W, C) float32 normalized, or a tuple of views of them.
+        targets: labels (B,) int32, or shares of classes (B, K).
+        key: of what the networks draw.
+        teachers: outputs of the frozen teachers.
+        examples: (B,) int32 numbers of the examples.
+    """
+
+    images: Any
+    targets: Array
+    key: Array
+    teachers: tuple[TeacherOutputs, ...]
+    examples: Array
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The arguments of a training step after the state."""
+        return self.images, self.targets, self.key, self.teachers
+
+
+def make_draw(setup: Setup, feed: Feed, teach: Teach) -> Callable[..., Drawn]:
+    """Make the function that returns the augmented batch of a step, and what the teachers say to it.
+
+    Args:
+        setup: of the run.
+        feed: where batches come from.
+        teach: as `make_teach` returns it.
+
+    Returns:
+        A function of (number of steps taken before, what the feed holds, place of the batch in it, frozen inputs).
+    """
+    networks, data = setup.networks, setup.config.data
+    classes, batch_size = setup.data.facts.num_classes, setup.config.train.batch_size
+    repeats = data.sampler == "balanced"
+
+    def draw(step: Array, held: Any, i: Array, frozen: Any) -> Drawn:
+        key = jax.random.fold_in(jax.random.wrap_key_data(frozen["key"]), step)
+        picked = feed.select_batch(held, i)
+        images: Any
+        # Copies of an example in a batch are augmented each in its own way.
+        own_draws = jnp.arange(batch_size) if repeats else picked[2]
+        drawn = (*picked[:2], own_draws, classes, data)
+        images, targets = training_batch(key, *drawn)
+        teachers = teach(frozen, images, picked[2])
+        if networks.method.separate_views:
+            students = range(1, len(networks.ensemble.students))
+            keys = [jax.random.fold_in(key, Purpose.VIEW + s) for s in students]
+            others = [training_batch(own, *drawn)[0] for own in keys]
+            images = (images, *others)
+        return Drawn(images, targets, jax.random.fold_in(key, Purpose.NETWORK), teachers, picked[2])
+
+    return draw
+
+
 def make_train_steps(setup: Setup, feed: Feed, teach: Teach, shardings: Any = None) -> Any:
     """Make the jitted function that takes many steps in one dispatch.
 
@@ -226,58 +283,46 @@ def make_train_steps(setup: Setup, feed: Feed, teach: Teach, shardings: Any = No
         shardings: of the state, as `parallel.state_shardings` returns them; all replicated if not given.
 
     Returns:
-        A function of (state, sums, held, number, frozen) that returns (state, sums, step) after `number` steps on
-        the batches that the feed's `held` holds. `sums` are the metrics added up since they were last zero. State
-        and sums are donated; `step` is there to wait for while the next dispatch already has the others. `frozen`
-        holds the run's key, an argument so that all seeds share one program, and what `teach` needs. `number` is
-        an argument of the compiled program, so that one program serves any number of steps and the result does
-        not depend on how training is cut into dispatches.
+        A function of (state, tally, held, number, frozen) that returns (state, tally, step) after `number` steps
+        on the batches that the feed's `held` holds. State and tally are donated; `step` is there to wait for while
+        the next dispatch already has the others. `frozen` holds the run's key, an argument so that all seeds share
+        one program, and what `teach` needs. `number` is an argument of the compiled program, so that one program
+        serves any number of steps and the result does not depend on how training is cut into dispatches.
     """
-    config, mesh, networks = setup.config, setup.mesh, setup.networks
-    classes, train = setup.data.facts.num_classes, config.train
+    config, mesh, skips = setup.config, setup.mesh, setup.skips_nonfinite
     step = make_step(
-        networks,
+        setup.networks,
         setup.optimizer,
         setup.steps,
-        train.epochs,
-        train.accumulation_steps,
+        config.train.epochs,
+        config.train.accumulation_steps,
         mesh,
         setup.class_weights,
     )
-    repeats = config.data.sampler == "balanced"
+    if skips:
+        step = skip_nonfinite(step)
+    draw = make_draw(setup, feed, teach)
 
     def train_steps(
-        state: TrainState, sums: Metrics, held: Any, number: Array, frozen: Any
-    ) -> tuple[TrainState, Metrics, Array]:
-        def body(i: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-            state, sums = carry
-            key = jax.random.fold_in(jax.random.wrap_key_data(frozen["key"]), state.step)
-            picked = feed.select_batch(held, i)
-            images: Any
-            # Copies of an example in a batch are augmented each in its own way.
-            own_draws = jnp.arange(train.batch_size) if repeats else picked[2]
-            drawn = (*picked[:2], own_draws, classes, config.data)
-            images, targets = training_batch(key, *drawn)
-            teachers = teach(frozen, images, picked[2])
-            if networks.method.separate_views:
-                students = range(1, len(networks.ensemble.students))
-                keys = [jax.random.fold_in(key, Purpose.VIEW + s) for s in students]
-                others = [training_batch(own, *drawn)[0] for own in keys]
-                images = (images, *others)
-            own_key = jax.random.fold_in(key, Purpose.NETWORK)
-            state, metrics = step(state, images, targets, own_key, teachers)
-            return state, jax.tree.map(jnp.add, sums, metrics)
+        state: TrainState, tally: Tally, held: Any, number: Array, frozen: Any
+    ) -> tuple[TrainState, Tally, Array]:
+        def body(i: Array, carry: tuple[TrainState, Tally]) -> tuple[TrainState, Tally]:
+            state, tally = carry
+            state, metrics = step(state, *draw(state.step, held, i, frozen).arguments)
+            return state, tally.add(state.step, metrics, skips)
 
-        state, sums = lax.fori_loop(0, number, body, (state, sums))
-        return state, sums, state.step
+        state, tally = lax.fori_loop(0, number, body, (state, tally))
+        return state, tally, state.step
 
     copied = parallel.replicated(mesh)
     return jax.jit(train_steps, donate_argnums=(0, 1), out_shardings=(shardings or copied, copied, copied))
 
 
-def zero_metrics(networks: Networks, state: TrainState, teachers: Sequence[TeacherOutputs] = ()) -> Any:
-    """Return the metrics of a step, all zero, as numpy scalars; nothing is computed."""
-    given = batch_shapes(networks, teachers)
+def zero_tally(setup: Setup, state: TrainState) -> Tally:
+    """Return the tally of no step, as numpy scalars; nothing is computed."""
+    given = batch_shapes(setup.networks, setup.taught)
     own = method_variables(state.variables)
-    shapes = jax.eval_shape(partial(objective, networks.method), own, *given)[1][0]
-    return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+    names = list(jax.eval_shape(partial(objective, setup.networks.method), own, *given)[1][0])
+    if setup.skips_nonfinite:
+        names += map(name_of_norm, parts_of(state))
+    return Tally.of(dict.fromkeys(names, 0.0))
