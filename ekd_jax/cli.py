@@ -171,7 +171,9 @@ def leave(code: int, message: str) -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
-        rest = FLAGS([*argv, *_changed_knobs(argv)])
+        changes = _changed_knobs(argv)
+        sys.argv += changes  # where ml_collections looks for the knobs that are set
+        rest = FLAGS([*argv, *changes])
     except UserError:
         raise
     except flags.UnrecognizedFlagError as error:

@@ -178,10 +178,9 @@ def copy(finished, tmp_path):
 def test_a_flipped_bit_is_found(copy):
     for file in array_files(copy):
         flip_a_bit(file)
-    for use in (lambda: load_run(copy).evaluate(), lambda: run(tiny_config(), copy)):
-        with pytest.raises(UserError, match="checkpoint .*19 is damaged: delete that directory") as error:
-            use()
-        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"checkpoint .*19 is damaged .*: pass --step=18") as error:
+        load_run(copy).evaluate()
+    assert "\n" not in str(error.value)
 
 
 def test_a_truncated_checkpoint_is_found(copy):
@@ -198,7 +197,7 @@ def test_latest_and_best_are_kept_over_a_resume(tmp_path):
     tests = [r for r in read_metrics(path) if r["split"] == "test"]
     best = max(tests, key=lambda r: r["ensemble/top1"])["step"]
     with open_checkpoints(path) as checkpoints:
-        assert checkpoints.steps() == sorted({best, 19})
+        assert checkpoints.steps() == sorted({best, 18, 19})
         assert checkpoints.choose(best_by="ensemble/top1") in (best, 19)
     (path / "summary.json").unlink()
     run(tiny_config(), path)

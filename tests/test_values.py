@@ -110,7 +110,7 @@ def test_any_value_of_any_knob(data):
     except UserError as error:
         said = str(error)
         assert "\n" not in said
-        assert len(said) < 2000
+        assert len(said) < 1500
     else:
         stored = resolve(to_dict(config))
         assert fingerprint(stored) == fingerprint(config)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from ekd_jax.common.text import printable
 
 LONGEST = 160  # characters of another library's message
+MOST_CHOICES = 40  # that a message lists
 
 
 class UserError(Exception):
@@ -41,7 +42,10 @@ def reason(error: BaseException) -> str:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` with the choice nearest to `word`, or a list of all choices if none is near."""
+    """Return `; did you mean 'x'?` with the choice nearest to `word`; if none is near, a list of choices.
+
+    Of many choices the list has the nearest ones.
+    """
     names = [str(choice) for choice in choices]
 
     def likeness(name: str) -> tuple[float, int]:
@@ -50,9 +54,12 @@ def nearest(word: str, choices: Iterable[str]) -> str:
         return ratio, -abs(_number(word) - _number(name))
 
     best = max(names, key=likeness)
-    return (
-        f"; did you mean {best!r}?" if likeness(best)[0] >= 0.5 else f"; choose one of {', '.join(names)}"
-    )
+    if likeness(best)[0] >= 0.5:
+        return f"; did you mean {best!r}?"
+    if len(names) <= MOST_CHOICES:
+        return f"; choose one of {', '.join(names)}"
+    nearby = sorted(names, key=likeness, reverse=True)[: MOST_CHOICES // 2]
+    return f"; choose one of {', '.join(nearby)}, and {len(names) - len(nearby):,} more"
 
 
 def _number(word: str) -> int:

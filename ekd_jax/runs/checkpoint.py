@@ -114,8 +114,7 @@ class Checkpoints:
         with self._saving():
             self._check_room(tree)
             if step in self.steps():  # it was saved before it was evaluated
-                self._manager.wait_until_finished()
-                self._manager.delete(step)
+                self.discard(step)
             self._manager.save(
                 step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree), run=ocp.args.JsonSave(run))
             )
@@ -181,6 +180,11 @@ class Checkpoints:
         parallel.gathered(0)  # others wait until it is gone
         self._manager.reload()
         return place
+
+    def discard(self, step: int) -> None:
+        """Delete a checkpoint from which training cannot go on."""
+        self.wait()
+        self._manager.delete(step)
 
     def restore(self, like: TrainState, step: int) -> tuple[TrainState, Tree]:
         """Restore the whole state, as numpy arrays, and the values that the run remembered.

@@ -24,6 +24,7 @@ from ekd_jax.runs.records import A_RUN, CONFIG, ENVIRONMENT, HISTORY, SUMMARY
 from ekd_jax.runs.state import TrainState
 
 LEFT_BEHIND = (".lock", FOLDER, DAMAGED, SUMMARY, ENVIRONMENT)  # by a branch
+REWIND = "rewind"
 Changes = Mapping[str, tuple[Any, Any]]
 
 # What decides which examples and which networks a run has, and how its steps are counted.
@@ -116,13 +117,43 @@ def change(path: pathlib.Path, config: FrozenConfigDict, changes: Changes, permi
     """
     step = max(saved_steps(path), default=0)
     logger.info(f"{permit.how}, from step {step:,} on: {_listed(changes)}")
+    _append(path, Change(step, _now(), permit.how, dict(changes)))
     if parallel.is_main():
-        entry = Change(step, _now(), permit.how, dict(changes))
-        write_json(path / HISTORY, as_json([*read_history(path), entry]))
         if (path / SUMMARY).exists():
             os.replace(path / SUMMARY, path / f"summary-{step}.json")
         write_json(path / CONFIG, to_dict(config))
     parallel.gathered(0)  # all processes go on from there
+
+
+def rewinds(path: pathlib.Path) -> int:
+    """Return how often a run was rewound because its loss was not finite."""
+    return sum(entry.how == REWIND for entry in read_history(path))
+
+
+def last_rewind(path: pathlib.Path) -> int | None:
+    """Return the step that a run was rewound to last; None if it never was."""
+    return next((entry.step for entry in reversed(read_history(path)) if entry.how == REWIND), None)
+
+
+def rewind(path: pathlib.Path, step: int, failed: int, factor: float) -> None:
+    """Note in a run's history that it was rewound.
+
+    Args:
+        path: directory of the run.
+        step: that it goes on from.
+        failed: the step that was not finite.
+        factor: of the learning rate from now on.
+    """
+    _append(
+        path, Change(step, _now(), REWIND, {"learning rate factor": (None, factor), "step": (failed, step)})
+    )
+
+
+def _append(path: pathlib.Path, entry: Change) -> None:
+    """Append an entry to the history; all processes wait until it is written."""
+    if parallel.is_main():
+        write_json(path / HISTORY, as_json([*read_history(path), entry]))
+    parallel.gathered(0)
 
 
 def branch(source: pathlib.Path, path: pathlib.Path) -> None:

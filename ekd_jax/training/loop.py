@@ -54,7 +54,7 @@ from ekd_jax.training.report import (
 )
 from ekd_jax.training.setup import Setup, check_batches, class_weights_in_words, frozen_in_words, prepare
 from ekd_jax.training.step import make_train_steps, zero_tally
-from ekd_jax.training.tally import Tally
+from ekd_jax.training.tally import UPDATE_NORM, Tally
 from ekd_jax.training.teaching import frozen_inputs, make_teach
 
 # Target length of one dispatch: short enough to react to signals, long enough to amortize overhead. On a CPU
@@ -131,28 +131,41 @@ def slowed(setup: Setup, rewinds: int) -> Setup:
     """Return the setup of a run that was rewound so often: its updates are smaller."""
     if not rewinds:
         return setup
-    smaller = optax.scale(rate_factor(setup.config, rewinds))
-    return dataclasses.replace(setup, optimizer=optax.chain(setup.optimizer, smaller))
+    usual, factor = setup.optimizer, rate_factor(setup.config, rewinds)
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = usual.update(gradients, state, params)
+        return optax.tree.scale(factor, updates), state
+
+    slower = optax.GradientTransformation(usual.init, update)  # its state is that of the usual one
+    return dataclasses.replace(setup, optimizer=slower)
 
 
 def _train(
     setup: Setup, path: pathlib.Path, first: TrainState, checkpoints: Checkpoints, interrupt: Interrupt
 ) -> Summary:
     """Train in a locked directory until the run is complete; rewind it as often as it may be."""
-    rewinds = 0
+    limit = setup.config.train.nonfinite_limit
     while True:
+        rewinds = history.rewinds(path)
         try:
-            log = _train_from(setup, path, first, checkpoints, interrupt, rewinds)
+            log = _train_from(slowed(setup, rewinds), path, first, checkpoints, interrupt)
             break
         except NotFiniteError as error:
-            rewinds, limit = error.rewinds + 1, setup.config.train.nonfinite_limit
             checkpoints.wait()
             step = max(checkpoints.steps(), default=0)
-            if setup.config.train.nonfinite != "rewind" or rewinds > limit:
+            if setup.config.train.nonfinite != "rewind" or rewinds >= limit:
                 raise UserError(f"{error}; {_after_not_finite(setup, step, error)}") from error
+            if (
+                step and history.last_rewind(path) == step
+            ):  # a smaller rate did not help: the state is no good
+                checkpoints.discard(step)
+                step = max(checkpoints.steps(), default=0)
+            factor = rate_factor(setup.config, rewinds + 1)
+            history.rewind(path, step, error.step, factor)
             logger.warning(
-                f"{error}: going on from step {step:,} with learning rates times "
-                f"{rate_factor(setup.config, rewinds):g} (rewound {rewinds} of at most {limit} times)"
+                f"{error}: going on from step {step:,} with learning rates times {factor:g} (rewound "
+                f"{rewinds + 1} of at most {limit} times)"
             )
             first = first_state(setup, path)  # arrays of the other were given to the devices
     summary = summarize(setup, log)
@@ -186,7 +199,6 @@ def _train_from(
     state: TrainState,
     checkpoints: Checkpoints,
     interrupt: Interrupt,
-    rewinds: int,
 ) -> Log:
     """Train from the newest checkpoint, or from `state` without one, and return the log of the complete run.
 
@@ -197,8 +209,6 @@ def _train_from(
     log = Log(zero_tally(setup, state))
     if recovered := checkpoints.recover(state):
         state, log = recovered[0], Log.from_json(recovered[1]["log"], log.tally)
-    log.rewinds = max(log.rewinds, rewinds)
-    setup = slowed(setup, log.rewinds)
     step = int(state.step)
     with contextlib.ExitStack() as stack:
         if parallel.is_main():
@@ -257,15 +267,14 @@ class NotFiniteError(Exception):
 
     Attributes:
         step: the first such step, from 1.
-        rewinds: how often the run had been rewound.
     """
 
-    def __init__(self, step: int, names: Sequence[str], rewinds: int):
-        terms = [name for name in names if name != "loss"] or list(names)
-        super().__init__(
-            f"{listed(terms)} {'is' if len(terms) == 1 else 'are'} not finite at step {step:,}"
-        )
-        self.step, self.rewinds = step, rewinds
+    def __init__(self, step: int, names: Sequence[str]):
+        updates = [name for name in names if name.endswith(UPDATE_NORM)]
+        losses = [name for name in names if name not in updates and name != "loss"]
+        what = losses or updates or list(names)  # an update follows from the losses, which sum up to `loss`
+        super().__init__(f"{listed(what)} {'is' if len(what) == 1 else 'are'} not finite at step {step:,}")
+        self.step = step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -439,7 +448,7 @@ class Loop:
         if self.tally.first_broken is None:
             return
         step, names = self.tally.first_broken
-        error = NotFiniteError(step, names, log.rewinds)
+        error = NotFiniteError(step, names)
         if not self.setup.skips_nonfinite:
             raise error
         skipped = log.skipped + int(self.tally.skipped)

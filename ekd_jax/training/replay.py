@@ -19,6 +19,7 @@ from ekd_jax.common.progress import Progress
 from ekd_jax.data.dataset import Source
 from ekd_jax.runs import workdir
 from ekd_jax.runs.checkpoint import Checkpoints, saved_steps
+from ekd_jax.runs.history import rewinds
 from ekd_jax.runs.metrics import MetricWriter
 from ekd_jax.runs.records import CONFIG
 from ekd_jax.runs.state import network_variables, trainable
@@ -31,6 +32,15 @@ from ekd_jax.training.step import make_draw, make_step, zero_tally
 from ekd_jax.training.teaching import make_teach
 
 EXAMPLES_SHOWN = 32
+KINDS = (  # of arrays, in the order in which they are computed
+    "state before the step",
+    "images",
+    "outputs of the teachers",
+    "outputs of the networks",
+    "terms of the loss",
+    "gradients",
+    "state after the step",
+)
 
 
 class _Captured(NamedTuple):
@@ -79,7 +89,7 @@ def replay(
         if before:
             state, remembered = checkpoints.restore(state, before[-1])
             log = Log.from_json(remembered["log"], log.tally)
-        setup = slowed(setup, log.rewinds)
+        setup = slowed(setup, rewinds(path))
         networks, _ = choose_execution(setup, state, log.execution)
         setup = dataclasses.replace(setup, networks=networks)
         progress = Progress("replaying", number, int(state.step))
@@ -93,7 +103,7 @@ def replay(
 
 
 def _arrays_of_a_step(loop: Loop) -> dict[str, Any]:
-    """Return all arrays of the next step, by kind, in the order in which they are computed."""
+    """Return all arrays of the next step: those of `KINDS`, `examples` and `targets`."""
     setup, networks = loop.setup, loop.setup.networks
     draw = make_draw(setup, loop.feed, make_teach(setup.teachers, setup.config.data))
 
@@ -126,7 +136,7 @@ def _arrays_of_a_step(loop: Loop) -> dict[str, Any]:
             "targets": drawn.targets,
             "state before the step": vars(state),
             "images": drawn.images,
-            "outputs of teachers": [(given.logits, given.maps) for given in drawn.teachers],
+            "outputs of the teachers": [(given.logits, given.maps) for given in drawn.teachers],
             "outputs of the networks": {
                 "base": outputs.base,
                 "features": outputs.features,
@@ -143,12 +153,12 @@ def _arrays_of_a_step(loop: Loop) -> dict[str, Any]:
 
 
 def _lines(arrays: dict[str, Any], loop: Loop) -> Iterator[str]:
-    examples, targets = arrays.pop("examples"), arrays.pop("targets")
+    examples, targets = arrays["examples"], arrays["targets"]
     first = ""
-    for kind, tree in arrays.items():
+    for kind in KINDS:
         leaves = [
             (jax.tree_util.keystr(path, simple=True, separator="/"), np.asarray(leaf, np.float64))
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(arrays[kind])
         ]
         leaves = [(path, leaf) for path, leaf in leaves if leaf.size]
         if not leaves:
@@ -156,7 +166,7 @@ def _lines(arrays: dict[str, Any], loop: Loop) -> Iterator[str]:
         bad = [(path, leaf) for path, leaf in leaves if not np.isfinite(leaf).all()]
         if not bad:
             largest = max(np.abs(leaf).max() for _, leaf in leaves)
-            yield f"{kind}: {len(leaves)} arrays, all finite, at most {largest:.3g} in size"
+            yield f"{kind}: all finite, at most {largest:.3g} in size ({len(leaves)} arrays)"
             continue
         yield f"{kind}: {len(bad)} of {len(leaves)} arrays are not finite"
         path, leaf = bad[0]

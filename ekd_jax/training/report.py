@@ -27,7 +27,6 @@ class Log:
         recorded: step of that record.
         evaluated: step of the last evaluation on the watched set.
         skipped: number of steps that were skipped before that record.
-        rewinds: how often the run was rewound.
         window: seconds of training since then.
         waited: seconds of these in which devices waited for images.
         last: metrics of the latest evaluation on the test set.
@@ -41,7 +40,6 @@ class Log:
     recorded: int = 0
     evaluated: int = 0
     skipped: int = 0
-    rewinds: int = 0
     window: float = 0.0
     waited: float = 0.0
     last: dict[str, float] = dataclasses.field(default_factory=dict)

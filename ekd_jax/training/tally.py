@@ -15,6 +15,7 @@ Array = jax.Array
 Metrics = dict[str, Array]
 Step = Callable[..., tuple[TrainState, Metrics]]
 NEVER = LARGEST  # the step of what did not happen
+UPDATE_NORM = "update_norm"
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +108,7 @@ def parts_of(state: TrainState) -> dict[str, Any]:
 
 def name_of_norm(part: str) -> str:
     """Return the name of the metric that is the norm of the change of a part."""
-    return f"{part}/update_norm"
+    return f"{part}/{UPDATE_NORM}"
 
 
 def all_finite(metrics: Metrics) -> Array:
