@@ -75,8 +75,8 @@ def main() -> None:
         write_bytes(path / MARKDOWN, text.encode())
     except OSError as error:
         raise UserError(
-            f"cannot write {error.filename}: {error.strerror}; the runs are complete, and the same command with "
-            f"--report writes it again"
+            f"cannot write {error.filename}: {error.strerror}; complete runs are intact: the same command with "
+            f"--report writes the table"
         ) from error
     logger.info(f"the table is in {path / MARKDOWN}, all numbers in {path / JSON}")
 

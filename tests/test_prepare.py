@@ -293,7 +293,7 @@ def test_published_digests_are_those_of_tfds():
 
 def test_cifar_packed_again_with_the_same_contents(manual, tmp_path, monkeypatch):
     make_cifar(manual, np.random.default_rng(0))
-    digest = builders._contents(manual / "cifar-10-binary.tar.gz")
+    digest = builders.Cifar10(data_dir=tmp_path)._contents(manual / "cifar-10-binary.tar.gz")
     monkeypatch.setitem(builders.CIFAR_CONTENTS, "cifar10", digest)
     assert len(open_set("cifar10", tmp_path, manual).train) == 30
 

@@ -70,7 +70,7 @@ def replacing(path: pathlib.Path, needed: int = 0, durable: bool = True) -> Iter
         target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         if durable and partial.is_file():
-            _sync(partial)
+            sync(partial)
         os.replace(partial, target)
     except BaseException as error:
         room = _room(error, target.parent, needed) if isinstance(error, OSError) else ""
@@ -81,7 +81,7 @@ def replacing(path: pathlib.Path, needed: int = 0, durable: bool = True) -> Iter
         raise
     if durable:
         with contextlib.suppress(OSError):  # some file systems cannot sync a directory
-            _sync(target.parent)
+            sync(target.parent)
 
 
 def why_not_writable(path: pathlib.Path) -> str:
@@ -91,7 +91,7 @@ def why_not_writable(path: pathlib.Path) -> str:
     return "" if writable else f"{parent} is not a writable directory"
 
 
-def _sync(path: pathlib.Path) -> None:
+def sync(path: pathlib.Path) -> None:
     """Wait until a file, or the list of files in a directory, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

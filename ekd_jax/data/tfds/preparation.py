@@ -18,9 +18,8 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 
 from ekd_jax.common.errors import UserError
 from ekd_jax.common.log import logger
-from ekd_jax.data.tfds import imagenet, lookup
+from ekd_jax.data.tfds import archives, imagenet, lookup
 from ekd_jax.data.tfds.builders import BUILDERS
-from ekd_jax.data.tfds.imagenet import writing_failure
 
 
 def prepare(name: str, data_dir: str, manual_dir: str) -> None:
@@ -60,7 +59,7 @@ def prepare(name: str, data_dir: str, manual_dir: str) -> None:
         ) from error
     except Exception as error:  # from TFDS or the disk
         where = lookup.in_words(data_dir)
-        raise UserError(f"cannot prepare {name} in {where}: {writing_failure(error)}") from error
+        raise UserError(f"cannot prepare {name} in {where}: {archives.writing_failure(error)}") from error
 
 
 def _builder(name: str, data_dir: str, manual_dir: str) -> tfds.core.DatasetBuilder:
@@ -121,7 +120,7 @@ def _check_network(builder: tfds.core.DatasetBuilder, url: str) -> None:
 
 
 def _download_failure(builder: tfds.core.DatasetBuilder, urls: list[str], error: Exception) -> UserError:
-    why = writing_failure(error)
+    why = archives.writing_failure(error)
     if builder.name not in BUILDERS:
         return UserError(
             f"{builder.name} is not in {builder.data_dir} and TFDS cannot prepare it ({why}): fix this and run "
