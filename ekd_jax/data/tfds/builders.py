@@ -255,6 +255,15 @@ BUILDERS: dict[str, Any] = {
 }
 
 
+def most_bytes(builder: tfds.core.DatasetBuilder) -> int:
+    """Return an upper limit of what a published set takes on disk once it is prepared; 0 if it is not known."""
+    pixels = builder.info.features["image"].shape if builder.name in SIZES else (None,)
+    if None in pixels:
+        return 0
+    # A PNG file of noise is a little larger than its pixels, and a record has names, too.
+    return sum(SIZES[builder.name].values()) * (math.prod(pixels) + 512)
+
+
 def _file(url: str) -> str:
     return url.rsplit("/", 1)[1]
 

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import shutil
 import sys
 import urllib.error
 import urllib.request
@@ -18,8 +19,9 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 
 from ekd_jax.common.errors import UserError
 from ekd_jax.common.log import logger
+from ekd_jax.common.text import megabytes
 from ekd_jax.data.tfds import archives, imagenet, lookup
-from ekd_jax.data.tfds.builders import BUILDERS
+from ekd_jax.data.tfds.builders import BUILDERS, most_bytes
 
 
 def prepare(name: str, data_dir: str, manual_dir: str) -> None:
@@ -38,6 +40,7 @@ def prepare(name: str, data_dir: str, manual_dir: str) -> None:
         raise UserError(
             f"{name} is not in {data_dir}: prepare it in a local data_dir, then copy that directory there"
         )
+    builder = None
     try:
         builder = _builder(name, data_dir, manual_dir)
         with _locked(pathlib.Path(builder.data_dir).parent), contextlib.redirect_stdout(sys.stderr):
@@ -59,7 +62,8 @@ def prepare(name: str, data_dir: str, manual_dir: str) -> None:
         ) from error
     except Exception as error:  # from TFDS or the disk
         where = lookup.in_words(data_dir)
-        raise UserError(f"cannot prepare {name} in {where}: {archives.writing_failure(error)}") from error
+        why = f"{archives.writing_failure(error)}{_room_in_words(builder, error)}"
+        raise UserError(f"cannot prepare {name} in {where}: {why}") from error
 
 
 def _builder(name: str, data_dir: str, manual_dir: str) -> tfds.core.DatasetBuilder:
@@ -104,7 +108,7 @@ def _write(builder: tfds.core.DatasetBuilder, manual_dir: str) -> None:
             f"get the archive elsewhere and pass --config.data.manual_dir=DIR"
         ) from error
     except Exception as error:
-        if from_archives:
+        if from_archives or archives.not_written(error):
             raise
         raise _download_failure(builder, urls, error) from error
 
@@ -131,6 +135,21 @@ def _download_failure(builder: tfds.core.DatasetBuilder, urls: list[str], error:
         f"run where {urls[0]} can be reached, or pass --config.data.manual_dir=DIR with "
         f"{', '.join(builder.published_digests())} in it (to ekd_jax.evaluate --manual_dir=DIR); "
         f"configs/digits.py needs neither"
+    )
+
+
+def _room_in_words(builder: tfds.core.DatasetBuilder | None, error: Exception) -> str:
+    """Return how much room is needed and free, what is left, and what to do, if the disk was the problem."""
+    if builder is None or not archives.not_written(error):
+        return ""
+    needed, folder = most_bytes(builder), pathlib.Path(builder.data_dir)
+    room = [f"it takes at most {megabytes(needed)}"] if needed else []
+    with contextlib.suppress(OSError):
+        existing = next(parent for parent in folder.parents if parent.exists())
+        room.append(f"{megabytes(shutil.disk_usage(existing).free)} are free")
+    return (
+        f" ({', '.join(room)}): nothing of it is left; make room and run the same command again, or pass another "
+        f"--config.data.data_dir"
     )
 
 
