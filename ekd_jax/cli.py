@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from ekd_jax.common import parallel
 from ekd_jax.common.compilation import keep_compiled_programs
 from ekd_jax.common.errors import Interrupted, UserError, nearest, reason
-from ekd_jax.common.files import why_not_writable
+from ekd_jax.common.files import NO_ROOM, why_not_writable
 from ekd_jax.common.log import shown
 from ekd_jax.config.knobs import KNOBS, all_knobs
 from ekd_jax.config.other_names import find_knob, other_way
@@ -160,8 +160,9 @@ def guarded(start: Callable[[], None]) -> None:
         _drop(sys.stdout)
         sys.exit(1)
     except OSError as error:  # a full disk, a name that is too long: nothing that a traceback explains
-        what = "" if _flushed(sys.stdout) else "standard output cannot be written: "
-        leave(2, f"error: {parallel.who()}{what}{error.strerror if what else reason(error)}")
+        printed = error.filename is None and error.errno in NO_ROOM  # files that are written have names
+        text = f"{error.strerror}, most likely where standard output goes" if printed else reason(error)
+        leave(2, f"error: {parallel.who()}{text}")
     except KeyboardInterrupt:
         leave(130, "interrupted; run the same command to resume")
 
@@ -173,8 +174,8 @@ def leave(code: int, message: str) -> None:
         print(message, file=sys.stderr, flush=True)
     if parallel.several():
         os._exit(code)
-    for stream in (sys.stdout, sys.stderr):
-        _flushed(stream)
+    _flush_or_drop(sys.stdout)
+    _flush_or_drop(sys.stderr)
     sys.exit(code)
 
 
@@ -184,22 +185,20 @@ def _run_and_flush(start: Callable[[], None]) -> None:
         start()
     except SystemExit:
         sys.stdout.flush()
+        _flush_or_drop(sys.stderr)
         raise
     sys.stdout.flush()
 
 
-def _flushed(stream: TextIO) -> bool:
-    """Return whether what was printed could be written out; if not it is dropped, so that Python can end."""
+def _flush_or_drop(stream: TextIO) -> None:
     try:
         stream.flush()
     except OSError:
         _drop(stream)
-        return False
-    return True
 
 
 def _drop(stream: TextIO) -> None:
-    """Send what is left in a stream's buffer, and all that is printed later, to nowhere."""
+    """Send what is left in a stream's buffer, and all that is printed later, to nowhere, so that Python can end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -13,12 +13,13 @@ from ekd_jax.common.errors import UserError, reason
 from ekd_jax.common.files import read_bytes
 from ekd_jax.common.text import printable
 
-# What the system says if it cannot write; in the messages of array_record, which are long, too.
+# What the system and TFDS say if nothing can be written, and array_record in the middle of long messages.
 NOT_WRITTEN = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file exceeds the limit on file sizes",
-    errno.EROFS: "the file system is read-only",
+    os.strerror(errno.ENOSPC): "the disk is full",
+    "Not enough disk space": "the disk is full",
+    os.strerror(errno.EDQUOT): "the disk quota is used up",
+    os.strerror(errno.EFBIG): "a file would exceed the limit on file sizes",
+    os.strerror(errno.EROFS): "the file system is read-only",
 }
 SUMS = "SHA256SUMS"  # file of checksums beside the archives
 MAX_SUMS = 2**24  # bytes of that file
@@ -174,4 +175,4 @@ def writing_failure(error: BaseException) -> str:
 
 def not_written(error: BaseException) -> str:
     """Return what is wrong with the disk, "" if that is not what the error is about."""
-    return next((why for code, why in NOT_WRITTEN.items() if os.strerror(code) in str(error)), "")
+    return next((why for said, why in NOT_WRITTEN.items() if said in str(error)), "")

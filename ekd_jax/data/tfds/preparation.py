@@ -15,11 +15,12 @@ import urllib.request
 from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import constants
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
 from ekd_jax.common.errors import UserError
 from ekd_jax.common.log import logger
-from ekd_jax.common.text import megabytes
+from ekd_jax.common.text import human
 from ekd_jax.data.tfds import archives, imagenet, lookup
 from ekd_jax.data.tfds.builders import BUILDERS, most_bytes
 
@@ -39,6 +40,10 @@ def prepare(name: str, data_dir: str, manual_dir: str) -> None:
     if "://" in data_dir:
         raise UserError(
             f"{name} is not in {data_dir}: prepare it in a local data_dir, then copy that directory there"
+        )
+    if not data_dir and os.path.expanduser(constants.DATA_DIR).startswith("~"):
+        raise UserError(
+            f"{name} is not prepared, and there is no home directory to write it to: pass --config.data.data_dir=DIR"
         )
     builder = None
     try:
@@ -143,10 +148,10 @@ def _room_in_words(builder: tfds.core.DatasetBuilder | None, error: Exception) -
     if builder is None or not archives.not_written(error):
         return ""
     needed, folder = most_bytes(builder), pathlib.Path(builder.data_dir)
-    room = [f"it takes at most {megabytes(needed)}"] if needed else []
+    room = [f"it takes at most {human(needed)}B"] if needed else []
     with contextlib.suppress(OSError):
         existing = next(parent for parent in folder.parents if parent.exists())
-        room.append(f"{megabytes(shutil.disk_usage(existing).free)} are free")
+        room.append(f"{human(shutil.disk_usage(existing).free)}B are free")
     return (
         f" ({', '.join(room)}): nothing of it is left; make room and run the same command again, or pass another "
         f"--config.data.data_dir"
