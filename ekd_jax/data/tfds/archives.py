@@ -13,10 +13,11 @@ from ekd_jax.common.errors import UserError, reason
 from ekd_jax.common.files import read_bytes
 from ekd_jax.common.text import printable
 
+DISK_FULL = "the disk is full"
 # What the system and TFDS say if nothing can be written, and array_record in the middle of long messages.
 NOT_WRITTEN = {
-    os.strerror(errno.ENOSPC): "the disk is full",
-    "Not enough disk space": "the disk is full",
+    os.strerror(errno.ENOSPC): DISK_FULL,
+    "Not enough disk space": DISK_FULL,
     os.strerror(errno.EDQUOT): "the disk quota is used up",
     os.strerror(errno.EFBIG): "a file would exceed the limit on file sizes",
     os.strerror(errno.EROFS): "the file system is read-only",

@@ -145,15 +145,18 @@ def _download_failure(builder: tfds.core.DatasetBuilder, urls: list[str], error:
 
 def _room_in_words(builder: tfds.core.DatasetBuilder | None, error: Exception) -> str:
     """Return how much room is needed and free, what is left, and what to do, if the disk was the problem."""
-    if builder is None or not archives.not_written(error):
+    why = archives.not_written(error)
+    if builder is None or not why:
         return ""
-    needed, folder = most_bytes(builder), pathlib.Path(builder.data_dir)
+    needed = most_bytes(builder)
     room = [f"it takes at most {human(needed)}B"] if needed else []
-    with contextlib.suppress(OSError):
-        existing = next(parent for parent in folder.parents if parent.exists())
-        room.append(f"{human(shutil.disk_usage(existing).free)}B are free")
+    if why == archives.DISK_FULL:
+        with contextlib.suppress(OSError):
+            existing = next(p for p in pathlib.Path(builder.data_dir).parents if p.exists())
+            room.append(f"{human(shutil.disk_usage(existing).free)}B are free")
+    brackets = f" ({', '.join(room)})" if room else ""
     return (
-        f" ({', '.join(room)}): nothing of it is left; make room and run the same command again, or pass another "
+        f"{brackets}; nothing of it is left: fix this and run the same command again, or pass another "
         f"--config.data.data_dir"
     )
 
