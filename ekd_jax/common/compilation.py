@@ -1,5 +1,6 @@
 """JAX's persistent compilation cache, in a directory per kind of processor."""
 
+import atexit
 import errno
 import os
 import pathlib
@@ -28,6 +29,7 @@ def keep_compiled_programs(directory: pathlib.Path | None = None, gigabytes: flo
     if not os.access(place, os.W_OK | os.X_OK):  # JAX writes there even to read
         raise PermissionError(errno.EACCES, "it is not writable", str(place))
     _remove_incomplete(place)
+    atexit.register(_remove_incomplete, place)
     jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_compilation_cache_max_size", int(gigabytes * 1e9))
 
