@@ -333,12 +333,12 @@ def header(name, size, kind=tarfile.REGTYPE, link=""):
 
 
 BATCH = header("data_batch_1.bin", 3073), bytes(3073)
-MOST = "has no more|above the limit"
+MOST, DAMAGED = "has no more|above the limit", "is truncated or damaged"
 TARS = {
     "a header that claims terabytes": ([(header("data_batch_1.bin", 2**42), b"")], MOST),
-    "a long name that claims terabytes": ([(header("x", 2**42, tarfile.GNUTYPE_LONGNAME), b"")], "truncated or damaged"),
-    "an unknown member of too many bytes": ([BATCH, (header("more", 2 * 10**8), bytes(2 * 10**8))], "truncated or damaged"),
-    "a negative size": ([(header("data_batch_1.bin", -1), b"")], "truncated or damaged"),
+    "a long name that claims terabytes": ([(header("x", 2**42, tarfile.GNUTYPE_LONGNAME), b"")], DAMAGED),
+    "an unknown member of too many bytes": ([BATCH, (header("more", 2 * 10**8), bytes(2 * 10**8))], MOST),
+    "a negative size": ([(header("data_batch_1.bin", -1), b"")], DAMAGED),
     "a link": ([(header("data_batch_1.bin", 0, tarfile.SYMTYPE, "/etc/passwd"), b"")], "is a link"),
     "a device": ([(header("data_batch_1.bin", 0, tarfile.CHRTYPE), b"")], "a device"),
     "a sparse file": ([(header("data_batch_1.bin", 512, tarfile.GNUTYPE_SPARSE), bytes(512))], "sparse"),
