@@ -93,6 +93,15 @@ def test_an_interruption_leaves_nothing(tmp_path):
     assert not everything(tmp_path)
 
 
+def test_what_a_killed_process_left_is_no_obstacle(tmp_path):
+    left = tmp_path / f".folder.{os.getpid()}"
+    left.mkdir()
+    (left / "half").write_bytes(b"half")
+    with replacing(tmp_path / "folder") as partial:
+        partial.mkdir()
+    assert everything(tmp_path) == {tmp_path / "folder": None}
+
+
 # --- commands ------------------------------------------------------------------------------------
 
 

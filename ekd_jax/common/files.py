@@ -68,13 +68,17 @@ def replacing(path: pathlib.Path, needed: int = 0, durable: bool = True) -> Iter
     new_parents = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)  # left by a process of this number that was killed
         yield partial
         if durable and partial.is_file():
             sync(partial)
         os.replace(partial, target)
     except BaseException as error:
+        _remove(partial)
         room = _room(error, target.parent, needed) if isinstance(error, OSError) else ""
-        _remove(partial, new_parents)
+        for parent in new_parents:  # the innermost first
+            with contextlib.suppress(OSError):
+                parent.rmdir()
         if isinstance(error, OSError):
             why = os.strerror(error.errno) if error.errno else str(error)
             raise OSError(error.errno or errno.EIO, f"{why}{room}", os.fspath(path)) from error
@@ -100,15 +104,12 @@ def sync(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def _remove(partial: pathlib.Path, parents: list[pathlib.Path]) -> None:
-    """Remove a file or directory that was begun, and the parents that were made for it, the innermost first."""
-    if partial.is_dir():
-        shutil.rmtree(partial, ignore_errors=True)
+def _remove(path: pathlib.Path) -> None:
+    """Remove a file or directory, if it is there and that is possible."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
-        partial.unlink()
-    for parent in parents:
-        with contextlib.suppress(OSError):
-            parent.rmdir()
+        path.unlink()
 
 
 def _room(error: OSError, folder: pathlib.Path, needed: int) -> str:
