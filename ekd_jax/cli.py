@@ -1,5 +1,6 @@
 """Flags, configuration, help and one-line errors, shared by all commands."""
 
+import contextlib
 import difflib
 import math
 import os
@@ -8,8 +9,9 @@ import re
 import sys
 import textwrap
 import threading
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import jax
 from absl import app, flags, logging
@@ -18,6 +20,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from ekd_jax.common import parallel
 from ekd_jax.common.compilation import keep_compiled_programs
 from ekd_jax.common.errors import Interrupted, UserError, nearest, reason
+from ekd_jax.common.files import NO_ROOM, why_not_writable
 from ekd_jax.common.log import shown
 from ekd_jax.config.knobs import KNOBS, all_knobs
 from ekd_jax.config.other_names import find_knob, other_way
@@ -106,7 +109,7 @@ def output_file(flag: str, suffixes: Sequence[str]) -> pathlib.Path | None:
     """Return the file that a flag names, None if the flag was not given.
 
     Raises:
-        UserError: it has another suffix, is a directory, or its directory does not exist.
+        UserError: it has another suffix, is a directory, or its directory does not exist or is not writable.
     """
     given: str | None = FLAGS[flag].value
     if given is None:
@@ -116,6 +119,8 @@ def output_file(flag: str, suffixes: Sequence[str]) -> pathlib.Path | None:
         raise UserError(f"--{flag}={given} must end in {' or '.join(suffixes)}")
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"--{flag}={given} must be a file in a directory that exists")
+    if why := why_not_writable(path):
+        raise UserError(f"--{flag}={given} cannot be written: {why}: choose another")
     return path
 
 
@@ -132,7 +137,8 @@ def run(command: Command, arguments: Sequence[str] | None = None, name: str = ""
     command.define_flags()
     _define_compilation_cache()
     if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv[1:]):
-        print(_help(argv[0], command.__doc__ or "", [f for f in FLAGS if f not in before]))
+        text = _help(argv[0], command.__doc__ or "", [f for f in FLAGS if f not in before])
+        guarded(lambda: print(text))
         sys.exit(0)
     with shown():
         guarded(lambda: app.run(_starting(command.main), argv=argv, flags_parser=_parse))
@@ -141,7 +147,7 @@ def run(command: Command, arguments: Sequence[str] | None = None, name: str = ""
 def guarded(start: Callable[[], None]) -> None:
     """Run to the end; every error that a user can mend is one line."""
     try:
-        start()
+        _run_and_flush(start)
     except UserError as error:
         leave(2, f"error: {parallel.who()}{error}")
     except Interrupted as interruption:
@@ -152,10 +158,12 @@ def guarded(start: Callable[[], None]) -> None:
         lost = f"{parallel.who()}a computation over all processes failed, most likely because one of them"
         leave(1, f"error: {lost} ended ({reason(error)}): run the same command in all of them to resume")
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(sys.stdout)
         sys.exit(1)
     except OSError as error:  # a full disk, a name that is too long: nothing that a traceback explains
-        leave(2, f"error: {parallel.who()}{reason(error)}")
+        printed = error.filename is None and error.errno in NO_ROOM  # files that are written have names
+        text = f"{error.strerror}, most likely where standard output goes" if printed else reason(error)
+        leave(2, f"error: {parallel.who()}{text}")
     except KeyboardInterrupt:
         leave(130, "interrupted; run the same command to resume")
 
@@ -163,10 +171,36 @@ def guarded(start: Callable[[], None]) -> None:
 def leave(code: int, message: str) -> None:
     """Print the message and exit. One of several processes exits at once: an orderly exit would wait for the
     others forever."""
-    print(message, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a log on a full disk
+        print(message, file=sys.stderr, flush=True)
     if parallel.several():
         os._exit(code)
+    _flush_or_drop(sys.stdout)
+    _flush_or_drop(sys.stderr)
     sys.exit(code)
+
+
+def _run_and_flush(start: Callable[[], None]) -> None:
+    """Run, and write out what was printed: Python itself does that where an error is no longer one line."""
+    try:
+        start()
+    except SystemExit:
+        sys.stdout.flush()
+        _flush_or_drop(sys.stderr)
+        raise
+    sys.stdout.flush()
+
+
+def _flush_or_drop(stream: TextIO) -> None:
+    try:
+        stream.flush()
+    except OSError:
+        _drop(stream)
+
+
+def _drop(stream: TextIO) -> None:
+    """Send what is left in a stream's buffer, and all that is printed later, to nowhere, so that Python can end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -270,6 +304,8 @@ def _define_compilation_cache() -> None:
 
 def _use_compilation_cache() -> None:
     """Keep compiled programs as the flags say; $JAX_COMPILATION_CACHE_DIR is JAX's own way to say where."""
+    # JAX warns of every program that it cannot keep, as on a full disk; it is compiled again next time.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     asked = FLAGS.compilation_cache
     if asked == "" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return

@@ -67,11 +67,17 @@ def main() -> None:
         check(chosen)
         train_all(chosen)
     found = compare(runs)
-    file = config_flags.get_config_filename(FLAGS["config"])
-    write_json(path / JSON, as_json(found))
-    text = as_markdown(found, f"python -m ekd_jax.compare --config={file}")
-    write_bytes(path / MARKDOWN, text.encode())
     print(json.dumps(as_json(found), indent=2) if FLAGS.json else as_text(found))
+    file = config_flags.get_config_filename(FLAGS["config"])
+    text = as_markdown(found, f"python -m ekd_jax.compare --config={file}")
+    try:
+        write_json(path / JSON, as_json(found))
+        write_bytes(path / MARKDOWN, text.encode())
+    except OSError as error:
+        raise UserError(
+            f"cannot write {error.filename}: {error.strerror}; complete runs are intact: the same command with "
+            f"--report writes the table"
+        ) from error
     logger.info(f"the table is in {path / MARKDOWN}, all numbers in {path / JSON}")
 
 

@@ -17,10 +17,8 @@ OUTPUT/student_1, OUTPUT/student_2, ...
 
 import dataclasses
 import math
-import os
 import pathlib
 import re
-import shutil
 import sys
 from fractions import Fraction
 from typing import Any
@@ -28,13 +26,13 @@ from typing import Any
 from absl import flags
 
 from ekd_jax import cli, models
-from ekd_jax.common.errors import UserError, nearest, reason
+from ekd_jax.common.errors import UserError, nearest
 from ekd_jax.students.class_names import known_class_names, read_class_names
 from ekd_jax.students.convert import Converted, Request, convert_students
 from ekd_jax.students.description import Preprocessing, Provenance, StudentDescription
 from ekd_jax.students.official import is_official, read_official
 from ekd_jax.students.state_dict import StateDict, read_state_dict
-from ekd_jax.students.student import LoadedStudent, check_output, write_student
+from ekd_jax.students.student import LoadedStudent, check_output, write_student, write_students
 
 FLAGS = flags.FLAGS
 EFFICIENTNET_SIZES = (224, 240, 260, 300, 380, 456, 528, 600)  # of B0 to B7
@@ -95,7 +93,7 @@ def main() -> None:
     ]
     notes = "; ".join((*states[0].notes, *_notes(found[0]), about_names))
     if len(students) > 1:
-        _write_students(output, students)
+        write_students(output, {f"student_{one.description.student}": one for one in students})
         print(
             f"{weights} -> {output}/student_1 to student_{len(students)}: {FLAGS.model}, {len(names)} classes; {notes}"
         )
@@ -132,19 +130,6 @@ def _description(
         preprocessing=preprocessing,
         provenance=provenance,
     )
-
-
-def _write_students(output: pathlib.Path, students: list[LoadedStudent]) -> None:
-    """Write students to student_1, student_2, ... in the new directory `output`, all of them or none."""
-    partial = output.absolute().with_name(f".{output.name}.{os.getpid()}.all")
-    try:
-        for student in students:
-            write_student(partial / f"student_{student.description.student}", student)
-        os.replace(partial, output)
-    except OSError as error:
-        raise UserError(f"cannot write --output={output}: {reason(error)}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _class_names(given: tuple[str, ...], classes: int) -> tuple[tuple[str, ...], str]:

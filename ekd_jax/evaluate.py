@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 
 from ekd_jax import cli
-from ekd_jax.common.errors import UserError, reason
+from ekd_jax.common.errors import UserError
 from ekd_jax.common.files import write_bytes
 from ekd_jax.common.log import logger
 from ekd_jax.common.text import csv_text, table
@@ -69,9 +69,9 @@ def main() -> None:
         _predictor(tuple(run.names))
         found = run.evaluate(FLAGS.split, data, confusion=bool(confusion))
         logger.info(f"{FLAGS.workdir}, step {run.checkpoint.step:,}")
+    print(json.dumps(_as_json(found), indent=2) if FLAGS.json else _as_text(found))
     if confusion:
         _write_confusion(confusion, found)
-    print(json.dumps(_as_json(found), indent=2) if FLAGS.json else _as_text(found))
 
 
 def _refuse_flags_of_runs() -> None:
@@ -109,7 +109,9 @@ def _write_confusion(path: pathlib.Path, found: Evaluation) -> None:
     try:
         write_bytes(path, csv_text(rows).encode())
     except OSError as error:
-        raise UserError(f"--confusion={path} cannot be written: {reason(error)}") from error
+        raise UserError(
+            f"cannot write --confusion={path}: {error.strerror}; the other results were printed"
+        ) from error
 
 
 def _as_json(found: Evaluation) -> dict[str, Any]:

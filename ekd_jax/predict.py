@@ -9,14 +9,13 @@ exit code is 1 then.
 
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 
 from absl import flags
 
 from ekd_jax import cli
-from ekd_jax.common.errors import UserError, reason
+from ekd_jax.common.errors import UserError
 from ekd_jax.common.files import write_bytes
 from ekd_jax.common.log import logger
 from ekd_jax.common.text import csv_text, printable
@@ -54,7 +53,14 @@ def main() -> int:
     if len(files) == 1 and not read:
         raise UserError(found[0].problem)
     if output:
-        _write(output, read, top)
+        text = _as_file(output.suffix.lower(), read, top)
+        try:
+            write_bytes(output, text.encode(errors="surrogateescape"))
+        except OSError as error:
+            print(text, end="")  # what took long is not lost
+            raise UserError(
+                f"cannot write --output={output}: {error.strerror}; the predictions were printed instead"
+            ) from error
         print(f"{len(read):,} images -> {output}")
     else:
         print(_as_text(read, one=len(files) == 1))
@@ -82,13 +88,9 @@ def _as_text(found: Sequence[Prediction], one: bool) -> str:
     )
 
 
-def _write(output: pathlib.Path, found: Sequence[Prediction], top: int) -> None:
-    """Write the predictions as CSV (image, class_1, probability_1, class_2, ...) or JSON.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    if output.suffix.lower() == ".json":
+def _as_file(suffix: str, found: Sequence[Prediction], top: int) -> str:
+    """Return the predictions as CSV (image, class_1, probability_1, class_2, ...) or JSON, by the suffix."""
+    if suffix == ".json":
         each = [
             {
                 "image": p.file,
@@ -99,18 +101,13 @@ def _write(output: pathlib.Path, found: Sequence[Prediction], top: int) -> None:
             }
             for p in found
         ]
-        text = json.dumps(each, indent=2) + "\n"
-    else:
-        header = ["image", *(f"{what}_{k}" for k in range(1, top + 1) for what in ("class", "probability"))]
-        rows = [
-            [p.file, *(cell for pair in zip(p.classes, p.probabilities, strict=True) for cell in pair)]
-            for p in found
-        ]
-        text = csv_text([header, *rows])
-    try:
-        write_bytes(output, text.encode(errors="surrogateescape"))
-    except OSError as error:
-        raise UserError(f"--output={output} cannot be written: {reason(error)}") from error
+        return json.dumps(each, indent=2) + "\n"
+    header = ["image", *(f"{what}_{k}" for k in range(1, top + 1) for what in ("class", "probability"))]
+    rows = [
+        [p.file, *(cell for pair in zip(p.classes, p.probabilities, strict=True) for cell in pair)]
+        for p in found
+    ]
+    return csv_text([header, *rows])
 
 
 if __name__ == "__main__":

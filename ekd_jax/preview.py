@@ -6,13 +6,15 @@ One row per example: as stored, then as it is in several epochs, augmented, norm
 colors. Below each image is the label that the loss gets.
 """
 
+import io
 import pathlib
 import sys
 
 from absl import flags
 
 from ekd_jax import cli
-from ekd_jax.common.errors import UserError, reason
+from ekd_jax.common.errors import UserError
+from ekd_jax.common.files import why_not_writable, write_bytes
 from ekd_jax.data.grid import draw_preview
 from ekd_jax.data.opening import open_data
 
@@ -33,13 +35,16 @@ def main() -> None:
     output = pathlib.Path(FLAGS.output)
     if output.suffix.lower() != ".png":
         raise UserError(f"--output={output} must end in .png")
+    if why := why_not_writable(output):
+        raise UserError(f"--output={output}: {why}: choose another")
     data = open_data(config)
     grid = draw_preview(config, data, min(FLAGS.examples, len(data.train)), FLAGS.epochs)
+    file = io.BytesIO()
+    grid.save(file, "PNG")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        grid.save(output)
+        write_bytes(output, file.getvalue())
     except OSError as error:
-        raise UserError(f"cannot write --output={output}: {reason(error)}") from error
+        raise UserError(f"cannot write --output={output}: {error.strerror}") from error
     print(f"{output}: {grid.width}x{grid.height} pixels")
 
 

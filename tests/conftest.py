@@ -6,6 +6,7 @@ import importlib.metadata
 import multiprocessing
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -106,18 +107,22 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([f"ekd_jax.{name}" for name in COMMANDS])
 
 
-def command(module: str, *args: object) -> subprocess.CompletedProcess:
-    """Run a command on one device, in a process of its own."""
+def command(module: str, *args: object, largest_file: int = 0) -> subprocess.CompletedProcess:
+    """Run a command on one device, in a process of its own, which may write no file of more bytes than that."""
     with tempfile.TemporaryDirectory() as directory:
         files = [pathlib.Path(directory) / name for name in ("stdout", "stderr")]
-        process = FORKS.Process(target=_run_command, args=(module, list(map(str, args)), files))
+        process = FORKS.Process(
+            target=_run_command, args=(module, list(map(str, args)), files, largest_file)
+        )
         process.start()
         process.join(300)
         assert process.exitcode is not None, f"{module} did not end"
         return subprocess.CompletedProcess(args, process.exitcode, *(file.read_text() for file in files))
 
 
-def _run_command(module: str, args: list[str], files: list[pathlib.Path]) -> None:
+def _run_command(module: str, args: list[str], files: list[pathlib.Path], largest_file: int) -> None:
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     os.environ.update(plain_environment())

@@ -12,6 +12,7 @@ import os
 import pathlib
 import pickle
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -293,7 +294,7 @@ def test_published_digests_are_those_of_tfds():
 
 def test_cifar_packed_again_with_the_same_contents(manual, tmp_path, monkeypatch):
     make_cifar(manual, np.random.default_rng(0))
-    digest = builders._contents(manual / "cifar-10-binary.tar.gz")
+    digest = builders.Cifar10(data_dir=tmp_path)._contents(manual / "cifar-10-binary.tar.gz")
     monkeypatch.setitem(builders.CIFAR_CONTENTS, "cifar10", digest)
     assert len(open_set("cifar10", tmp_path, manual).train) == 30
 
@@ -315,6 +316,77 @@ def test_truncated_and_damaged_archives(made, tmp_path):
         vouch(folder)
     assert not versions(tmp_path / "tfds", name)
     open_set(name, tmp_path / "tfds", folder)
+
+
+def tar_of(folder, members):
+    """Write CIFAR-10's archive with these (header, data), where a header may claim anything."""
+    with gzip.open(folder / "cifar-10-binary.tar.gz", "wb") as file:
+        for info, data in members:
+            file.write(info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512))
+        file.write(bytes(1024))
+
+
+def header(name, size, kind=tarfile.REGTYPE, link=""):
+    info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+    info.size, info.type, info.linkname = size, kind, link
+    return info
+
+
+BATCH = header("data_batch_1.bin", 3073), bytes(3073)
+MOST, DAMAGED = "has no more|above the limit", "is truncated or damaged"
+TARS = {
+    "a header that claims terabytes": ([(header("data_batch_1.bin", 2**42), b"")], MOST),
+    "a long name that claims terabytes": ([(header("x", 2**42, tarfile.GNUTYPE_LONGNAME), b"")], DAMAGED),
+    "an unknown member of too many bytes": ([BATCH, (header("more", 2 * 10**8), bytes(2 * 10**8))], MOST),
+    "a negative size": ([(header("data_batch_1.bin", -1), b"")], DAMAGED),
+    "a link": ([(header("data_batch_1.bin", 0, tarfile.SYMTYPE, "/etc/passwd"), b"")], "is a link"),
+    "a device": ([(header("data_batch_1.bin", 0, tarfile.CHRTYPE), b"")], "a device"),
+    "a sparse file": ([(header("data_batch_1.bin", 512, tarfile.GNUTYPE_SPARSE), bytes(512))], "sparse"),
+    "a file of 0 bytes": ([(header("data_batch_1.bin", 0), b"")], "data_batch_1.bin is empty"),
+    "a name twice": ([BATCH, BATCH], "data_batch_1.bin is there twice"),
+    "an absolute name": ([(tarfile.TarInfo("/tmp/data_batch_1.bin"), b"")], "holds no cifar-10-batches"),
+}
+
+
+@pytest.mark.parametrize("case", TARS)
+def test_tars_that_claim_what_cannot_be(case, manual, tmp_path):
+    """Nothing is unpacked to disk or to memory beyond the size of the set, whoever vouches for the archive."""
+    members, message = TARS[case]
+    tar_of(manual, members)
+    before, _ = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, vouch(manual)
+    with pytest.raises(UserError, match=message) as error:
+        open_set("cifar10", tmp_path / "tfds", manual)
+    assert str(manual / "cifar-10-binary.tar.gz") in str(error.value)
+    assert "\n" not in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000, "kB"
+    assert not versions(tmp_path / "tfds", "cifar10")
+
+
+def test_a_gzip_bomb(manual, tmp_path):
+    make_mnist(manual, np.random.default_rng(0))
+    file = manual / "train-labels-idx1-ubyte.gz"
+    file.write_bytes(idx(np.zeros(5_000_000, np.uint8)))
+    vouch(manual)
+    with pytest.raises(
+        UserError, match=f"{file} unpacks to more than 1,108,576 bytes, .* download it again"
+    ):
+        open_set("fashion_mnist", tmp_path / "tfds", manual)
+
+
+def test_a_mat_file_with_too_many_images(manual, tmp_path):
+    make_svhn(manual, np.random.default_rng(0), splits=("train", "test"))
+    many = np.zeros((32, 32, 3, 26_033), np.uint8)
+    scipy.io.savemat(manual / "test_32x32.mat", {"X": many, "y": np.ones((26_033, 1))}, do_compression=True)
+    vouch(manual)
+    with pytest.raises(UserError, match=r"test_32x32.mat unpacks to more than 79,970,304 bytes"):
+        open_set("svhn_cropped", tmp_path / "tfds", manual)
+
+
+def test_checksums_that_cannot_be_read(manual, tmp_path):
+    make_mnist(manual, np.random.default_rng(0))
+    (manual / "SHA256SUMS").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="SHA256SUMS cannot be read .*: write it with sha256sum"):
+        open_set("fashion_mnist", tmp_path / "tfds", manual)
 
 
 def test_missing_archives(made, tmp_path):
@@ -404,6 +476,12 @@ def imagenet_archives(manual):
     return manual, contents
 
 
+def image_header(number, size, kind=tarfile.REGTYPE):
+    info = tarfile.TarInfo(f"ILSVRC2012_val_{number:08}.JPEG")
+    info.size, info.type = size, kind
+    return info
+
+
 @pytest.mark.parametrize(
     ("file", "member", "message"),
     [
@@ -415,12 +493,23 @@ def imagenet_archives(manual):
             "ILSVRC2012_val_00050001.JPEG: that is not a validation image",
         ),
         ("val", "ILSVRC2012_val_00000293.JPEG", "ILSVRC2012_val_00000293.JPEG twice"),
+        ("val", header("../ILSVRC2012_val_00000003.JPEG", 5), "that is not a validation image"),
+        ("val", image_header(3, 0), "ILSVRC2012_val_00000003.JPEG, which is empty"),
+        ("val", image_header(3, 0, tarfile.SYMTYPE), "ILSVRC2012_val_00000003.JPEG, which is a link"),
+        ("val", image_header(3, 2**42), "claims 4,398,046,511,104 bytes, above the limit"),
+        ("val", image_header(3, 2**42, tarfile.GNUTYPE_LONGNAME), "a header claims 4,398,046,511"),
+        ("train", image_header(3, 2**42), "no synset|claims 4,398,046,511,104 bytes, above the limit"),
     ],
+    ids=lambda value: getattr(value, "name", value),
 )
 def test_unexpected_members(imagenet_archives, tmp_path, file, member, message):
     folder, _ = imagenet_archives
     with tarfile.open(folder / f"ILSVRC2012_img_{file}.tar", "a") as tar:
-        add(tar, member, b"image")
+        if isinstance(member, str):
+            add(tar, member, b"image")
+        else:
+            tar.fileobj.write(member.tobuf(tarfile.GNU_FORMAT) + bytes(512))
+            tar.offset += 1024
     vouch(folder)
     with pytest.raises(UserError, match=message):
         open_set("imagenet2012", tmp_path, folder)

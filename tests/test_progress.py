@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -39,13 +40,13 @@ def test_a_terminal_shows_one_line_that_renews_itself(clock, monkeypatch):
         for _ in range(1024):
             clock.now += 1 / 64
             reading.add(1)
-        shown = progress.sys.stderr.getvalue()
+        shown = sys.stderr.getvalue()
         assert "\n" not in shown
         whole = "reading: 1,024 of 2,000 images, 64 images a second, 0:00:15 left"
         assert shown.split("\r")[-1] == whole[:59], "a line that wraps cannot be renewed"
         assert shown.count("\r") == 32, "twice a second"
         reading.finish()
-    last = progress.sys.stderr.getvalue().split("\r")[-1]
+    last = sys.stderr.getvalue().split("\r")[-1]
     assert last == "reading: 1,024 of 2,000 images\n"
 
 

@@ -4,6 +4,7 @@ import argparse
 import collections
 import pathlib
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -160,6 +161,14 @@ REFUSED = {
         lambda: {"net": state(), "log": collections.deque([1])},
         "cannot be read: Can only append to lists",
     ),
+    "expanded.pt": (
+        lambda: state() | {"bomb.weight": torch.zeros(1).expand(10**6, 10**6)},
+        "bomb.weight claims the shape (1000000, 1000000)",
+    ),
+    "expanded_half.pt": (
+        lambda: state() | {"bomb.weight": torch.zeros(1).half().expand(10**6, 10**6)},
+        "bomb.weight claims the shape (1000000, 1000000)",
+    ),
 }
 
 
@@ -175,6 +184,20 @@ def test_refused(tmp_path, name, zipped):
         error.value
     )
     assert "\n" not in str(error.value)
+
+
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
+    torch.save({"fc.weight": torch.zeros(1000, 1000)}, tmp_path / "whole.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pt") as whole,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in whole.namelist():
+            bomb.writestr(name, whole.read(name))
+    with pytest.raises(
+        UserError, match=r"its entries claim 4,000,\d+ bytes, and the file has .* compressed"
+    ):
+        read_state_dict(tmp_path / "bomb.pt")
 
 
 def test_nothing_in_a_file_is_executed(tmp_path):

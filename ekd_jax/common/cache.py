@@ -3,14 +3,13 @@
 import contextlib
 import dataclasses
 import hashlib
-import os
 import pathlib
-import zipfile
 from collections.abc import Mapping
 
 import numpy as np
 
-from ekd_jax.common.files import user_cache
+from ekd_jax.common.files import replacing, user_cache
+from ekd_jax.common.zipped import read_npz
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,28 +29,22 @@ class Cache:
 
     def load(self, key: str) -> dict[str, np.ndarray] | None:
         """Return the arrays stored under a key, or None if there are none or they are damaged."""
-        path = self._path(key)
         try:
-            with np.load(path) as file:  # verifies the checksum of each array
-                arrays = {name: file[name] for name in file.files}
-            path.touch()
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            path = self._path(key)
+            arrays = read_npz(path)
+        except Exception:  # a damaged archive raises many kinds
             return None
+        with contextlib.suppress(OSError):  # it may be read, but not changed
+            path.touch()
         return arrays
 
     def store(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Store arrays under a key, the whole file or nothing; a full disk is no error."""
-        path = self._path(key)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+        with contextlib.suppress(OSError):
+            needed = sum(array.nbytes for array in arrays.values())
+            with replacing(self._path(key), needed, durable=False) as partial, partial.open("wb") as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy's types take names for options
-            os.replace(partial, path)
             self._delete_oldest()
-        except OSError:
-            with contextlib.suppress(OSError):
-                partial.unlink()
 
     def _path(self, key: str) -> pathlib.Path:
         digest = hashlib.sha256(key.encode()).hexdigest()[:24]

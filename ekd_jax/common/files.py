@@ -1,32 +1,124 @@
 """Files that are written as a whole or not at all, and the user's cache directory."""
 
+import contextlib
 import errno
 import json
 import os
 import pathlib
+import shutil
 import stat
+from collections.abc import Iterator
 from typing import Any
+
+from ekd_jax.common.text import human
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the size of files
 
 
 def user_cache() -> pathlib.Path:
-    """Return the directory of results that can be computed again: ~/.cache/ekd_jax or, if $XDG_CACHE_HOME
-    is set, ekd_jax below it."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ekd_jax"
+    """Return the directory of results that can be computed again: ekd_jax in $XDG_CACHE_HOME or in ~/.cache.
+
+    An empty or relative $XDG_CACHE_HOME is ignored, as the XDG Base Directory Specification asks.
+
+    Raises:
+        OSError: there is no home directory.
+    """
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(folder):
+        folder = os.path.expanduser("~/.cache")
+    if not os.path.isabs(folder):
+        raise FileNotFoundError(errno.ENOENT, "there is no home directory for a cache")
+    return pathlib.Path(folder) / "ekd_jax"
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a value as JSON, the whole file or nothing."""
+    """Write a value as JSON, the whole file or nothing; errors are those of `write_bytes`."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """Write the whole file or nothing: readers see the old content or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    """Write the whole file or nothing: readers see the old content or the new one, also after a power cut.
+
+    Raises:
+        OSError: it cannot be written; see `replacing`.
+    """
+    with replacing(path, len(data)) as partial:
         partial.write_bytes(data)
-        os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path, needed: int = 0, durable: bool = True) -> Iterator[pathlib.Path]:
+    """Give a name beside `path` for a new file or directory, which becomes `path` at the end of the block.
+
+    If anything fails, `path` is as it was, and nothing that was made for it is left.
+
+    Args:
+        path: of a file, or of a directory that is new or empty. A link is followed, missing parents are made.
+        needed: how many bytes will be written, for the error; 0 if that is not known.
+        durable: wait until it is on the disk, so that a power cut loses nothing; of a directory, write the files
+            in it in the same way.
+
+    Raises:
+        OSError: it cannot be written; `filename` is `path`, and `strerror` says why and how much room is needed.
+    """
+    target = pathlib.Path(os.path.realpath(path))
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise OSError(errno.EINVAL, "it is a pipe, a socket or a device", os.fspath(path))
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    new_parents = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)  # left by a process of this number that was killed
+        yield partial
+        if durable and partial.is_file():
+            sync(partial)
+        os.replace(partial, target)
+    except BaseException as error:
+        _remove(partial)
+        room = _room(error, target.parent, needed) if isinstance(error, OSError) else ""
+        for parent in new_parents:  # the innermost first
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            why = os.strerror(error.errno) if error.errno else str(error)
+            raise OSError(error.errno or errno.EIO, f"{why}{room}", os.fspath(path)) from error
+        raise
+    if durable:
+        with contextlib.suppress(OSError):  # some file systems cannot sync a directory
+            sync(target.parent)
+
+
+def why_not_writable(path: pathlib.Path) -> str:
+    """Return why nothing can be made at `path`, "" if it seems possible; nothing is written."""
+    parent = next(p for p in pathlib.Path(os.path.realpath(path)).parents if p.exists())
+    writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+    return "" if writable else f"{parent} is not a writable directory"
+
+
+def sync(path: pathlib.Path) -> None:
+    """Wait until a file, or the list of files in a directory, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _remove(path: pathlib.Path) -> None:
+    """Remove a file or directory, if it is there and that is possible."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _room(error: OSError, folder: pathlib.Path, needed: int) -> str:
+    """Return how much room was needed and how much there is, in brackets; "" if room is not what lacks."""
+    known = [f"{human(needed)}B needed"] if needed and error.errno in NO_ROOM else []
+    if error.errno == errno.ENOSPC:
+        with contextlib.suppress(OSError):
+            known.append(f"{human(shutil.disk_usage(folder).free)}B free")
+    return f" ({', '.join(known)})" if known else ""
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int = 2**63) -> bytes:

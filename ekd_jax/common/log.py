@@ -19,8 +19,18 @@ class _Stderr(logging.Handler):
     """Writes to the standard error stream of the moment, so that redirection works."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(self.format(record) + "\n")
+        to_stderr(self.format(record) + "\n")
+
+
+def to_stderr(text: str) -> None:
+    """Write to standard error. A log on a full disk ends no run; a reader that has left, such as `head`, does."""
+    try:
+        sys.stderr.write(text)
         sys.stderr.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 def on_terminal() -> bool:

@@ -1,10 +1,9 @@
 """Progress and remaining time of long tasks."""
 
 import shutil
-import sys
 import time
 
-from ekd_jax.common.log import logger, on_terminal
+from ekd_jax.common.log import logger, on_terminal, to_stderr
 from ekd_jax.common.text import clock, megabytes
 
 TERMINAL_SECONDS, LOG_SECONDS = 0.5, 60.0  # least time between two updates
@@ -61,7 +60,7 @@ class Progress:
     def clear(self) -> None:
         """Wipe the line that renews itself."""
         if self._width:
-            _write("\r" + " " * self._width + "\r")
+            to_stderr("\r" + " " * self._width + "\r")
             self._width = 0
 
     def finish(self) -> None:
@@ -78,7 +77,7 @@ class Progress:
             self.line(line)
             return
         line = line[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be renewed
-        _write("\r" + line.ljust(self._width))
+        to_stderr("\r" + line.ljust(self._width))
         self._width = len(line)
         self._next_update = now + TERMINAL_SECONDS
 
@@ -88,8 +87,3 @@ class Progress:
 
     def _amount(self, value: float) -> str:
         return megabytes(value) if self.unit == "bytes" else f"{value:,.0f} {self.unit}"
-
-
-def _write(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()

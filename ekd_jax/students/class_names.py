@@ -7,6 +7,8 @@ from collections import Counter
 from typing import Any
 
 from ekd_jax.common.errors import UserError, reason
+from ekd_jax.common.files import read_bytes
+from ekd_jax.common.records import MAX_BYTES
 
 
 def read_class_names(path: pathlib.Path) -> tuple[str, ...]:
@@ -20,7 +22,7 @@ def read_class_names(path: pathlib.Path) -> tuple[str, ...]:
         UserError: it cannot be read, or names are missing, empty or the same.
     """
     try:
-        text = path.read_text("utf-8-sig")
+        text = read_bytes(path, MAX_BYTES).decode("utf-8-sig")
         is_json = path.suffix == ".json" or text.lstrip()[:1] in ("[", "{")
         names = _of_json(json.loads(text)) if is_json else re.split(r"\r\n|\r|\n", text.rstrip("\r\n"))
     except (OSError, ValueError, RecursionError) as error:

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import shutil
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ekd_jax.common.errors import UserError, reason
-from ekd_jax.common.files import read_bytes
+from ekd_jax.common.files import read_bytes, replacing, why_not_writable, write_bytes
 from ekd_jax.common.imports import import_modules
 from ekd_jax.common.records import as_record, read_json, write_record
 from ekd_jax.data.augment import normalize
@@ -184,9 +184,8 @@ def check_output(output: pathlib.Path) -> None:
     """Raise UserError unless `output` is new or empty, and can be written."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output={output} exists and is not an empty directory: choose another")
-    parent = next(p for p in output.absolute().parents if p.exists())
-    if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
-        raise UserError(f"--output={output}: {parent} is not a writable directory: choose another")
+    if why := why_not_writable(output):
+        raise UserError(f"--output={output}: {why}: choose another")
 
 
 def write_student(output: pathlib.Path, student: LoadedStudent) -> LoadedStudent:
@@ -198,19 +197,32 @@ def write_student(output: pathlib.Path, student: LoadedStudent) -> LoadedStudent
     Raises:
         UserError: `output` is not empty or cannot be written.
     """
+    return write_students(output, {"": student})[""]
+
+
+def write_students(output: pathlib.Path, students: Mapping[str, LoadedStudent]) -> dict[str, LoadedStudent]:
+    """Write students to directories of these names in the new directory `output`, all of them or none.
+
+    For the result and the errors see `write_student`.
+    """
     check_output(output)
+    files = {name: _as_files(student) for name, student in students.items()}
+    try:
+        with replacing(output, sum(len(weights) for weights, _ in files.values())) as partial:
+            for name, (weights, description) in files.items():
+                (partial / name).mkdir(parents=True)
+                write_bytes(partial / name / WEIGHTS, weights)
+                write_record(partial / name / DESCRIPTION, description)
+    except OSError as error:
+        raise UserError(
+            f"cannot write --output={output}: {error.strerror}; nothing of it is left"
+        ) from error
+    return {name: LoadedStudent(files[name][1], student.variables) for name, student in students.items()}
+
+
+def _as_files(student: LoadedStudent) -> tuple[bytes, StudentDescription]:
+    """Return the content of the file of weights, and the description with its SHA-256."""
     flat = flatten_dict(student.variables, sep="/")
     weights = safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in flat.items()})
     digest = hashlib.sha256(weights).hexdigest()
-    description = dataclasses.replace(student.description, weights_sha256=digest)
-    partial = output.absolute().with_name(f".{output.name}.{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        (partial / WEIGHTS).write_bytes(weights)
-        write_record(partial / DESCRIPTION, description)
-        os.replace(partial, output)
-    except OSError as error:
-        raise UserError(f"cannot write --output={output}: {reason(error)}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return LoadedStudent(description, student.variables)
+    return weights, dataclasses.replace(student.description, weights_sha256=digest)

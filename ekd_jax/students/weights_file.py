@@ -15,9 +15,11 @@ import numpy as np
 import safetensors
 
 from ekd_jax.common.errors import UserError, reason
+from ekd_jax.common.zipped import check_stored
 
 EXTENSIONS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar", ".tar", ".t7")
 SAVE_IT = "torch.save(model.state_dict(), 'weights.pth')"
+MOST_EXPANDED = 2**30  # bytes of all arrays that have more values than are stored
 DEPTH = 8  # dictionaries in dictionaries beyond this hold no weights
 _FIRST_BYTES = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself: run `git lfs pull`"),
@@ -192,6 +194,7 @@ def _read_torch(path: pathlib.Path) -> Arrays:
         ):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         found = dict(_leaves(loaded, torch.Tensor))
+        _check_sizes(found)
         arrays = {name: _as_numpy(value) for name, value in found.items() if not _is_network(value)}
     except Exception as error:  # pickle, zip and torch raise many kinds
         if any(name.startswith("torch.nn.modules.") for name in names):
@@ -243,6 +246,7 @@ def _global_names(path: pathlib.Path) -> set[str]:
     if not zipfile.is_zipfile(path):
         raise ValueError("it is cut off or damaged: download or copy it again")
     with zipfile.ZipFile(path) as archive:
+        check_stored(archive, path)
         members = {pathlib.PurePosixPath(name).name: name for name in archive.namelist()}
         if "constants.pkl" in members:
             raise UserError(
@@ -280,6 +284,21 @@ def _leaves(tree: Any, tensor: type) -> Iterator[tuple[str, Any]]:
             elif name and isinstance(value, tensor | _NumpyArray):
                 yield name, value
         level = below
+
+
+def _check_sizes(found: Mapping[str, Any]) -> None:
+    """Raise ValueError if tensors have far more values than are stored: one value can be expanded to any shape."""
+    expanded = 0
+    for name, value in found.items():
+        if not hasattr(value, "numel"):
+            continue
+        claimed = value.numel() * value.element_size()
+        stored = 0 if value.is_sparse else value.untyped_storage().nbytes()
+        expanded += claimed if claimed > stored else 0
+        if expanded > MOST_EXPANDED:
+            raise ValueError(
+                f"{name} claims the shape {tuple(value.shape)}, and few of its values are stored"
+            )
 
 
 def _as_numpy(value: Any) -> np.ndarray:

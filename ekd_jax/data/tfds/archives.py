@@ -1,11 +1,30 @@
 """Archives that the user provides: they must be there, and be the published ones."""
 
+import errno
+import gzip
 import hashlib
+import os
 import pathlib
+import tarfile
+from collections.abc import Iterator
+from typing import BinaryIO
 
-from ekd_jax.common.errors import UserError
+from ekd_jax.common.errors import UserError, reason
+from ekd_jax.common.files import read_bytes
+from ekd_jax.common.text import printable
 
+DISK_FULL = "the disk is full"
+# What the system and TFDS say if nothing can be written, and array_record in the middle of long messages.
+NOT_WRITTEN = {
+    os.strerror(errno.ENOSPC): DISK_FULL,
+    "Not enough disk space": DISK_FULL,
+    os.strerror(errno.EDQUOT): "the disk quota is used up",
+    os.strerror(errno.EFBIG): "a file would exceed the limit on file sizes",
+    os.strerror(errno.EROFS): "the file system is read-only",
+}
 SUMS = "SHA256SUMS"  # file of checksums beside the archives
+MAX_SUMS = 2**24  # bytes of that file
+CHUNK = 4 << 20  # bytes that are read at a time
 
 
 def find(folder: str, file: str) -> pathlib.Path:
@@ -49,9 +68,112 @@ def check(path: pathlib.Path, found: str, published: str) -> None:
 
 
 def _stated(path: pathlib.Path) -> dict[str, str]:
-    """Return the SHA-256 of each file that a file of checksums lists, by name."""
-    sums = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    """Return the SHA-256 of each file that a file of checksums lists, by name.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    sums: dict[str, str] = {}
+    try:
+        text = read_bytes(path, MAX_SUMS).decode()
+    except FileNotFoundError:
+        return sums
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({reason(error)}): write it with sha256sum") from error
+    for line in text.splitlines():
         digest, _, name = line.strip().partition(" ")
         sums[name.lstrip(" *").removeprefix("./")] = digest.lower()
     return sums
+
+
+class ForwardReader:
+    """Reads a file, or what a file unpacks to, once from start to end; seeking reads forward.
+
+    Args:
+        file: the file or the stream.
+        path: of the file, for the error.
+        limit: the most bytes that it may have.
+    """
+
+    def __init__(self, file: BinaryIO, path: pathlib.Path, limit: int):
+        self.file, self.path, self.limit = file, path, limit
+        self.position = 0
+
+    def tell(self) -> int:
+        """Return how many bytes were read."""
+        return self.position
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes, `size` if there are as many; raise UserError beyond the limit."""
+        data = self.file.read(min(size, self.limit + 1 - self.position))
+        self.position += len(data)
+        if self.position > self.limit:
+            raise too_large(self.path, self.limit)
+        return data
+
+    def seek(self, position: int) -> None:
+        """Read up to a position; raise tarfile.ReadError if it is behind."""
+        if position < self.position:
+            raise tarfile.ReadError("files overlap")
+        while (left := position - self.position) and self.read(min(left, CHUNK)):
+            pass
+
+
+def tar_members(file: ForwardReader) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Yield the members of a tar that begins where the reader is, each with the tar to read it from.
+
+    Directories are left out, and so is "./" in front of names. A member must be read before the next one is
+    asked for. Headers are believed only as far as the limit of the reader allows.
+
+    Raises:
+        UserError: there is more than that limit.
+        tarfile.TarError: the tar is damaged, or a member claims more bytes than there may be left.
+    """
+    with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[call-overload]
+        for member in tar:
+            if not 0 <= member.size <= file.limit - member.offset_data:
+                raise tarfile.ReadError(
+                    f"{printable(member.name)} claims {member.size:,} bytes, above the limit of {file.limit:,} for all"
+                )
+            if not member.isdir():
+                member.name = member.name.removeprefix("./")
+                yield tar, member
+
+
+def problem_of(member: tarfile.TarInfo) -> str:
+    """Return why a member is no image or data file, "" if it is a file with all its bytes."""
+    if not member.isreg() or member.issparse():
+        return "is a link, a device or a sparse file"
+    return "" if member.size else "is empty"
+
+
+def gunzip(path: pathlib.Path, limit: int) -> bytes:
+    """Return what a gzip file unpacks to.
+
+    Raises:
+        UserError: it is more than `limit` bytes.
+        OSError, EOFError, zlib.error: it is damaged.
+    """
+    with gzip.open(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise too_large(path, limit)
+    return data
+
+
+def too_large(path: pathlib.Path, limit: int) -> UserError:
+    """Return the error of an archive that unpacks to more than its data set has."""
+    return UserError(
+        f"{path} unpacks to more than {limit:,} bytes, and its data set has no more: it is damaged or a different "
+        f"archive: download it again"
+    )
+
+
+def writing_failure(error: BaseException) -> str:
+    """Return in one line why writing failed."""
+    return not_written(error) or reason(error)
+
+
+def not_written(error: BaseException) -> str:
+    """Return what is wrong with the disk, "" if that is not what the error is about."""
+    return next((why for said, why in NOT_WRITTEN.items() if said in str(error)), "")

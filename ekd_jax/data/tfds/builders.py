@@ -8,6 +8,7 @@ order and location.
 import gzip
 import hashlib
 import io
+import math
 import pathlib
 import tarfile
 import zlib
@@ -31,6 +32,18 @@ CIFAR_CONTENTS = {
     "cifar10": "013ba16d14ecc4829da62bf2af648ca30f600491ecb3e7f329c827db0dd17522",
     "cifar100": "c963f1a2e2c344fd7045056095ea0659afca4c4099db589dbd05ed256b4fa1f5",
 }
+
+# Published numbers of examples per split, which TFDS's package does not contain.
+SIZES = {
+    "cifar10": {"train": 50_000, "test": 10_000},
+    "cifar100": {"train": 50_000, "test": 10_000},
+    "svhn_cropped": {"train": 73_257, "test": 26_032, "extra": 531_131},
+    "mnist": {"train": 60_000, "test": 10_000},
+    "fashion_mnist": {"train": 60_000, "test": 10_000},
+    "kmnist": {"train": 60_000, "test": 10_000},
+    "imagenet2012": {"train": 1_281_167, "validation": 50_000},
+}
+TEXTS = 2**20  # bytes of what is beside the images: names of classes, headers
 
 Examples = Iterator[tuple[int, dict[str, Any]]]  # TFDS's key and features of each example
 
@@ -80,13 +93,30 @@ class _FromArchives:
 class _Cifar(_FromArchives):
     def _verify(self, path: pathlib.Path, published: str) -> None:
         found = archives.sha256(path)
-        if found != published and _contents(path) != CIFAR_CONTENTS[self.name]:
+        if found != published and self._contents(path) != CIFAR_CONTENTS[self.name]:
             archives.check(path, found, published)
+
+    def _contents(self, path: pathlib.Path) -> str:
+        """Return the SHA-256 of the .bin members in the order of their names."""
+        members = self._unpack(path)
+        digest = hashlib.sha256()
+        for member in sorted(members):
+            if member.endswith(".bin"):
+                digest.update(members[member])
+        return digest.hexdigest()
+
+    def _unpack(self, path: pathlib.Path) -> dict[str, bytes]:
+        """Return the contents of the files of the set in the archive, by name."""
+        layout = self._cifar_info  # type: ignore[attr-defined]
+        files = (*layout.label_files, *layout.train_files, *layout.test_files)
+        record = len(layout.label_keys) + 3072
+        limit = sum(SIZES[self.name].values()) * record + TEXTS
+        return _unpack(path, {layout.prefix + file for file in files}, limit)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
         layout = self._cifar_info  # type: ignore[attr-defined]
         (path,) = self._archives(dl_manager).values()
-        members = _unpack(path)
+        members = self._unpack(path)
 
         def find(name: str) -> bytes:
             if layout.prefix + name not in members:
@@ -126,12 +156,18 @@ class _Svhn(_FromArchives):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
         paths = self._archives(dl_manager)
         named = {split: paths.get(f"{split}_32x32.mat") for split in ("train", "test", "extra")}
-        return {split: self._generate_examples(path, f"{split}_") for split, path in named.items() if path}
+        return {split: self._generate_examples(path, split) for split, path in named.items() if path}
 
-    def _generate_examples(self, path: pathlib.Path, prefix: str) -> Examples:
+    def _generate_examples(self, path: pathlib.Path, split: str) -> Examples:
+        most = SIZES[self.name][split]
         try:
-            arrays = scipy.io.loadmat(path)
+            shapes = {name: shape for name, shape, _ in scipy.io.whosmat(path)}  # from headers alone
+            if max(math.prod(shapes[name]) for name in ("X", "y")) > most * 3072:
+                raise archives.too_large(path, most * 3072)
+            arrays = scipy.io.loadmat(path, variable_names=("X", "y"))
             images, labels = arrays["X"], arrays["y"].reshape(-1)
+        except UserError:
+            raise
         except Exception as error:  # for a damaged file, loadmat raises anything
             raise _damaged(path, error) from error
         if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)):
@@ -145,7 +181,7 @@ class _Svhn(_FromArchives):
                     f"{path} holds the label {label}, but those of SVHN are 1 to 10 (digit 0): download it again"
                 )
             features = {"image": _png(images[..., index]), "label": int(label) % 10}
-            yield index, {"id": f"{prefix}{index:06d}", **features}
+            yield index, {"id": f"{split}_{index:06d}", **features}
 
 
 class _Mnist(_FromArchives):
@@ -153,13 +189,17 @@ class _Mnist(_FromArchives):
         paths = self._archives(dl_manager)
         return {
             split: self._generate_examples(
-                paths[f"{prefix}-images-idx3-ubyte.gz"], paths[f"{prefix}-labels-idx1-ubyte.gz"]
+                paths[f"{prefix}-images-idx3-ubyte.gz"],
+                paths[f"{prefix}-labels-idx1-ubyte.gz"],
+                SIZES[self.name][split],
             )
             for split, prefix in (("train", "train"), ("test", "t10k"))
         }
 
-    def _generate_examples(self, images_path: pathlib.Path, labels_path: pathlib.Path) -> Examples:
-        images, labels = _idx(images_path), _idx(labels_path)
+    def _generate_examples(
+        self, images_path: pathlib.Path, labels_path: pathlib.Path, most: int
+    ) -> Examples:
+        images, labels = _idx(images_path, most * 28 * 28), _idx(labels_path, most)
         if images.shape != (len(labels), 28, 28) or labels.ndim != 1:
             raise UserError(
                 f"{images_path} holds {images.shape} and {labels_path} {labels.shape}, "
@@ -215,6 +255,15 @@ BUILDERS: dict[str, Any] = {
 }
 
 
+def most_bytes(builder: tfds.core.DatasetBuilder) -> int:
+    """Return an upper limit of what a published set takes on disk once it is prepared; 0 if it is not known."""
+    pixels = builder.info.features["image"].shape if builder.name in SIZES else (None,)
+    if None in pixels:
+        return 0
+    # A PNG file of noise is a little larger than its pixels, and a record has names, too.
+    return sum(SIZES[builder.name].values()) * (math.prod(pixels) + 512)
+
+
 def _file(url: str) -> str:
     return url.rsplit("/", 1)[1]
 
@@ -230,34 +279,49 @@ def _damaged(path: pathlib.Path, error: Exception) -> UserError:
     return UserError(f"{path} is truncated or damaged ({reason(error)}): download it again")
 
 
-def _unpack(path: pathlib.Path) -> dict[str, bytes]:
-    """Return the contents of all files in a .tar.gz by name."""
+def _unpack(path: pathlib.Path, names: set[str], limit: int) -> dict[str, bytes]:
+    """Return the contents of files in a .tar.gz by name; nothing is written to disk.
+
+    Args:
+        path: of the archive; one that a download has unpacked to a .tar is read, too.
+        names: of the files; all others are left out.
+        limit: the most bytes that the whole archive may unpack to.
+
+    Raises:
+        UserError: it unpacks to more, is damaged, or one of the files is twice in it or is a link.
+    """
+    found: dict[str, bytes] = {}
     try:
-        with tarfile.open(path) as tar:
-            return {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}  # type: ignore[union-attr]
+        with open(path, "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if packed else open(path, "rb") as file:
+            for tar, member in archives.tar_members(archives.ForwardReader(file, path, limit)):  # type: ignore[arg-type]
+                if member.name in names:
+                    problem = "is there twice" if member.name in found else archives.problem_of(member)
+                    if problem:
+                        raise UserError(f"{path} is damaged: {member.name} {problem}: download it again")
+                    found[member.name] = tar.extractfile(member).read()  # type: ignore[union-attr]
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise _damaged(path, error) from error
+    return found
 
 
-def _contents(path: pathlib.Path) -> str:
-    """Return the SHA-256 of the .bin members of a .tar.gz."""
-    members = _unpack(path)
-    digest = hashlib.sha256()
-    for member in sorted(members):
-        if member.endswith(".bin"):
-            digest.update(members[member])
-    return digest.hexdigest()
+def _idx(path: pathlib.Path, limit: int) -> np.ndarray:
+    """Return the uint8 array of a gzipped IDX file (http://yann.lecun.com/exdb/mnist/, "file format").
 
+    Args:
+        path: of the file.
+        limit: the most bytes that the array may have.
 
-def _idx(path: pathlib.Path) -> np.ndarray:
-    """Return the uint8 array of a gzipped IDX file (http://yann.lecun.com/exdb/mnist/, "file format")."""
+    Raises:
+        UserError: it is damaged, or has more bytes.
+    """
     try:
-        with gzip.open(path) as file:
-            data = file.read()
+        data = archives.gunzip(path, limit + TEXTS)
         zero, kind, rank = int.from_bytes(data[:2], "big"), data[2], data[3]
         if (zero, kind) != (0, 8):
             raise ValueError("not an IDX file of bytes")
-        shape = np.frombuffer(data, ">i4", rank, offset=4)
+        shape = np.frombuffer(data, ">u4", rank, offset=4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
     except (EOFError, OSError, zlib.error, ValueError, IndexError) as error:
         raise _damaged(path, error) from error

@@ -15,7 +15,7 @@ import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -23,12 +23,14 @@ from tensorflow_datasets.core import example_serializer, file_adapters, hashing,
 from tensorflow_datasets.core.utils import shard_utils
 
 from ekd_jax.common.errors import UserError, reason
+from ekd_jax.common.files import replacing, sync
 from ekd_jax.common.progress import Progress
 from ekd_jax.common.text import megabytes
+from ekd_jax.common.zipped import read_npz
 from ekd_jax.data.tfds import archives
 
 FORMAT = file_adapters.FileFormat.ARRAY_RECORD
-CHUNK = 4 << 20  # bytes that are read at a time
+MAX_IMAGE = 64 << 20  # bytes; the published images have a quarter of that at most
 SHARD_OVERHEAD = 128 << 10  # upper limit in bytes: array_record's blocks have 64 kB
 
 
@@ -67,8 +69,8 @@ def prepare(builder: tfds.core.DatasetBuilder, manual_dir: str) -> None:
         )
     builder.info.set_splits(splits.SplitDict([writer.write() for writer in writers]))
     builder.info.write_to_directory(work)
-    for writer in writers:
-        writer.index_file.unlink()
+    for left in (*(writer.index_file for writer in writers), *work.glob(".*")):
+        left.unlink()  # files that begin with a dot are of a run that was killed
     work.rename(done)
 
 
@@ -120,6 +122,7 @@ class _SplitWriter:
                 if not shard.exists():
                     partial = shard.with_name(f"{shard.name}.partial")
                     self._write_shard(partial, archive, begin, end)
+                    sync(partial)
                     partial.rename(shard)
         self.progress.finish()
         return splits.SplitInfo(
@@ -143,7 +146,7 @@ class _SplitWriter:
             path.unlink(missing_ok=True)
             kept = sum(shard.exists() for shard in self.shards)
             raise UserError(
-                f"cannot write {path} ({writing_failure(error)}): {kept} of {len(self.shards)} shards of "
+                f"cannot write {path} ({archives.writing_failure(error)}): {kept} of {len(self.shards)} shards of "
                 f"{self.split} are kept; fix this and run the same command again to resume"
             ) from error
 
@@ -169,7 +172,7 @@ class _SplitWriter:
         """Return where the images are in the archive, as noted by an earlier run or found by reading it all."""
         status = self.archive.stat()
         stamp = (status.st_size, status.st_mtime_ns)
-        noted = _Index.load(self.index_file) if self.index_file.exists() else None
+        noted = _Index.load(self.index_file)
         index = noted if noted and noted.stamp == stamp else self._scan(find_images, stamp)
         if not noted or noted.sha256 != index.sha256:
             for shard in self.index_file.parent.glob(f"*-{self.split}.*"):  # from another archive
@@ -186,7 +189,7 @@ class _SplitWriter:
         record_bytes = 0
         with open(self.archive, "rb") as file:
             progress = Progress(f"verifying {self.archive.name}", stamp[0], unit="bytes")
-            reader = _SequentialReader(file, progress)
+            reader = _HashingReader(file, self.archive, stamp[0], progress)
             try:
                 for member in find_images(reader, self.archive, classes):
                     found.append(member)
@@ -233,30 +236,37 @@ class _Index:
     stamp: tuple[int, int]
 
     def save(self, path: pathlib.Path) -> None:
-        partial = path.with_name(f"{path.stem}.partial.npz")
-        np.savez(partial, **vars(self))
-        partial.rename(path)
+        """Write it to a file, whole or not at all."""
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.savez(file, **vars(self))
 
     @classmethod
-    def load(cls, path: pathlib.Path) -> "_Index":
-        with np.load(path) as file:
-            values = {name: file[name] for name in file.files}
-        size, time_ns = values["stamp"].tolist()
-        scalars = {"record_bytes": int(values["record_bytes"]), "sha256": str(values["sha256"])}
-        return cls(**values | scalars | {"stamp": (size, time_ns)})
+    def load(cls, path: pathlib.Path) -> "_Index | None":
+        """Return what `save` wrote, or None if there is none or it is damaged: then the archive is read again."""
+        try:
+            values: dict[str, Any] = dict(read_npz(path))
+            size, time_ns = values["stamp"].tolist()
+            scalars = {"record_bytes": int(values["record_bytes"]), "sha256": str(values["sha256"])}
+            return cls(**values | scalars | {"stamp": (size, time_ns)})
+        except Exception:  # a damaged file raises many kinds
+            return None
 
 
-def _training_images(file: "_SequentialReader", path: pathlib.Path, names: list[str]) -> Iterator[Member]:
+def _training_images(file: "_HashingReader", path: pathlib.Path, names: list[str]) -> Iterator[Member]:
     """Yield the images of a tar that holds a tar for each synset."""
     labels = {name: label for label, name in enumerate(names)}
-    for part in _tar_members(file):
+    for _, part in archives.tar_members(file):
         synset = part.name.removesuffix(".tar")
         if synset not in labels:
             raise UserError(
                 f"{path} holds {part.name}: no synset of ImageNet 2012 has that name; remove it, or download the "
                 f"archive again"
             )
-        for member in _tar_members(file):  # of the inner tar, which begins where the reader is now
+        if problem := archives.problem_of(part):
+            raise _wrong_member(path, part.name, problem)
+        for _, member in archives.tar_members(
+            file
+        ):  # of the inner tar, which begins where the reader is now
             if member.offset_data + member.size > part.offset_data + part.size:
                 raise tarfile.ReadError(f"{member.name} extends beyond {part.name}")
             if not member.name.endswith(".JPEG"):
@@ -264,65 +274,61 @@ def _training_images(file: "_SequentialReader", path: pathlib.Path, names: list[
                     f"{path} holds {member.name} in {part.name}: that is not an image of ImageNet; remove it, or "
                     f"download the archive again"
                 )
+            _check_image(path, member)
             yield Member(member.name, labels[synset], member.offset_data, member.size)
 
 
-def _validation_images(file: "_SequentialReader", path: pathlib.Path, names: list[str]) -> Iterator[Member]:
+def _validation_images(file: "_HashingReader", path: pathlib.Path, names: list[str]) -> Iterator[Member]:
     """Yield the images of a tar. The number in the name determines the label, so some images may be missing."""
     listed = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text().split()
-    for member in _tar_members(file):
+    for _, member in archives.tar_members(file):
         match = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", member.name)
         if not match or not 1 <= int(match[1]) <= len(listed):
             raise UserError(
                 f"{path} holds {member.name}: that is not a validation image of ImageNet 2012; remove it, or "
                 f"download the archive again"
             )
+        _check_image(path, member)
         label = names.index(listed[int(match[1]) - 1])
         yield Member(member.name, label, member.offset_data, member.size)
 
 
-def _tar_members(file: "_SequentialReader") -> Iterator[tarfile.TarInfo]:
-    """Yield the files of a tar that begins where the reader is, without "./" in front of their names."""
-    with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[call-overload]
-        for member in tar:
-            if not member.isdir():
-                member.name = member.name.removeprefix("./")
-                yield member
+def _check_image(path: pathlib.Path, member: tarfile.TarInfo) -> None:
+    """Raise UserError unless a member is an image of a size that is possible."""
+    problem = archives.problem_of(member)
+    if member.size > MAX_IMAGE:
+        problem = f"claims {member.size:,} bytes, above the limit of {MAX_IMAGE:,} for an image"
+    if problem:
+        raise _wrong_member(path, member.name, problem)
 
 
-class _SequentialReader:
-    """Reads a file once from start to end and hashes all of it; seeking reads forward."""
+def _wrong_member(path: pathlib.Path, name: str, problem: str) -> UserError:
+    return UserError(f"{path} holds {name}, which {problem}: remove it, or download the archive again")
 
-    def __init__(self, file: BinaryIO, progress: Progress):
-        self.file, self.progress = file, progress
+
+class _HashingReader(archives.ForwardReader):
+    """Reads an archive once from start to end, and hashes all of it."""
+
+    def __init__(self, file: BinaryIO, path: pathlib.Path, size: int, progress: Progress):
+        super().__init__(file, path, size)
+        self.progress = progress
         self.digest = hashlib.sha256()
 
-    def tell(self) -> int:
-        return self.file.tell()
-
     def read(self, size: int) -> bytes:
-        data = self.file.read(size)
+        """Return the next bytes. Only headers are read at once: a longer one is damaged."""
+        if size > archives.CHUNK:
+            raise tarfile.ReadError(f"a header claims {size:,} bytes")
+        data = super().read(size)
         self.digest.update(data)
         self.progress.add(len(data))
         return data
 
-    def seek(self, position: int) -> None:
-        if position < self.tell():
-            raise tarfile.ReadError("files overlap")
-        while (left := position - self.tell()) and self.read(min(left, CHUNK)):
-            pass
-
     def finish(self) -> str:
         """Read the rest, and return the SHA-256 of the whole file."""
-        while self.read(CHUNK):
+        while self.read(archives.CHUNK):
             pass
         self.progress.finish()
         return self.digest.hexdigest()
 
 
-def writing_failure(error: Exception) -> str:
-    """Return in one line why writing failed; array_record's own message about a full disk is long."""
-    return "the disk is full" if "No space left" in str(error) else reason(error)
-
-
-_FindImages = Callable[[_SequentialReader, pathlib.Path, list[str]], Iterator[Member]]
+_FindImages = Callable[[_HashingReader, pathlib.Path, list[str]], Iterator[Member]]

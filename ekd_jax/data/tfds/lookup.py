@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import file_adapters, naming, read_only_builder, registered
+from tensorflow_datasets.core import constants, file_adapters, naming, read_only_builder, registered
 
 from ekd_jax.common.errors import UserError, nearest, reason
 from ekd_jax.data import registry
@@ -83,7 +83,7 @@ def local(data_dir: str) -> str | None:
 
 def in_words(data_dir: str) -> str:
     """Return the name of a data directory for messages."""
-    return data_dir or "TFDS's data_dir"
+    return data_dir or f"TFDS's data_dir {constants.DATA_DIR}"
 
 
 def _unknown(name: str, base: str, addition: str = "") -> UserError:

@@ -8,19 +8,21 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import shutil
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import constants
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
 from ekd_jax.common.errors import UserError
 from ekd_jax.common.log import logger
-from ekd_jax.data.tfds import imagenet, lookup
-from ekd_jax.data.tfds.builders import BUILDERS
-from ekd_jax.data.tfds.imagenet import writing_failure
+from ekd_jax.common.text import human
+from ekd_jax.data.tfds import archives, imagenet, lookup
+from ekd_jax.data.tfds.builders import BUILDERS, most_bytes
 
 
 def prepare(name: str, data_dir: str, manual_dir: str) -> None:
@@ -39,6 +41,11 @@ def prepare(name: str, data_dir: str, manual_dir: str) -> None:
         raise UserError(
             f"{name} is not in {data_dir}: prepare it in a local data_dir, then copy that directory there"
         )
+    if not data_dir and os.path.expanduser(constants.DATA_DIR).startswith("~"):
+        raise UserError(
+            f"{name} is not prepared, and there is no home directory to write it to: pass --config.data.data_dir=DIR"
+        )
+    builder = None
     try:
         builder = _builder(name, data_dir, manual_dir)
         with _locked(pathlib.Path(builder.data_dir).parent), contextlib.redirect_stdout(sys.stderr):
@@ -60,7 +67,8 @@ def prepare(name: str, data_dir: str, manual_dir: str) -> None:
         ) from error
     except Exception as error:  # from TFDS or the disk
         where = lookup.in_words(data_dir)
-        raise UserError(f"cannot prepare {name} in {where}: {writing_failure(error)}") from error
+        why = f"{archives.writing_failure(error)}{_room_in_words(builder, error)}"
+        raise UserError(f"cannot prepare {name} in {where}: {why}") from error
 
 
 def _builder(name: str, data_dir: str, manual_dir: str) -> tfds.core.DatasetBuilder:
@@ -105,7 +113,7 @@ def _write(builder: tfds.core.DatasetBuilder, manual_dir: str) -> None:
             f"get the archive elsewhere and pass --config.data.manual_dir=DIR"
         ) from error
     except Exception as error:
-        if from_archives:
+        if from_archives or archives.not_written(error):
             raise
         raise _download_failure(builder, urls, error) from error
 
@@ -121,7 +129,7 @@ def _check_network(builder: tfds.core.DatasetBuilder, url: str) -> None:
 
 
 def _download_failure(builder: tfds.core.DatasetBuilder, urls: list[str], error: Exception) -> UserError:
-    why = writing_failure(error)
+    why = archives.writing_failure(error)
     if builder.name not in BUILDERS:
         return UserError(
             f"{builder.name} is not in {builder.data_dir} and TFDS cannot prepare it ({why}): fix this and run "
@@ -132,6 +140,24 @@ def _download_failure(builder: tfds.core.DatasetBuilder, urls: list[str], error:
         f"run where {urls[0]} can be reached, or pass --config.data.manual_dir=DIR with "
         f"{', '.join(builder.published_digests())} in it (to ekd_jax.evaluate --manual_dir=DIR); "
         f"configs/digits.py needs neither"
+    )
+
+
+def _room_in_words(builder: tfds.core.DatasetBuilder | None, error: Exception) -> str:
+    """Return how much room is needed and free, what is left, and what to do, if the disk was the problem."""
+    why = archives.not_written(error)
+    if builder is None or not why:
+        return ""
+    needed = most_bytes(builder)
+    room = [f"it takes at most {human(needed)}B"] if needed else []
+    if why == archives.DISK_FULL:
+        with contextlib.suppress(OSError):
+            existing = next(p for p in pathlib.Path(builder.data_dir).parents if p.exists())
+            room.append(f"{human(shutil.disk_usage(existing).free)}B are free")
+    brackets = f" ({', '.join(room)})" if room else ""
+    return (
+        f"{brackets}; nothing of it is left: fix this and run the same command again, or pass another "
+        f"--config.data.data_dir"
     )
 
 

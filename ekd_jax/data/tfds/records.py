@@ -14,19 +14,9 @@ import tensorflow_datasets as tfds
 from ekd_jax.common.errors import UserError, nearest
 from ekd_jax.data.dataset import Example, Examples, Facts, Joined, Source
 from ekd_jax.data.tfds import lookup
-from ekd_jax.data.tfds.builders import BUILDERS
+from ekd_jax.data.tfds.builders import BUILDERS, SIZES
 from ekd_jax.data.tfds.preparation import prepare
 
-# Published numbers of examples per split, which TFDS's package does not contain.
-SIZES = {
-    "cifar10": {"train": 50_000, "test": 10_000},
-    "cifar100": {"train": 50_000, "test": 10_000},
-    "svhn_cropped": {"train": 73_257, "test": 26_032, "extra": 531_131},
-    "mnist": {"train": 60_000, "test": 10_000},
-    "fashion_mnist": {"train": 60_000, "test": 10_000},
-    "kmnist": {"train": 60_000, "test": 10_000},
-    "imagenet2012": {"train": 1_281_167, "validation": 50_000},
-}
 # Sets in whose test split every label is -1.
 UNLABELED_TEST = (
     "imagenet2012",
