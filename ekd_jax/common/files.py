@@ -1,11 +1,14 @@
 """Files that are written as a whole or not at all, and the user's cache directory."""
 
 import errno
+import fcntl
 import json
 import os
 import pathlib
 import stat
-from typing import Any
+from typing import IO, Any
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 def user_cache() -> pathlib.Path:
@@ -27,6 +30,31 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def lock(file: IO[Any], wait: bool = False) -> bool:
+    """Lock an open file until it is closed or this process ends.
+
+    Args:
+        file: opened for writing.
+        wait: until another process unlocks it.
+
+    Returns:
+        Whether it is locked now; False if its file system has no locks.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+        OSError: another error.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return False
+        if error.errno == errno.EACCES:  # what some network file systems say instead
+            raise BlockingIOError(errno.EAGAIN, "locked by another process", file.name) from error
+        raise
+    return True
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int = 2**63) -> bytes:

@@ -151,8 +151,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # a failed background write is raised here, as many kinds of exception
-            if parallel.several() and isinstance(error, jax.errors.JaxRuntimeError):
-                raise  # another process has ended
+            parallel.await_loss()
             raise UserError(
                 f"cannot write a checkpoint to {self.directory}: {reason(error)}; "
                 f"make room and run the same command to resume from step {max(self.steps(), default=0)}"
@@ -180,6 +179,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
+            parallel.await_loss()  # then nothing is damaged
             others = ", ".join(str(s) for s in self.steps() if s != step) or "there is none"
             raise UserError(
                 f"checkpoint {self.directory / str(step)} is damaged: delete that directory to use "
