@@ -242,11 +242,10 @@ def test_one_is_lost(does, sent, lost, said, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1])
-def test_killed_again_and_again(workers, tmp_path):
+def test_killed_again_and_again(tmp_path):
     """While it compiles, reads, trains and saves, now one process and now the other; the bits stay the same."""
     frequent = {"train__log_every_steps": 1, "train__checkpoint_every_epochs": 0.2}
-    frequent |= {"data__placement": "stream", "data__workers": workers}
+    frequent |= {"data__placement": "stream", "data__workers": 1}
     for who, records in ((1, None), (0, None), (0, 4), (1, 9)):
         with processes(2, tmp_path / "killed", **frequent) as started:
             if records is None:  # it compiles
@@ -258,11 +257,12 @@ def test_killed_again_and_again(workers, tmp_path):
             codes, printed = ended(started)
         assert codes[who] == -signal.SIGKILL
         assert codes[1 - who] == 1, printed
-        line = own_lines(printed[1 - who])[-1]
+        *progress, line = own_lines(printed[1 - who])
         assert line.startswith(f"error: process {1 - who}: process {who} on "), printed
         assert line.endswith("run the same command in all processes to resume")
-        assert "Traceback" not in printed[1 - who]
-        assert "***" not in printed[1 - who]  # no C++ stack
+        if who == 0:
+            assert not progress
+        assert not [line for line in progress if not re.match("(train|test|resum)", line.strip())]
     for name in ("killed", "whole"):
         with processes(2, tmp_path / name, **frequent) as started:
             codes, printed = ended(started)

@@ -140,6 +140,8 @@ def _meet(watch: Watch) -> None:
     if state.num_processes == 1 or state.client is None:
         return
     _watches.append(watch)
+    # A process that ends at once leaves semaphores of its data workers. Python's tracker removes them, with a warning.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     atexit.register(watch.farewell)  # JAX's own function, which waits for the others, comes later
     if watch.number == 0:
         state.client.key_value_set(WATCH_KEY, watch.listen())
