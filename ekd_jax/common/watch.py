@@ -161,8 +161,8 @@ class Watch:
         sending = self._loop.create_task(_pump(reader, far_writer))
         receiving = self._loop.create_task(_pump(far_reader, writer))
         await asyncio.wait({sending, receiving}, return_when=asyncio.FIRST_COMPLETED)
-        if sending.done():  # JAX's client has closed its end
-            far_writer.close()
+        if sending.done() or not receiving.result():
+            far_writer.close()  # JAX's client has closed its end; or no coordinator answered, and it tries again
             writer.close()
             return
         await asyncio.sleep(2 * TOGETHER)  # a message from process 0 says more
@@ -275,12 +275,15 @@ class Watch:
         os._exit(code)
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Pass on what is read, until one of the two connections breaks."""
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    """Pass on what is read, until one of the two connections breaks; return whether there was anything."""
+    anything = False
     with contextlib.suppress(OSError):
         while data := await reader.read(2**16):
+            anything = True
             writer.write(data)
             await writer.drain()
+    return anything
 
 
 async def _read(reader: asyncio.StreamReader) -> Message | None:
