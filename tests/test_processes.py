@@ -229,7 +229,7 @@ def test_one_is_lost(does, sent, lost, said, tmp_path):
         since = time.monotonic()
         survivors = [number for number in range(3) if number not in lost]
         codes = [started[number].wait(timeout=60) for number in survivors]
-        assert time.monotonic() - since < 20  # 5 s but for a slow machine
+        assert time.monotonic() - since < 20  # 5 s unless the machine is slow
         if not sent:
             assert [process.wait(timeout=60) for process in started][:2] == [codes[0], 2 if lost else 0]
     assert codes == [{"fails": 2, "ends": 0}.get(does, 1)] * len(survivors), read()
@@ -262,7 +262,7 @@ def test_killed_again_and_again(tmp_path):
         assert line.endswith("run the same command in all processes to resume")
         if who == 0:
             assert not progress
-        assert not [line for line in progress if not re.match("(train|test|resum)", line.strip())]
+        assert not [line for line in progress if not re.match("(train|test|resum|step)", line.strip())]
     for name in ("killed", "whole"):
         with processes(2, tmp_path / name, **frequent) as started:
             codes, printed = ended(started)
