@@ -9,6 +9,7 @@ import re
 import sys
 import textwrap
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TextIO
@@ -22,6 +23,7 @@ from ekd_jax.common.compilation import keep_compiled_programs
 from ekd_jax.common.errors import Interrupted, UserError, nearest, reason
 from ekd_jax.common.files import NO_ROOM, why_not_writable
 from ekd_jax.common.log import shown
+from ekd_jax.common.watch import RESUME
 from ekd_jax.config.knobs import KNOBS, all_knobs
 from ekd_jax.config.other_names import find_knob, other_way
 from ekd_jax.config.resolve import resolve
@@ -151,32 +153,44 @@ def guarded(start: Callable[[], None]) -> None:
     except UserError as error:
         leave(2, f"error: {parallel.who()}{error}")
     except Interrupted as interruption:
-        leave(128 + interruption.signal, str(interruption))
-    except jax.errors.JaxRuntimeError as error:
-        if not parallel.several():
-            raise
-        lost = f"{parallel.who()}a computation over all processes failed, most likely because one of them"
-        leave(1, f"error: {lost} ended ({reason(error)}): run the same command in all of them to resume")
+        leave(128 + interruption.signal, str(interruption), agreed=True)
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         _drop(sys.stdout)
-        sys.exit(1)
+        leave(1)
     except OSError as error:  # a full disk, a name that is too long: nothing that a traceback explains
         printed = error.filename is None and error.errno in NO_ROOM  # files that are written have names
         text = f"{error.strerror}, most likely where standard output goes" if printed else reason(error)
         leave(2, f"error: {parallel.who()}{text}")
     except KeyboardInterrupt:
         leave(130, "interrupted; run the same command to resume")
+    except Exception as error:
+        if not parallel.several():
+            raise
+        parallel.await_loss()
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            leave(1, traceback.format_exc().rstrip())
+        failed = f"{parallel.who()}a computation failed ({reason(error)})"
+        leave(1, f"error: {failed}: {RESUME}")
 
 
-def leave(code: int, message: str) -> None:
-    """Print the message and exit. One of several processes exits at once: an orderly exit would wait for the
-    others forever."""
+def leave(code: int, message: str = "", agreed: bool = False) -> None:
+    """Print the message and exit. One of several processes exits at once: an orderly exit would wait for the others.
+
+    Args:
+        code: exit code.
+        message: to print on standard error; empty for none.
+        agreed: whether all processes agreed to end; otherwise, the others are told that this one failed.
+    """
     with contextlib.suppress(OSError):  # a log on a full disk
-        print(message, file=sys.stderr, flush=True)
+        if message:
+            print(message, file=sys.stderr, flush=True)
     if parallel.several():
+        parallel.farewell(0 if agreed else code)
         os._exit(code)
     _flush_or_drop(sys.stdout)
     _flush_or_drop(sys.stderr)
+    if agreed:  # a thread may still be compiling, and would crash an orderly exit
+        os._exit(code)
     sys.exit(code)
 
 

@@ -114,7 +114,7 @@ def test_as_one_process_with_as_many_devices(name, number, tmp_path, request):
     assert f"{2 * number} x cpu" in printed[0]
     assert "everything is in" in printed[0]
     for text in printed[1:]:
-        assert not [line for line in text.splitlines() if not line.startswith("[Gloo]")]
+        assert not own_lines(text)
     mesh = parallel.make_mesh(jax.devices()[: 2 * number])
     loop.run(load_run(tmp_path / "several").config, tmp_path / "one", mesh)
     assert_same_run(tmp_path / "several", tmp_path / "one", rtol=1e-5)
@@ -138,29 +138,137 @@ def test_preempted_and_restored_by_another_number_of_processes(tmp_path):
     assert_same_run(path, tmp_path / "one", rtol=1e-5)
 
 
-@pytest.mark.parametrize("who", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_one_is_killed(who, tmp_path):
-    """The others say so and end; the same command goes on."""
-    path = tmp_path / "run"
+def own_lines(printed):
+    """What a process printed itself, without what Gloo prints about its connections."""
+    return [line for line in printed.splitlines() if line and not line.startswith("[Gloo]")]
+
+
+IN_SHORT = """
+import contextlib, os, sys, time
+
+from ekd_jax import cli
+from ekd_jax.common import parallel, watch
+from ekd_jax.common.errors import UserError
+
+number, port, does = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+watch.TICK, watch.SILENT, watch.GRACE = 0.2, 25, 1.0
+
+
+def main():
+    parallel.start(f"localhost:{port}", 3, number, 60)
+    parallel.gathered(number)
+    os.write(1, b"joined\\n")
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
+        while does == "computes" or (does == "fails" and number != 1):
+            parallel.gathered(number)
+        if does == "fails":
+            time.sleep(0.5)
+            raise UserError("a knob is wrong")
+        if does == "sleeps":
+            time.sleep(60)
+
+
+cli.guarded(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "sent", "lost", "said"),
+    [
+        (
+            "computes",
+            signal.SIGKILL,
+            [0],
+            r"process 0 on \S+ was lost \(its connection broke\): run the same ",
+        ),
+        (
+            "sleeps",
+            signal.SIGSTOP,
+            [1],
+            r"process 1 on \S+ was lost \(no sign of life for 5 s\): run the same ",
+        ),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                ("sleeps", signal.SIGKILL, [0], r"process 0 on \S+ was lost \(its connection broke\)"),
+                ("sleeps", signal.SIGSTOP, [0], r"process 0 on \S+ was lost \(no sign of life for 5 s\)"),
+                ("sleeps", signal.SIGKILL, [1], r"process 1 on \S+ was lost \(its connection broke\)"),
+                (
+                    "computes",
+                    signal.SIGKILL,
+                    [1, 2],
+                    r"process (1|2) on .* and process (1|2) on \S+ was lost",
+                ),
+                ("fails", 0, [1], r"process 1 on \S+ ended with exit code 2: its own output says why"),
+                ("ends", 0, [], ""),
+            )
+        ),
+    ],
+)
+def test_one_is_lost(does, sent, lost, said, tmp_path):
+    """Every survivor ends soon, with one line that names the lost ones; an orderly end is no loss."""
+    port = str(free_port())
+    read = lambda: [(tmp_path / str(i)).read_text() for i in range(3)]
+    with contextlib.ExitStack() as stack:
+        started = []
+        for i in range(3):
+            output = stack.enter_context((tmp_path / str(i)).open("w"))
+            command = [sys.executable, "-c", IN_SHORT, str(i), port, does]
+            environment = plain_environment() | {"JAX_PLATFORMS": "cpu"}
+            started.append(
+                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+            )
+            stack.callback(started[i].wait)
+            stack.callback(started[i].kill)
+        deadline = time.monotonic() + 120
+        while any("joined" not in text for text in read()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for number in lost if sent else ():
+            started[number].send_signal(sent)
+        since = time.monotonic()
+        survivors = [number for number in range(3) if number not in lost]
+        codes = [started[number].wait(timeout=60) for number in survivors]
+        assert time.monotonic() - since < 20  # 5 s unless the machine is slow
+        if not sent:
+            assert [process.wait(timeout=60) for process in started][:2] == [codes[0], 2 if lost else 0]
+    assert codes == [{"fails": 2, "ends": 0}.get(does, 1)] * len(survivors), read()
+    for number in survivors:
+        lines = own_lines(read()[number])[1:]
+        assert len(lines) == (1 if said else 0), lines
+        assert not said or re.match(f"error: process {number}: {said}", lines[0])
+    if does == "fails":
+        assert own_lines(read()[1])[1:] == ["error: process 1: a knob is wrong"]
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(tmp_path):
+    """While it compiles, reads, trains and saves, now one process and now the other; the bits stay the same."""
     frequent = {"train__log_every_steps": 1, "train__checkpoint_every_epochs": 0.2}
-    with processes(2, path, **frequent) as started:
-        wait_for_records(path, 4, started[0])
-        started[who].kill()
-        codes, printed = ended(started)
-    other = 1 - who
-    assert codes[who] == -signal.SIGKILL
-    if who == 0 and codes[other] == -signal.SIGABRT:  # JAX's own watch was faster than the computation
-        assert "another task died" in printed[other]
-        return
-    assert codes[other] == 1
-    assert f"error: process {other}: " in printed[other]
-    assert "run the same command in all of them to resume" in printed[other]
-    if who == 0:
-        return
-    with processes(2, path, **frequent) as started:
-        codes, printed = ended(started)
-    assert codes == [0, 0], printed
-    assert "resuming from step" in printed[0]
+    frequent |= {"data__placement": "stream", "data__workers": 1}
+    for who, records in ((1, None), (0, None), (0, 4), (1, 9)):
+        with processes(2, tmp_path / "killed", **frequent) as started:
+            if records is None:  # it compiles
+                assert any("training from step" in line for line in started[0].stdout)
+                time.sleep(random.uniform(0, 2))
+            else:
+                wait_for_records(tmp_path / "killed", records, started[0])
+            started[who].kill()
+            codes, printed = ended(started)
+        assert codes[who] == -signal.SIGKILL
+        assert codes[1 - who] == 1, printed
+        *progress, line = own_lines(printed[1 - who])
+        assert line.startswith(f"error: process {1 - who}: process {who} on "), printed
+        assert line.endswith("run the same command in all processes to resume")
+        if who == 0:
+            assert not progress
+        assert not [line for line in progress if not re.match("(train|test|resum|step)", line.strip())]
+    for name in ("killed", "whole"):
+        with processes(2, tmp_path / name, **frequent) as started:
+            codes, printed = ended(started)
+        assert codes == [0, 0], printed
+        assert ("resuming from step" in printed[0]) == (name == "killed")
+    assert_same_run(tmp_path / "killed", tmp_path / "whole", rtol=0)
 
 
 def test_processes_that_disagree(tmp_path):

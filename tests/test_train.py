@@ -1,5 +1,7 @@
 """Whole runs: what they write, that they resume bit for bit, and that devices do not matter."""
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -16,6 +18,7 @@ from conftest import ROOT, one_device, plain_environment, tiny_config, tiny_flag
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import Interrupted, UserError
+from ekd_jax.common.log import logger
 from ekd_jax.common.records import as_json
 from ekd_jax.config.build import build_networks
 from ekd_jax.data.augment import normalize
@@ -249,6 +252,44 @@ def test_only_one_process_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("code", "what"),
+    [
+        (errno.EAGAIN, "in use by another process"),
+        (errno.EACCES, "in use by another process"),
+        (errno.ENOLCK, None),
+        (errno.EOPNOTSUPP, None),
+        (errno.EINVAL, None),
+        (errno.ENOSYS, None),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_locks_that_fail(code, what, tmp_path, monkeypatch, caplog):
+    """A run in use is refused, a file system without locks is warned of, and any other error is named."""
+
+    def fail(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    monkeypatch.setattr(logger, "propagate", True)
+    if what:
+        with pytest.raises((UserError, OSError), match=what), workdir.locked(tmp_path):
+            pass
+        assert not caplog.text
+    else:
+        with workdir.locked(tmp_path):
+            assert (
+                f"the file system of {tmp_path} has no locks: nothing keeps a second run out" in caplog.text
+            )
+
+
+def test_a_lock_that_cannot_be_written(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"cannot write to --workdir=.* Is a directory: .*\.lock"):
+        loop.run(tiny_config(), tmp_path, one_device())
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model__students": (1, 0.25)}, r"model.students: \[1, 0.5\] there, \[1, 0.25\] now"),
@@ -350,7 +391,9 @@ def test_batches_that_devices_cannot_share(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = tiny_config(optimizer__learning_rate=1e9)
-    with pytest.raises(UserError, match=r"'student_1/loss_ce'.* are not finite at step 3; .*--replay_step=3"):
+    with pytest.raises(
+        UserError, match=r"'student_1/loss_ce'.* are not finite at step 3; .*--replay_step=3"
+    ):
         loop.run(config, tmp_path / "run", one_device())
     assert all(math.isfinite(r["loss"]) for r in read_metrics(tmp_path / "run") if "loss" in r)
     assert not (tmp_path / "run" / "summary.json").exists()

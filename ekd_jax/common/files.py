@@ -2,16 +2,18 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import pathlib
 import shutil
 import stat
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from ekd_jax.common.text import human
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the size of files
 
 
@@ -119,6 +121,31 @@ def _room(error: OSError, folder: pathlib.Path, needed: int) -> str:
         with contextlib.suppress(OSError):
             known.append(f"{human(shutil.disk_usage(folder).free)}B free")
     return f" ({', '.join(known)})" if known else ""
+
+
+def lock(file: IO[Any], wait: bool = False) -> bool:
+    """Lock an open file until it is closed or this process ends.
+
+    Args:
+        file: opened for writing.
+        wait: until another process unlocks it.
+
+    Returns:
+        Whether it is locked now; False if its file system has no locks.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+        OSError: another error.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return False
+        if error.errno == errno.EACCES:  # what some network file systems say instead
+            raise BlockingIOError(errno.EAGAIN, "locked by another process", file.name) from error
+        raise
+    return True
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int = 2**63) -> bytes:

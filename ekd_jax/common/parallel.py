@@ -7,6 +7,7 @@ Every process runs the same program on its own devices. Where processes could di
 directory listing), they agree here first.
 """
 
+import atexit
 import contextlib
 import math
 import os
@@ -18,14 +19,20 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jax._src import distributed  # for the store of keys that all processes share; nothing public gives it
+from jax._src.lib import _jax  # type: ignore[attr-defined]
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ekd_jax.common.errors import UserError, reason
+from ekd_jax.common.log import logger
+from ekd_jax.common.watch import Watch
 
 Array = jax.Array
 AXES = ("data", "fsdp")
 SMALLEST_SHARDED = 2**14  # elements: gathering fewer takes longer than keeping them everywhere
+WATCH_KEY = "ekd_jax/watch"
+_watches: list[Watch] = []  # the watch of this process, if it is one of several
 
 
 # --- processes -----------------------------------------------------------------------------------
@@ -57,9 +64,15 @@ def start(coordinator: str | None, processes: int | None, number: int | None, ti
         if not 0 <= number < processes:
             raise UserError(f"--process_id={number} must be from 0 to {processes - 1}")
     jax.config.update("jax_enable_preemption_service", False)  # the training loop handles signals itself
+    jax.config.update("jax_check_proxy_envs", False)  # the relay uses no proxy
     with _patience(coordinator, processes, number, timeout):
         try:
-            jax.distributed.initialize(coordinator, processes, number, initialization_timeout=timeout + 60)
+            with _relayed() as watches:
+                jax.distributed.initialize(
+                    coordinator, processes, number, initialization_timeout=timeout + 60
+                )
+            for watch in watches:
+                _meet(watch)
         except ValueError as error:
             if "coordinator_address" not in str(error):
                 raise UserError(f"cannot join the other processes: {reason(error)}") from error
@@ -96,6 +109,70 @@ def _patience(
         yield
     finally:
         timer.cancel()
+
+
+@contextlib.contextmanager
+def _relayed() -> Iterator[list[Watch]]:
+    """Have JAX connect to its coordinator through the relay of a watch (see watch.py), which is then in the list.
+
+    JAX finds out itself which address and number it has, so the function that makes its client is replaced.
+    """
+    make, watches = _jax.get_distributed_runtime_client, list[Watch]()
+
+    def make_relayed(address: str, number: int, **options: Any) -> Any:
+        watches.append(Watch(number, address))
+        if options.get("mtls_cert_file"):  # the coordinator's certificate is for its own address
+            return make(address, number, **options)
+        no_proxy = os.environ.get("no_grpc_proxy", os.environ.get("no_proxy", ""))  # noqa: SIM112
+        os.environ["no_grpc_proxy"] = f"127.0.0.1,{no_proxy}".rstrip(",")  # noqa: SIM112
+        return make(watches[0].relay(), number, **options)
+
+    _jax.get_distributed_runtime_client = make_relayed
+    try:
+        yield watches
+    finally:
+        _jax.get_distributed_runtime_client = make
+
+
+def _meet(watch: Watch) -> None:
+    """Connect the watch to those of the other processes."""
+    state = distributed.global_state
+    if state.num_processes == 1 or state.client is None:
+        return
+    _watches.append(watch)
+    # A process that ends at once leaves semaphores of its data workers. Python's tracker removes them, with a warning.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    atexit.register(watch.farewell)  # JAX's own function, which waits for the others, comes later
+    if watch.number == 0:
+        state.client.key_value_set(WATCH_KEY, watch.listen())
+        return
+    try:
+        watch.connect(state.client.blocking_key_value_get(WATCH_KEY, 60_000))
+    except OSError as error:
+        logger.warning(
+            f"process {watch.number} cannot connect to the watch of process 0 ({reason(error)}): open TCP between "
+            f"the hosts; otherwise JAX aborts all processes 100 s after one is lost"
+        )
+
+
+def farewell(code: int = 0) -> None:
+    """Tell the other processes that this one ends on purpose, so that it is not taken for lost.
+
+    Args:
+        code: 0 if all processes end, now or soon; otherwise the exit code of this process, which failed. The others
+            then end with the same code, if they do not end by themselves within 10 s.
+    """
+    for watch in _watches:
+        watch.farewell(code)
+
+
+def await_loss() -> None:
+    """Let the watch end this process, if something failed here because another process was lost.
+
+    Which exception that raises depends on what this process was doing.
+    """
+    for watch in _watches:
+        watch.await_loss()
 
 
 def is_main() -> bool:

@@ -241,8 +241,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # a failed background write is raised here, as many kinds of exception
-            if parallel.several() and isinstance(error, jax.errors.JaxRuntimeError):
-                raise  # another process has ended
+            parallel.await_loss()
             raise UserError(
                 f"cannot write a checkpoint to {self.directory}: {reason(error)}; "
                 f"make room and run the same command to resume from step {max(self.steps(), default=0)}"
@@ -273,6 +272,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
+            parallel.await_loss()  # then nothing is damaged
             others = [str(other) for other in self.steps() if other != step]
             hint = f": pass --step={' or --step='.join(others)}" if self._read_only and others else ""
             raise UserError(

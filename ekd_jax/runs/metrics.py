@@ -1,15 +1,21 @@
 """The metrics of a run: one record per line of `metrics.jsonl`, and the same for TensorBoard."""
 
+import contextlib
 import json
 import logging
+import os
 import pathlib
+import time
+from collections.abc import Iterator
 from typing import Any
 
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from ekd_jax.common.errors import UserError, reason
 from ekd_jax.common.files import read_bytes, write_bytes
-from ekd_jax.common.log import once
+from ekd_jax.common.log import logger, once
 
 METRICS = "metrics.jsonl"
 
@@ -35,7 +41,7 @@ class MetricWriter:
         kept = [record for record in records if record["step"] <= last.get(record["split"], evaluated)]
         write_bytes(self.path, "".join(map(_as_line, kept)).encode())
         self._file = open(self.path, "a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._board = _Board(workdir / "tensorboard", step)
 
     def write(self, step: int, epoch: float, split: str, values: dict[str, float]) -> None:
         """Write one record, `{"step", "epoch", "split", **values}`."""
@@ -44,14 +50,59 @@ class MetricWriter:
         record = {"step": step, "epoch": round(epoch, 4), "split": split, **values}
         self._file.write(_as_line(record))
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+        self._board.write(step, {f"{split}/{name}": value for name, value in values.items()})
 
     def close(self) -> None:
         """Close both files."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # it was said when the record was written
+                self._file.close()
             self._board.close()
+
+
+class _Board:
+    """Writes events for TensorBoard. They repeat metrics.jsonl, so one that cannot be written ends nothing.
+
+    tensorboardX's own `SummaryWriter` writes in a thread, and blocks for ever once that has failed.
+
+    Args:
+        folder: of the event files.
+        step: the step that the run resumes from; TensorBoard hides later ones of earlier files.
+    """
+
+    def __init__(self, folder: pathlib.Path, step: int):
+        self._writer: Any = None
+        with self._not_essential(folder):
+            folder.mkdir(exist_ok=True)
+            self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{step}")
+            begun = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=time.time(), step=step + 1, session_log=begun))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Write the metrics of a step."""
+        if self._writer is None:
+            return
+        with self._not_essential(self._writer._file_name):
+            for name, value in values.items():
+                event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+                self._writer.write_event(event)
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+
+    @contextlib.contextmanager
+    def _not_essential(self, path: Any) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            logger.warning(
+                f"{path} cannot be written ({reason(error)}): training goes on without TensorBoard"
+            )
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:

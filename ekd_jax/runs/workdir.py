@@ -11,7 +11,6 @@ earlier/          the runs that a method's plan trains first, one directory each
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -28,7 +27,7 @@ from ml_collections import FrozenConfigDict
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
-from ekd_jax.common.files import write_json
+from ekd_jax.common.files import lock, write_json
 from ekd_jax.common.log import logger
 from ekd_jax.common.records import read_json, read_record, write_record
 from ekd_jax.config.knobs import KNOBS
@@ -57,17 +56,27 @@ PACKAGES = (
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """Keep a second run out of a run's directory; the lock of a killed run is released by itself."""
+    """Keep a second run out of a run's directory; the lock of a killed run is released by itself.
+
+    Raises:
+        UserError: another process has locked it.
+        OSError: nothing can be written there.
+    """
     if not parallel.is_main():
         yield
         return
     with open(path / ".lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            has_locks = lock(file)
+        except BlockingIOError as error:
             raise UserError(
                 f"{path} is in use by another process: wait for it, or choose another --workdir"
             ) from error
+        if not has_locks:
+            logger.warning(
+                f"warning: the file system of {path} has no locks: nothing keeps a second run out of this "
+                f"directory, and two runs would damage it; make sure that there is only one"
+            )
         yield
 
 

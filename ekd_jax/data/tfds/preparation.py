@@ -5,7 +5,6 @@ TensorFlow, prepare all others.
 """
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import shutil
@@ -19,6 +18,7 @@ from tensorflow_datasets.core import constants
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
 from ekd_jax.common.errors import UserError
+from ekd_jax.common.files import lock
 from ekd_jax.common.log import logger
 from ekd_jax.common.text import human
 from ekd_jax.data.tfds import archives, imagenet, lookup
@@ -167,8 +167,13 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            has_locks = lock(file)
         except BlockingIOError:
             logger.info(f"waiting for another process that prepares {folder}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            has_locks = lock(file, wait=True)
+        if not has_locks:
+            logger.warning(
+                f"warning: the file system of {folder} has no locks: make sure that only one process prepares "
+                f"this set"
+            )
         yield
