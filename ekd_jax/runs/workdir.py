@@ -139,7 +139,8 @@ def _after_refusal(path: pathlib.Path, refused: Changes) -> str:
             return f"it was changed at step {entry.step:,} with {entry.how}: pass the same again"
     if not all(map(can_change, refused)):
         return "choose another --workdir, or ask for the same"
-    flags = " ".join(f"--resume_with={name}={now}" for name, (_, now) in refused.items())
+    values = {name: tuple(now) if isinstance(now, list) else now for name, (_, now) in refused.items()}
+    flags = " ".join(f"--resume_with={name}={now}" for name, now in values.items())
     return f"choose another --workdir, ask for the same, or go on from where it stands with {flags}"
 
 
