@@ -18,6 +18,7 @@ import pathlib
 import sys
 
 from absl import flags
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from ekd_jax import cli
 from ekd_jax.common import parallel
@@ -46,6 +47,11 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("from_run", None, "a run of which --workdir becomes a copy that goes on by itself")
     flags.DEFINE_integer("replay_step", None, "find the first array of this step that is not finite", 1)
+    flags.DEFINE_boolean(
+        "deterministic",
+        False,
+        "the same bits each time on a GPU, too, if it takes longer (docs/reliability.md)",
+    )
     flags.DEFINE_boolean("dry_run", False, "print configuration, students, steps and memory; train nothing")
     flags.DEFINE_string("coordinator", None, "HOST:PORT that process 0 listens on, for several processes")
     flags.DEFINE_integer("num_processes", None, "how many processes train together", lower_bound=1)
@@ -56,6 +62,8 @@ def define_flags() -> None:
 def main() -> None:
     """Run the command."""
     config = cli.config()
+    if FLAGS.deterministic:
+        config = _deterministic(config)
     parallel.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.coordinator_timeout)
     path = pathlib.Path(FLAGS.workdir or f"runs/{cli.config_name()}")
     with contextlib.ExitStack() as stack:
@@ -74,6 +82,18 @@ def main() -> None:
             history.branch(pathlib.Path(FLAGS.from_run), path)
         print(summary_table(plans.run(config, path, permit=permit)))
         print(f"everything is in {path}; extract a student with python -m ekd_jax.extract --workdir={path}")
+
+
+def _deterministic(config: FrozenConfigDict) -> FrozenConfigDict:
+    """Return a configuration whose run computes the same bits each time, and tell XLA to; JAX must not have begun.
+
+    How branches run is not measured then, because each way rounds differently.
+    """
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+    settled = ConfigDict(config)
+    if settled.train.execution == "auto":
+        settled.train.execution = "separate"
+    return FrozenConfigDict(settled)
 
 
 def _permit() -> Permit | None:

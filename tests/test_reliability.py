@@ -464,3 +464,27 @@ def test_a_signal_at_an_evaluation_owes_it(finished, tmp_path, monkeypatch):
     assert [*map(without_times, read_metrics(path))] == [*map(without_times, read_metrics(finished[0]))]
     assert [s.top1_best for s in summary.students] == [s.top1_best for s in finished[1].students]
     assert saved_steps(path) == saved_steps(finished[0])
+
+
+# --- the same bits ------------------------------------------------------------------------------------
+
+
+def test_a_resume_says_what_is_different(copy, caplog):
+    """Versions and devices, for then the last bits may differ; nothing if all is as before."""
+    (*_, last) = environments = json.loads((copy / "environment.json").read_text())
+    (copy / "environment.json").write_text(json.dumps([*environments[:-1], last | {"jax": "0.1.2"}]))
+    for expected in (f"jax {last['jax']} (was 0.1.2)", ""):
+        caplog.clear()
+        with caplog.at_level("WARNING", "ekd_jax"):
+            train(copy)
+        assert (expected in caplog.text) if expected else ("last bits" not in caplog.text)
+        (copy / "summary.json").unlink()
+
+
+def test_deterministic_runs_tell_xla_and_do_not_measure(tmp_path):
+    flags = [*tiny_flags(train__epochs=0.2), f"--workdir={tmp_path / 'run'}"]
+    done = command("main", *flags, "--deterministic")
+    assert done.returncode == 0, done.stderr
+    (environment,) = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert "--xla_gpu_deterministic_ops=true" in environment["xla_flags"]
+    assert load_run(tmp_path / "run").config.train.execution == "separate"

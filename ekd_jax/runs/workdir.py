@@ -242,8 +242,14 @@ def claim(path: pathlib.Path, config: FrozenConfigDict) -> None:
 def write_description(path: pathlib.Path, description: RunDescription) -> None:
     """Write what the run trains, and append to the list of environments it ran in."""
     write_record(path / STUDENTS, description)
-    before = read_environments(path)
-    write_json(path / ENVIRONMENT, [*before, environment()])
+    before, now = read_environments(path), environment()
+    write_json(path / ENVIRONMENT, [*before, now])
+    last = before[-1] if before else now
+    changed = [f"{k} {now[k]} (was {last.get(k)})" for k in now if k != "started" and now[k] != last.get(k)]
+    if changed:
+        logger.warning(
+            f"not all is as at the last start, so the last bits may differ: {', '.join(changed)}"
+        )
 
 
 def read_environments(path: pathlib.Path) -> list[dict[str, Any]]:
