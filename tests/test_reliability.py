@@ -262,6 +262,16 @@ def test_damaged_lines_of_metrics_are_left_out(copy, finished, caplog):
     assert read_metrics(copy) == good
 
 
+def test_training_goes_on_without_tensorboard(copy, caplog):
+    """Its files repeat metrics.jsonl; one that cannot be written ends nothing."""
+    shutil.rmtree(copy / "tensorboard")
+    (copy / "tensorboard").write_text("in the way")
+    with caplog.at_level("WARNING", "ekd_jax"):
+        assert train(copy, ANY, train__epochs=4).steps == 25
+    assert "training goes on without TensorBoard" in caplog.text
+    assert read_metrics(copy)[-1]["step"] == 25
+
+
 def test_wrong_initial_weights_are_found_before_the_directory_is_claimed(finished, tmp_path):
     path = tmp_path / "run"
     with pytest.raises(UserError, match="model.initial_weights"):
