@@ -246,7 +246,6 @@ def _global_names(path: pathlib.Path) -> set[str]:
     if not zipfile.is_zipfile(path):
         raise ValueError("it is cut off or damaged: download or copy it again")
     with zipfile.ZipFile(path) as archive:
-        check_stored(archive, path)
         members = {pathlib.PurePosixPath(name).name: name for name in archive.namelist()}
         if "constants.pkl" in members:
             raise UserError(
@@ -255,6 +254,7 @@ def _global_names(path: pathlib.Path) -> set[str]:
             )
         if "data.pkl" not in members:
             raise ValueError("it is a zip archive, but not one that torch.save wrote")
+        check_stored(archive, path)  # only now: the program in a TorchScript archive is compressed
         with archive.open(members["data.pkl"]) as file:
             return _named(file)
 
