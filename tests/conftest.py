@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,6 +162,15 @@ def finished(tmp_path_factory):
     """Return the directory and the summary of a complete run."""
     path = tmp_path_factory.mktemp("finished") / "run"
     return path, loop.run(tiny_config(), path, one_device())
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """Return a copy of a complete run whose summary is missing, as if it had been killed before writing it."""
+    path = tmp_path / "run"
+    shutil.copytree(finished[0], path)
+    (path / "summary.json").unlink()
+    return path
 
 
 def fresh_student(class_names: tuple[str, ...], shape: tuple[int, int, int] = (8, 8, 1), seed: int = 0):

@@ -167,14 +167,6 @@ def array_files(path):
     return [p for p in (path / "checkpoints" / "19" / "state").rglob("d/*") if p.stat().st_size > 2000]
 
 
-@pytest.fixture
-def copy(finished, tmp_path):
-    path = tmp_path / "run"
-    shutil.copytree(finished[0], path)
-    (path / "summary.json").unlink()
-    return path
-
-
 def test_a_flipped_bit_is_found(copy):
     for file in array_files(copy):
         flip_a_bit(file)

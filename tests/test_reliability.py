@@ -40,15 +40,6 @@ def assert_same_state(one, other):
     jax.tree.map(np.testing.assert_array_equal, latest_state(one), latest_state(other))
 
 
-@pytest.fixture
-def copy(finished, tmp_path):
-    """A copy of a complete run whose summary is missing, as if it had been killed before writing it."""
-    path = tmp_path / "run"
-    shutil.copytree(finished[0], path)
-    (path / "summary.json").unlink()
-    return path
-
-
 # --- losses that are not finite ---------------------------------------------------------------
 
 

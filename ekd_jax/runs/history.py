@@ -34,7 +34,7 @@ FIXED = ("seed", "model.", "method.name", "data.name", "data.train_examples", "d
 
 @dataclasses.dataclass(frozen=True)
 class Permit:
-    """What of a run's configuration may change when it goes on.
+    """Permission to change knobs of a run when it goes on.
 
     Attributes:
         how: the flag that asks for it.

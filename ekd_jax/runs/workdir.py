@@ -34,7 +34,6 @@ from ekd_jax.config.knobs import KNOBS
 from ekd_jax.config.resolve import result_fields, to_dict
 from ekd_jax.data.classes import listed
 from ekd_jax.methods.base import EARLIER
-from ekd_jax.runs.checkpoint import saved_steps
 from ekd_jax.runs.history import Changes, Permit, can_change, read_history
 from ekd_jax.runs.records import (
     A_RUN,
@@ -142,11 +141,6 @@ def _after_refusal(path: pathlib.Path, refused: Changes) -> str:
     values = {name: tuple(now) if isinstance(now, list) else now for name, (_, now) in refused.items()}
     flags = " ".join(f"--resume_with={name}={now}" for name, now in values.items())
     return f"choose another --workdir, ask for the same, or go on from where it stands with {flags}"
-
-
-def has_checkpoints(path: pathlib.Path) -> bool:
-    """Return whether a run has saved anything."""
-    return bool(saved_steps(path))
 
 
 def read_summary(path: pathlib.Path) -> Summary:

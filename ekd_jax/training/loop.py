@@ -32,7 +32,7 @@ from ekd_jax.data.dataset import Source
 from ekd_jax.data.feed import EvaluationSet, Feed, evaluation_set, training_feed
 from ekd_jax.data.opening import facts
 from ekd_jax.runs import history, workdir
-from ekd_jax.runs.checkpoint import Checkpoints
+from ekd_jax.runs.checkpoint import Checkpoints, saved_steps
 from ekd_jax.runs.evaluation import Results, make_evaluator, measure, results
 from ekd_jax.runs.history import Permit
 from ekd_jax.runs.metrics import MetricWriter
@@ -120,7 +120,7 @@ def first_state(setup: Setup, path: pathlib.Path) -> TrainState:
     """Return the state before the first step; nothing is written."""
     state = init_state(setup.networks, setup.optimizer, setup.config.seed, setup.taught)
     source = setup.config.model.initial_weights
-    if not source or workdir.has_checkpoints(path):
+    if not source or saved_steps(path):
         return state
     network = load_teacher(source, path, "model.initial_weights")
     given = InitialWeights(source, network.variables, network.class_names)
@@ -353,10 +353,7 @@ class Loop:
                 stop = self._evaluate_and_save()
             while not (self.complete or stop):
                 due = self._next_event()
-                taken = min(number, due - self.step)
-                seconds = self._advance(taken)
-                number = max(1, min(2 * number, math.floor(DISPATCH_SECONDS * taken / seconds)))
-                number, stop = interrupt.agreed(number)
+                number, stop = self._advance_some(number, due)
                 if self.step < due and not stop:
                     continue
                 self._check_finite()
@@ -376,10 +373,7 @@ class Loop:
         """
         number = 1
         while self.step < step:
-            taken = min(number, step - self.step)
-            seconds = self._advance(taken)
-            number = max(1, min(2 * number, math.floor(DISPATCH_SECONDS * taken / seconds)))
-            number, stop = self.record.interrupt.agreed(number)
+            number, stop = self._advance_some(number, step)
             if stop:
                 raise Interrupted("interrupted; nothing was written", stop)
             try:
@@ -404,6 +398,17 @@ class Loop:
         """Return the next step at which something is recorded, evaluated or saved."""
         intervals = (self.record_every, self.evaluate_every, self.save_every)
         return min(self.setup.steps, *((self.step // n + 1) * n for n in intervals))
+
+    def _advance_some(self, number: int, last: int) -> tuple[int, int]:
+        """Take `number` steps, but none beyond `last`.
+
+        Returns:
+            How many to take next, so that it lasts `DISPATCH_SECONDS`, and the number of a signal, 0 without one.
+        """
+        taken = min(number, last - self.step)
+        seconds = self._advance(taken)
+        number = max(1, min(2 * number, math.floor(DISPATCH_SECONDS * taken / seconds)))
+        return self.record.interrupt.agreed(number)
 
     def _advance(self, number: int) -> float:
         """Take `number` steps, and return the seconds that they took.
