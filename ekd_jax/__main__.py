@@ -35,13 +35,12 @@ def overview() -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments name."""
     name, *rest = (sys.argv[1:] if arguments is None else [*arguments]) or ["--help"]
-    if name in ("--help", "-h", "help"):
-        print(overview())
-        return
-    if name == "--version":
+    if name in ("--help", "-h", "help", "--version"):
+        from ekd_jax import cli
         from ekd_jax.version import __version__
 
-        print(f"ekd_jax {__version__}")
+        text = f"ekd_jax {__version__}" if name == "--version" else overview()
+        cli.guarded(lambda: print(text))
         return
     if name not in COMMANDS:
         from ekd_jax.common.errors import nearest

@@ -23,7 +23,7 @@ from ekd_jax.common.compilation import keep_compiled_programs
 from ekd_jax.common.errors import Interrupted, UserError, nearest, reason
 from ekd_jax.common.files import NO_ROOM, why_not_writable
 from ekd_jax.common.log import shown
-from ekd_jax.common.watch import RESUME
+from ekd_jax.common.watch import RESUME, TRY_AGAIN
 from ekd_jax.config.knobs import KNOBS, all_knobs
 from ekd_jax.config.other_names import find_knob, other_way
 from ekd_jax.config.resolve import resolve
@@ -170,7 +170,7 @@ def guarded(start: Callable[[], None]) -> None:
         if not isinstance(error, jax.errors.JaxRuntimeError):
             leave(1, traceback.format_exc().rstrip())
         failed = f"{parallel.who()}a computation failed ({reason(error)})"
-        leave(1, f"error: {failed}: {RESUME}")
+        leave(TRY_AGAIN, f"error: {failed}: {RESUME}")
 
 
 def leave(code: int, message: str = "", agreed: bool = False) -> None:

@@ -217,6 +217,7 @@ fi
 reminder="$name costs money until it is deleted: $0 --name=$name ${where[*]} --delete"
 trap 'say "$reminder"' EXIT
 
+lost=0 # times that the program ended because a process was lost
 while true; do
   ready_pod
   seen=$(on_workers all look "$id") || fail "cannot inspect the workers of $name, see above" $?
@@ -248,10 +249,15 @@ while true; do
   if ((code == 0)); then
     say "complete: $workdir"
     exit
-  elif ((code == 143 || code == 255)); then # stopped or connection lost: was the pod preempted?
+  elif ((code == 143 || code == 255 || code == 75)); then # stopped, or a connection was lost: was the pod preempted?
     sleep "$poll"
     look_up tpu-vm state
     if [[ $found != READY ]] || ((code == 255)); then continue; fi
+    if ((code == 75 && lost++ < 10)); then
+      say "a process was lost: starting the program again, which resumes from its latest checkpoint"
+      continue
+    fi
+    ((code == 143)) || fail "a process was lost again and again" "$code"
     fail "the program was told to end and saved; the same command resumes the run" 143
   fi
   on_workers all last_lines || true

@@ -40,7 +40,7 @@ from ekd_jax.runs.checkpoint import open_checkpoints
 from ekd_jax.students.convert import match_arrays
 from ekd_jax.students.description import NetworkDescription, Preprocessing, Provenance, StudentDescription
 from ekd_jax.students.student import LoadedStudent
-from ekd_jax.training import loop
+from ekd_jax.training import single
 
 # A shell's background jobs ignore SIGINT, and so would the commands that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -161,7 +161,7 @@ def plain_environment() -> dict[str, str]:
 def finished(tmp_path_factory):
     """Return the directory and the summary of a complete run."""
     path = tmp_path_factory.mktemp("finished") / "run"
-    return path, loop.run(tiny_config(), path, one_device())
+    return path, single.run(tiny_config(), path, one_device())
 
 
 @pytest.fixture

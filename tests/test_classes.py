@@ -20,7 +20,7 @@ from ekd_jax.runs.run import load_run
 from ekd_jax.runs.state import InitialWeights, init_state, start_from
 from ekd_jax.runs.teachers import load_teachers
 from ekd_jax.students.student import LoadedStudent, write_student
-from ekd_jax.training import loop
+from ekd_jax.training import single
 from ekd_jax.training.optimizer import make_optimizer
 from ekd_jax.training.setup import prepare
 
@@ -290,7 +290,7 @@ def test_a_run_resumes_on_the_same_data_only(photos, tmp_path, change, message):
     before = {file.name: file.read_bytes() for file in run.iterdir()}
     change(photos)
     with pytest.raises(UserError, match=message) as error:
-        loop.run(config, run, one_device())
+        single.run(config, run, one_device())
     assert "put it back, or choose another --workdir" in str(error.value)
     assert "\n" not in str(error.value)
     assert {file.name: file.read_bytes() for file in run.iterdir()} == before
@@ -329,4 +329,4 @@ def test_the_runs_of_a_plan_have_the_same_data(photos, tmp_path):
     with pytest.raises(
         UserError, match=r"the run in .*earlier/teacher was started with \(train examples: 24 then"
     ):
-        loop.run(config, tmp_path / "run", one_device())
+        single.run(config, tmp_path / "run", one_device())

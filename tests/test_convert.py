@@ -20,7 +20,7 @@ from ekd_jax.common.errors import UserError
 from ekd_jax.runs.checkpoint import Checkpoints
 from ekd_jax.students.convert import Request, block_names, convert, convert_students, is_stacked
 from ekd_jax.students.torch_names import SOURCES, todays_names, torch_name
-from ekd_jax.training import loop
+from ekd_jax.training import single
 
 # A network of each source, the ways its library has it.
 CONVERTED = [
@@ -575,7 +575,7 @@ def test_training_begins_with_a_students_values(converted, tmp_path):
     frozen = {"optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0}
     # Digits are gray, so the first convolution differs, too.
     with pytest.raises(UserError, match=r"stem/conv/kernel has shape \(3, 3, 3, 32\), this network"):
-        loop.run(tiny_config(**changes), tmp_path / "gray", one_device())
+        single.run(tiny_config(**changes), tmp_path / "gray", one_device())
     rng = np.random.default_rng(0)
     for number in range(80):
         path = tmp_path / "images" / f"class{number % 2}" / f"{number}.png"
@@ -583,7 +583,7 @@ def test_training_begins_with_a_students_values(converted, tmp_path):
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
     own = {"data__name": "folder", "data__data_dir": str(tmp_path / "images"), "data__image_size": 8}
     config = tiny_config(**changes, **frozen, **own, data__train_examples=0, train__epochs=0.5)
-    loop.run(config, tmp_path / "run", one_device())
+    single.run(config, tmp_path / "run", one_device())
     found = json.loads((tmp_path / "run/config.json").read_text())["model"]["initial_weights"]
     assert found == str(folder / "student")
     checkpoints = Checkpoints(tmp_path / "run", read_only=True)
@@ -598,7 +598,7 @@ def test_training_begins_with_a_students_values(converted, tmp_path):
     # A run that is resumed no longer needs the directory.
     shutil.move(folder / "student", tmp_path / "moved")
     (tmp_path / "run/summary.json").unlink()
-    assert loop.run(config, tmp_path / "run", one_device()).students
+    assert single.run(config, tmp_path / "run", one_device()).students
     shutil.move(tmp_path / "moved", folder / "student")
     with pytest.raises(UserError, match="is another network"):
-        loop.run(tiny_config(**{**changes, "model__name": "resnet14"}), tmp_path / "other", one_device())
+        single.run(tiny_config(**{**changes, "model__name": "resnet14"}), tmp_path / "other", one_device())

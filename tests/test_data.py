@@ -26,7 +26,7 @@ from ekd_jax.data.decode import CorruptImageError, Reader
 from ekd_jax.data.feed import evaluation_set, placements, training_feed
 from ekd_jax.data.opening import DIGITS, facts, known_facts, open_data, read_example
 from ekd_jax.runs.metrics import read_metrics
-from ekd_jax.training import loop
+from ekd_jax.training import single
 
 # --- order -----------------------------------------------------------------------------------
 
@@ -207,7 +207,7 @@ def test_evaluation_sees_each_example_once(batch_size, placement, devices):
 def test_streamed_and_resident_runs_are_the_same(finished, tmp_path):
     """Training, evaluation and summary, not only batches."""
     path, _ = finished
-    loop.run(tiny_config(data__placement="stream"), tmp_path / "run", one_device())
+    single.run(tiny_config(data__placement="stream"), tmp_path / "run", one_device())
     for found, expected in zip(read_metrics(tmp_path / "run"), read_metrics(path), strict=True):
         for name in found.keys() - {"images/s", "input_wait"}:
             assert found[name] == expected[name] or found[name] == pytest.approx(
@@ -225,7 +225,7 @@ def test_waiting_for_images_is_measured_apart_from_training(tmp_path, monkeypatc
         # training images are read with draws, test images without
         pause = lambda *a, seconds=seconds: time.sleep(0 if a[-1] is None else seconds) or read(*a)
         monkeypatch.setattr(stream, "read_example", pause)
-        loop.run(tiny_config(**changes), tmp_path / name, one_device())
+        single.run(tiny_config(**changes), tmp_path / name, one_device())
         waited[name] = [r["input_wait"] for r in read_metrics(tmp_path / name) if r["split"] == "train"]
     assert waited["slow"][-1] > 60, "the first batches were read while the program was compiled"
     assert waited["quick"][-1] < 20
@@ -288,7 +288,7 @@ def test_images_are_held_out_for_validation():
 
 def test_a_run_with_validation_chooses_by_it_and_tests_once(tmp_path):
     config = tiny_config(data__validation_examples=99, train__epochs=2)
-    summary = loop.run(config, tmp_path / "run", one_device())
+    summary = single.run(config, tmp_path / "run", one_device())
     records = read_metrics(tmp_path / "run")
     assert [r["split"] for r in records if r["split"] != "train"] == ["validation", "validation", "test"]
     validation = [r for r in records if r["split"] == "validation"]

@@ -20,7 +20,7 @@ from ekd_jax.models.family import Family
 from ekd_jax.runs.metrics import MetricWriter, read_metrics
 from ekd_jax.runs.run import load_run
 from ekd_jax.runs.state import init_state
-from ekd_jax.training import loop
+from ekd_jax.training import single
 from ekd_jax.training.autotune import choose_execution
 from ekd_jax.training.setup import prepare
 
@@ -216,14 +216,14 @@ def test_a_run_may_resume_in_another_mode(tmp_path, monkeypatch, capsys):
         if step == 1:
             signal.raise_signal(signal.SIGTERM)
 
-    loop.run(tiny_config(**RUN), tmp_path / "separate", one_device())
+    single.run(tiny_config(**RUN), tmp_path / "separate", one_device())
     assert "branches run" not in capsys.readouterr().err
     with monkeypatch.context() as patched:
         patched.setattr(MetricWriter, "write", interrupted)
         with pytest.raises(Interrupted):
-            loop.run(tiny_config(**RUN, train__execution="packed"), tmp_path / "run", one_device())
+            single.run(tiny_config(**RUN, train__execution="packed"), tmp_path / "run", one_device())
     assert 1 < max(r["step"] for r in read_metrics(tmp_path / "run")) < 6
-    loop.run(tiny_config(**RUN, train__execution="stacked"), tmp_path / "run", one_device())
+    single.run(tiny_config(**RUN, train__execution="stacked"), tmp_path / "run", one_device())
     assert_same_run(tmp_path / "run", tmp_path / "separate", rtol=1e-5)
     configs = [load_run(tmp_path / name).config for name in ("run", "separate")]
     assert fingerprint(configs[0]) == fingerprint(configs[1])

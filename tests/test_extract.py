@@ -20,7 +20,7 @@ from ekd_jax.runs.evaluation import evaluate_student
 from ekd_jax.runs.metrics import read_metrics
 from ekd_jax.runs.run import load_run
 from ekd_jax.runs.state import init_variables, network_variables
-from ekd_jax.training.loop import run
+from ekd_jax.training.single import run
 
 
 def extract(run, student, output, **checkpoint):

@@ -334,6 +334,22 @@ def test_tpu_pod_that_is_preempted_while_training_is_created_again(cloud):
     ]
 
 
+def test_tpu_pod_starts_again_when_a_process_was_lost(cloud):
+    lost = "if mkdir $STATE/once; then sleep 0.5; exit 75; fi 2>/dev/null"
+    cloud.state(program=["[[ $PWD == */worker-0/* ]] || exit 0", lost, "echo again"])
+    printed = cloud.tpu()
+    assert "a process was lost: starting the program again" in printed
+    assert "again\n" in printed
+    assert "delete" not in cloud.steps()
+
+
+def test_tpu_pod_does_not_start_for_ever(cloud):
+    cloud.state(program=["[[ $PWD == */worker-0/* ]] || exit 0", "exit 75"])
+    printed = cloud.tpu(code=75)
+    assert printed.count("starting the program again") == 10
+    assert "error: a process was lost again and again" in printed
+
+
 def test_tpu_queue_that_was_suspended_or_failed(cloud):
     cloud.state(queued__resources="SUSPENDED")
     assert "preempted (queue: SUSPENDED)" in cloud.tpu("--queue")
@@ -503,9 +519,12 @@ def test_slurm(cloud):
     cloud.state(code="3")
     assert "error: the program exited with code 3" in slurm(cloud, *PROGRAM, code=3, **job)
     assert cloud.calls("scontrol") == []
-    cloud.state(code="143")
-    assert "requeueing the job" in slurm(cloud, *PROGRAM, code=143, **job)
-    assert cloud.calls("scontrol") == [["requeue", "12"]]
+    for times, code in enumerate((143, 75, 137), 1):
+        cloud.state(code=str(code))
+        assert "requeueing the job" in slurm(cloud, *PROGRAM, code=code, **job, SLURM_RESTART_COUNT="9")
+        assert cloud.calls("scontrol") == [["requeue", "12"]] * times
+    assert "exited with code 137" in slurm(cloud, *PROGRAM, code=137, **job, SLURM_RESTART_COUNT="10")
+    assert cloud.calls("scontrol") == [["requeue", "12"]] * 3
 
 
 @pytest.mark.parametrize(

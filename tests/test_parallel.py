@@ -14,7 +14,7 @@ from ekd_jax.config.build import build_method, build_networks
 from ekd_jax.runs.describe import memory
 from ekd_jax.runs.metrics import read_metrics
 from ekd_jax.runs.state import init_state
-from ekd_jax.training import loop
+from ekd_jax.training import single
 from ekd_jax.training.dry_run import dry_run
 from ekd_jax.training.optimizer import make_optimizer
 from ekd_jax.training.setup import check_batches
@@ -137,14 +137,14 @@ def test_a_run_does_not_depend_on_how_the_state_is_kept(changes, tmp_path):
     """And goes on with any other number of devices to a copy."""
     config = tiny_config(**changes, optimizer__learning_rate=1e-4)
     plain = tiny_config(**changes | {"train__fsdp": 1}, optimizer__learning_rate=1e-4)
-    loop.run(config, tmp_path / "cut")
-    loop.run(plain, tmp_path / "whole", parallel.make_mesh())
+    single.run(config, tmp_path / "cut")
+    single.run(plain, tmp_path / "whole", parallel.make_mesh())
     cut, whole = ([r for r in read_metrics(tmp_path / name)] for name in ("cut", "whole"))
     for a, b in zip(cut, whole, strict=True):
         assert {k: a[k] for k in a if "loss" in k} == pytest.approx(
             {k: b[k] for k in b if "loss" in k}, rel=1e-5
         )
-    assert loop.run(plain, tmp_path / "cut", one_device()).steps == 19  # the same run
+    assert single.run(plain, tmp_path / "cut", one_device()).steps == 19  # the same run
 
 
 def test_batches_and_devices_that_do_not_fit():

@@ -17,10 +17,11 @@ from conftest import ROOT, latest_state, one_device, plain_environment, tiny_fla
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
+from ekd_jax.common.watch import TRY_AGAIN
 from ekd_jax.runs.checkpoint import open_checkpoints
 from ekd_jax.runs.metrics import read_metrics
 from ekd_jax.runs.run import load_run
-from ekd_jax.training import loop
+from ekd_jax.training import single
 
 STEADY = {"optimizer__learning_rate": 1e-4}  # so that rounding stays rounding: docs/decisions.md
 
@@ -116,7 +117,7 @@ def test_as_one_process_with_as_many_devices(name, number, tmp_path, request):
     for text in printed[1:]:
         assert not own_lines(text)
     mesh = parallel.make_mesh(jax.devices()[: 2 * number])
-    loop.run(load_run(tmp_path / "several").config, tmp_path / "one", mesh)
+    single.run(load_run(tmp_path / "several").config, tmp_path / "one", mesh)
     assert_same_run(tmp_path / "several", tmp_path / "one", rtol=1e-5)
 
 
@@ -133,8 +134,8 @@ def test_preempted_and_restored_by_another_number_of_processes(tmp_path):
     with open_checkpoints(path) as checkpoints:
         assert checkpoints.choose() == step < 19
     config = load_run(path).config
-    loop.run(config, path, one_device())
-    loop.run(config, tmp_path / "one", one_device())
+    single.run(config, path, one_device())
+    single.run(config, tmp_path / "one", one_device())
     assert_same_run(path, tmp_path / "one", rtol=1e-5)
 
 
@@ -232,7 +233,7 @@ def test_one_is_lost(does, sent, lost, said, tmp_path):
         assert time.monotonic() - since < 20  # 5 s unless the machine is slow
         if not sent:
             assert [process.wait(timeout=60) for process in started][:2] == [codes[0], 2 if lost else 0]
-    assert codes == [{"fails": 2, "ends": 0}.get(does, 1)] * len(survivors), read()
+    assert codes == [{"fails": 2, "ends": 0}.get(does, TRY_AGAIN)] * len(survivors), read()
     for number in survivors:
         lines = own_lines(read()[number])[1:]
         assert len(lines) == (1 if said else 0), lines
@@ -256,7 +257,7 @@ def test_killed_again_and_again(tmp_path):
             started[who].kill()
             codes, printed = ended(started)
         assert codes[who] == -signal.SIGKILL
-        assert codes[1 - who] == 1, printed
+        assert codes[1 - who] == TRY_AGAIN, printed
         *progress, line = own_lines(printed[1 - who])
         assert line.startswith(f"error: process {1 - who}: process {who} on "), printed
         assert line.endswith("run the same command in all processes to resume")
@@ -291,7 +292,7 @@ def test_nobody_answers(number, tmp_path):
         text=True,
         timeout=60,
     )
-    assert failed.returncode == 1
+    assert failed.returncode == TRY_AGAIN
     (line,) = failed.stderr.splitlines()
     what = f"waited 2 s at localhost:{port}" if number == 0 else f"at localhost:{port}, in 2 s"
     assert line.startswith("error: process ")

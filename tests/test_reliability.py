@@ -1,6 +1,7 @@
 """What a run survives: losses that are not finite, damaged checkpoints and files, changes, signals."""
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -23,7 +24,7 @@ from ekd_jax.runs.history import Permit, read_history
 from ekd_jax.runs.metrics import METRICS, read_metrics
 from ekd_jax.runs.run import load_run
 from ekd_jax.runs.state import TrainState
-from ekd_jax.training import loop
+from ekd_jax.training import loop, single
 from ekd_jax.training import step as training_step
 from ekd_jax.training.interrupt import Interrupt
 from ekd_jax.training.replay import replay
@@ -33,7 +34,7 @@ ANY = Permit("--extend")
 
 
 def train(path, permit=None, **changes):
-    return loop.run(tiny_config(**changes), path, one_device(), permit=permit)
+    return single.run(tiny_config(**changes), path, one_device(), permit=permit)
 
 
 def assert_same_state(one, other):
@@ -263,6 +264,28 @@ def test_training_goes_on_without_tensorboard(copy, caplog):
     assert read_metrics(copy)[-1]["step"] == 25
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.EIO, "Input/output error", "/data/cat/1.jpg"), "had to end: .*'/data/cat/1.jpg'"),
+        (OSError(errno.EIO, "Input/output error"), "had to end: .*Input/output error"),
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot write to --workdir="),
+    ],
+)
+def test_what_failed_while_training_is_named(copy, monkeypatch, error, message):
+    """A disk of images is not called the directory of the run."""
+    monkeypatch.setattr(single, "_train", raising(error))
+    with pytest.raises(UserError, match=f"{message}.*what was saved before is intact"):
+        train(copy)
+
+
+def raising(error):
+    def fail(*given):
+        raise error
+
+    return fail
+
+
 def test_wrong_initial_weights_are_found_before_the_directory_is_claimed(finished, tmp_path):
     path = tmp_path / "run"
     with pytest.raises(UserError, match="model.initial_weights"):
@@ -349,6 +372,8 @@ def test_resume_with_changes_one_knob(copy):
         assert len(done.stderr.splitlines()) == 1
     done = command("main", *flags, f"--resume_with={rate}", "--resume_with=train.epochs=4.0")
     assert done.returncode == 0, done.stderr
+    assert "learning rate=0.0001 (was 0.001)" in done.stderr, "both milestones are over at step 19"
+    assert read_history(copy)[-1].knobs["learning rate"] == (1e-3, 1e-4)
     assert load_run(copy).config.optimizer.learning_rate == 0.01
     assert saved_steps(copy)[-1] == 25
 
@@ -359,11 +384,11 @@ def test_resume_with_changes_one_knob(copy):
 START = """
 import sys
 from conftest import tiny_config, one_device
-import pathlib, ekd_jax.training.loop as loop
+import pathlib, ekd_jax.training.single as single
 from ekd_jax import cli
 from ekd_jax.common.log import shown
 with shown():
-    cli.guarded(lambda: loop.run(tiny_config(train__epochs=400), pathlib.Path(sys.argv[1]), one_device()))
+    cli.guarded(lambda: single.run(tiny_config(train__epochs=400), pathlib.Path(sys.argv[1]), one_device()))
 """
 
 

@@ -1,98 +1,26 @@
 """Every method, killed with SIGKILL in each of its stages, ends with the bits of a run that was not."""
 
-import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
-import jax
-import numpy as np
 import pytest
-from conftest import ROOT, latest_state, one_device, tiny_config
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from conftest import one_device
+from killing import assert_same_run, compiled_once, config_of, start, train_teacher
 
-from ekd_jax.config.resolve import to_dict
 from ekd_jax.methods import list_methods
-from ekd_jax.runs.metrics import METRICS, read_metrics
-from ekd_jax.training import loop, plans
-
-SMALL = {
-    "train__epochs": 2.0,
-    "train__log_every_steps": 2,
-    "train__evaluate_every_epochs": 2.0,
-    "train__checkpoint_every_epochs": 0.5,
-    "model__students": (0.5, 0.5),
-}
-TEACHERS = {"method__teachers": ("{teacher}",)}
-CHANGES = {
-    "cl_ilr": {"model__students": (0.5, 0.5, 0.5, 0.5)},
-    "byot": {"model__students": (0.5,)},
-    "snapshot": {"model__students": (0.5,), "method__cycles": 2},
-    "dml": {"method__update": "alternating"},
-    "kd": {**TEACHERS, "model__students": (0.25,)},
-    "dckd": TEACHERS,
-    "ekd": {"method__teachers": ("{teacher}", "{teacher}")},
-    "meal": {"method__teachers": ("{teacher}", "{teacher}"), "model__students": (0.5,)},
-    "meal_v2": {**TEACHERS, "model__students": (0.5,)},
-    "srm": {**TEACHERS, "model__students": (0.25,)},
-    "blockwise": {**TEACHERS, "model__students": (1,)},
-    "self_distillation": {"model__students": (0.5,)},
-    "ensemble_distillation": {"model__students": (0.5,), "method__members": 2},
-}
-
-
-def config_of(name, teacher):
-    changes = SMALL | CHANGES.get(name, {})
-    if "method__teachers" in changes:
-        changes["method__teachers"] = tuple(str(teacher) for _ in changes["method__teachers"])
-    if name == "srm":
-        changes |= {"method__dictionary_epochs": 2.0, "method__initialize_epochs": 2.0}
-    return tiny_config(name, **changes)
+from ekd_jax.runs.metrics import METRICS
+from ekd_jax.training import plans
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """The folder of a finished run of one network."""
-    path = tmp_path_factory.mktemp("teacher") / "run"
-    loop.run(tiny_config("baseline", **SMALL | {"model__students": (1,)}), path, one_device())
-    return path
+    return train_teacher(tmp_path_factory.mktemp("teacher") / "run")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
-    """Programs are compiled once, for all processes."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-    jax.config.update("jax_compilation_cache_dir", folder)
-    reset_cache()
-    yield
-    del os.environ["JAX_COMPILATION_CACHE_DIR"]
-    jax.config.update("jax_compilation_cache_dir", None)
-    reset_cache()
-
-
-PROGRAM = """
-import json, pathlib, sys
-import jax
-from ekd_jax.common import parallel
-from ekd_jax.config.resolve import resolve
-from ekd_jax.training import plans
-config = resolve(json.loads(sys.argv[1]))
-plans.run(config, pathlib.Path(sys.argv[2]), parallel.make_mesh(jax.devices()[:1]))
-"""
-
-
-def start(config, path):
-    arguments = [json.dumps(to_dict(config)), str(path)]
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    with compiled_once(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 def kill_in(folder, process):
@@ -107,15 +35,6 @@ def kill_in(folder, process):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-
-
-def state_of(path):
-    """Everything in the latest checkpoint, by name, and the records without times."""
-    tree = latest_state(path)
-    records = [
-        {k: v for k, v in r.items() if k not in ("images/s", "input_wait")} for r in read_metrics(path)
-    ]
-    return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}, records
 
 
 NAMES = list_methods()
@@ -135,9 +54,4 @@ def test_killed_in_every_stage(name, teacher, tmp_path):
     plans.run(config, tmp_path / "killed", one_device())
     plans.run(config, tmp_path / "whole", one_device())
     for folder in folders:
-        found, records = state_of(tmp_path / "killed" / folder)
-        expected, whole = state_of(tmp_path / "whole" / folder)
-        assert found.keys() == expected.keys()
-        for leaf in expected:
-            np.testing.assert_array_equal(found[leaf], expected[leaf], err_msg=leaf)
-        assert records == whole
+        assert_same_run(tmp_path / "killed" / folder, tmp_path / "whole" / folder)

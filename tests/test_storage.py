@@ -195,10 +195,11 @@ def _write_fresh_student(path):
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_standard_output_on_a_full_disk(unbuffered):
+@pytest.mark.parametrize("asked", [["knobs", "optimizer"], ["--help"], ["--version"]])
+def test_standard_output_on_a_full_disk(unbuffered, asked):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "ekd_jax", "knobs", "optimizer"],
+            [sys.executable, "-m", "ekd_jax", *asked],
             env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
             stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False,
         )  # fmt: skip

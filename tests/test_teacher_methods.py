@@ -35,7 +35,7 @@ from ekd_jax.students.description import (
     StudentDescription,
 )
 from ekd_jax.students.student import LoadedStudent, load_student, write_student
-from ekd_jax.training import loop, plans
+from ekd_jax.training import plans, single
 from ekd_jax.training.dry_run import dry_run
 from ekd_jax.training.optimizer import make_optimizer
 from ekd_jax.training.setup import prepare
@@ -758,7 +758,7 @@ def test_unfit_teachers(name, problem, tmp_path, monkeypatch):
     make, message = PROBLEMS[problem]
     teachers = make(tmp_path)
     config = tiny_config(name, model__students=(0.5,), method__teachers=teachers)
-    monkeypatch.setattr(loop, "_train", refuse)
+    monkeypatch.setattr(single, "_train", refuse)
     monkeypatch.setattr(resident, "read_pixels", refuse)
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
     with pytest.raises(UserError, match=message):
@@ -831,13 +831,13 @@ def test_a_teacher_that_changed_stops_a_resumed_run(tmp_path, monkeypatch):
     run_folder(path, config, complete=False)
     old = (tmp_path / "teacher").rename(tmp_path / "old")
     teacher_folder(tmp_path / "teacher", seed=8)
-    monkeypatch.setattr(loop, "_train", refuse)
+    monkeypatch.setattr(single, "_train", refuse)
     with pytest.raises(UserError, match="are not those that the run in .* started with"):
-        loop.run(config, path, one_device())
+        single.run(config, path, one_device())
     (tmp_path / "teacher").rename(tmp_path / "new")
     old.rename(tmp_path / "teacher")
     with pytest.raises(AssertionError, match="must not be reached"):
-        loop.run(config, path, one_device())
+        single.run(config, path, one_device())
 
 
 def srm_config(teacher, **changes):

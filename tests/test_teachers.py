@@ -12,7 +12,7 @@ from ekd_jax.data.opening import open_data
 from ekd_jax.runs.metrics import read_metrics
 from ekd_jax.runs.run import load_run
 from ekd_jax.runs.teachers import load_teacher
-from ekd_jax.training import loop, teaching
+from ekd_jax.training import loop, single, teaching
 from ekd_jax.training.teaching import make_teach
 
 FIXED = {"data__crop_padding": 0, "train__epochs": 1, "model__students": (0.5,)}
@@ -50,9 +50,9 @@ def test_kept_logits_give_the_same_run(finished, tmp_path, monkeypatch):
     seen = []
     inputs = loop.frozen_inputs
     monkeypatch.setattr(loop, "frozen_inputs", lambda *a: seen.append(inputs(*a)) or seen[-1])
-    loop.run(config, tmp_path / "kept", one_device())
+    single.run(config, tmp_path / "kept", one_device())
     monkeypatch.setattr(teaching, "images_are_fixed", lambda data: False)
-    loop.run(config, tmp_path / "computed", one_device())
+    single.run(config, tmp_path / "computed", one_device())
     assert [set(s) for s in seen] == [{"stored"}, {"teachers"}]
     assert seen[0]["stored"].shape == (200, 1, 10)
     kept, computed = (

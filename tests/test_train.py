@@ -29,7 +29,7 @@ from ekd_jax.runs.evaluation import make_evaluator, measure, results
 from ekd_jax.runs.metrics import METRICS, MetricWriter, read_metrics
 from ekd_jax.runs.run import load_run
 from ekd_jax.runs.state import init_variables
-from ekd_jax.training import loop
+from ekd_jax.training import single
 
 NAMES = ["student_1", "student_2", "ensemble"]
 
@@ -96,7 +96,7 @@ def test_a_complete_run_is_only_reported(finished, caplog):
     path, summary = finished
     before = (path / METRICS).read_bytes()
     with caplog.at_level("INFO", "ekd_jax"):
-        assert loop.run(tiny_config(), path, one_device()) == summary
+        assert single.run(tiny_config(), path, one_device()) == summary
     assert "complete" in caplog.text
     assert (path / METRICS).read_bytes() == before
 
@@ -112,7 +112,7 @@ def test_one_and_eight_devices_give_equal_losses(method, tmp_path, request):
         changes["method__teachers"] = (f"{request.getfixturevalue('finished')[0]}:1",)
     config = tiny_config(method, **changes, optimizer__learning_rate=3e-5)
     for name, devices in (("one", 1), ("eight", 8)):
-        loop.run(config, tmp_path / name, parallel.make_mesh(jax.devices()[:devices]))
+        single.run(config, tmp_path / name, parallel.make_mesh(jax.devices()[:devices]))
     one, eight = (
         [r for r in read_metrics(tmp_path / name) if r["split"] == "train"] for name in ("one", "eight")
     )
@@ -131,9 +131,9 @@ def test_a_signal_while_a_run_ends_is_not_lost(tmp_path, monkeypatch):
 
     monkeypatch.setattr(MetricWriter, "write", signaled)
     with pytest.raises(Interrupted) as ended:
-        loop.run(tiny_config(), tmp_path / "run", one_device())
+        single.run(tiny_config(), tmp_path / "run", one_device())
     assert ended.value.signal == signal.SIGTERM
-    assert loop.run(tiny_config(), tmp_path / "run", one_device()).steps == 19
+    assert single.run(tiny_config(), tmp_path / "run", one_device()).steps == 19
 
 
 def start(path, before=(), **changes):
@@ -285,7 +285,7 @@ def test_locks_that_fail(code, what, tmp_path, monkeypatch, caplog):
 def test_a_lock_that_cannot_be_written(tmp_path):
     (tmp_path / ".lock").mkdir()
     with pytest.raises(UserError, match=r"cannot write to --workdir=.* Is a directory: .*\.lock"):
-        loop.run(tiny_config(), tmp_path, one_device())
+        single.run(tiny_config(), tmp_path, one_device())
     assert [file.name for file in tmp_path.iterdir()] == [".lock"]
 
 
@@ -301,13 +301,13 @@ def test_another_configuration_in_the_same_folder(finished, changes, message):
     path, _ = finished
     before = sorted((p, p.stat().st_mtime_ns) for p in path.rglob("*"))
     with pytest.raises(UserError, match=message):
-        loop.run(tiny_config(**changes), path, one_device())
+        single.run(tiny_config(**changes), path, one_device())
     assert sorted((p, p.stat().st_mtime_ns) for p in path.rglob("*")) == before
 
 
 def test_what_does_not_change_the_result_may_change(finished):
     config = tiny_config(train__log_every_steps=2, evaluate__batch_size=64)
-    assert loop.run(config, finished[0], one_device()) == finished[1]
+    assert single.run(config, finished[0], one_device()) == finished[1]
 
 
 def test_knobs_that_are_newer_than_a_run_are_at_their_defaults(finished, tmp_path):
@@ -323,9 +323,9 @@ def test_knobs_that_are_newer_than_a_run_are_at_their_defaults(finished, tmp_pat
 def test_folders_that_are_not_for_runs(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files"):
-        loop.run(tiny_config(), tmp_path, one_device())
+        single.run(tiny_config(), tmp_path, one_device())
     with pytest.raises(UserError, match="not a directory"):
-        loop.run(tiny_config(), tmp_path / "precious.txt", one_device())
+        single.run(tiny_config(), tmp_path / "precious.txt", one_device())
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
 
 
@@ -334,7 +334,7 @@ def test_unwritable_folder(tmp_path):
     # Root may write everywhere, but not into /proc.
     path = pathlib.Path("/proc") if os.geteuid() == 0 else tmp_path
     with pytest.raises(UserError, match="not writable|cannot write"):
-        loop.run(tiny_config(), path / "run", one_device())
+        single.run(tiny_config(), path / "run", one_device())
 
 
 @pytest.fixture
@@ -377,15 +377,15 @@ def test_missing_data_leaves_nothing_behind(tmp_path):
     changes = {"data__name": "cifar10", "data__mean": (0.5,), "data__std": (0.2,)}
     config = tiny_config(**changes, data__data_dir=str(tmp_path / "tfds"), data__manual_dir=str(manual))
     with pytest.raises(UserError, match="holds no cifar-10-binary"):
-        loop.run(config, tmp_path / "run", one_device())
+        single.run(config, tmp_path / "run", one_device())
     assert not (tmp_path / "run").exists()
 
 
 def test_batches_that_devices_cannot_share(tmp_path):
     with pytest.raises(UserError, match=r"train.batch_size=36 .* 8 devices; nearest: 32 or 40"):
-        loop.run(tiny_config(train__batch_size=36), tmp_path / "run", parallel.make_mesh())
+        single.run(tiny_config(train__batch_size=36), tmp_path / "run", parallel.make_mesh())
     with pytest.raises(UserError, match="above the 200 training examples"):
-        loop.run(tiny_config(train__batch_size=256), tmp_path / "run", one_device())
+        single.run(tiny_config(train__batch_size=256), tmp_path / "run", one_device())
     assert not (tmp_path / "run").exists()
 
 
@@ -394,7 +394,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(
         UserError, match=r"'student_1/loss_ce'.* are not finite at step 3; .*--replay_step=3"
     ):
-        loop.run(config, tmp_path / "run", one_device())
+        single.run(config, tmp_path / "run", one_device())
     assert all(math.isfinite(r["loss"]) for r in read_metrics(tmp_path / "run") if "loss" in r)
     assert not (tmp_path / "run" / "summary.json").exists()
 

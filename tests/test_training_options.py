@@ -26,7 +26,7 @@ from ekd_jax.runs.metrics import MetricWriter, read_metrics
 from ekd_jax.runs.run import load_run
 from ekd_jax.runs.state import batch_shapes, init_state, method_variables
 from ekd_jax.runs.teachers import load_teacher
-from ekd_jax.training import loop, plans
+from ekd_jax.training import plans, single
 from ekd_jax.training.comparison import Entry
 from ekd_jax.training.comparison_table import as_text, compare
 from ekd_jax.training.dry_run import dry_run
@@ -77,12 +77,12 @@ def state_and_step(config):
 def everything(tmp_path_factory):
     """The directory and the summary of a run with all options, on one device."""
     path = tmp_path_factory.mktemp("everything") / "run"
-    return path, loop.run(tiny_config("baseline", **EVERYTHING), path, one_device())
+    return path, single.run(tiny_config("baseline", **EVERYTHING), path, one_device())
 
 
 def test_options_do_not_depend_on_devices(everything, tmp_path):
     """Eight devices, each with a fourth of the state, get the losses and the averages of one."""
-    loop.run(
+    single.run(
         tiny_config("baseline", **EVERYTHING, train__fsdp=4), tmp_path / "eight", parallel.make_mesh(fsdp=4)
     )
     one, eight = (
@@ -105,9 +105,9 @@ def test_options_resume_with_the_same_bits(everything, tmp_path, monkeypatch):
 
     monkeypatch.setattr(MetricWriter, "write", signaled)
     with pytest.raises(Interrupted):
-        loop.run(tiny_config("baseline", **EVERYTHING), tmp_path / "run", one_device())
+        single.run(tiny_config("baseline", **EVERYTHING), tmp_path / "run", one_device())
     monkeypatch.undo()
-    summary = loop.run(tiny_config("baseline", **EVERYTHING), tmp_path / "run", one_device())
+    summary = single.run(tiny_config("baseline", **EVERYTHING), tmp_path / "run", one_device())
     assert summary.ensemble == everything[1].ensemble
     assert_same_bits(latest_state(tmp_path / "run"), latest_state(everything[0]))
 
@@ -173,7 +173,7 @@ STOPS = {
 def stopped(tmp_path_factory):
     path = tmp_path_factory.mktemp("stopped") / "run"
     config = tiny_config("baseline", **{k: v for k, v in STOPS.items() if k != "method__name"})
-    return path, config, loop.run(config, path, one_device())
+    return path, config, single.run(config, path, one_device())
 
 
 def test_a_run_stops_when_validation_does_not_rise(stopped):
@@ -199,7 +199,7 @@ def test_a_stopped_run_is_complete(stopped, tmp_path):
     assert entry.complete
     assert "runs that stopped early: early 1 of 1" in as_text(compare([entry]))
     (path / "summary.json").rename(tmp_path / "kept.json")
-    again = loop.run(config, path, one_device())
+    again = single.run(config, path, one_device())
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert again.stopped == summary.stopped
     assert json.loads((path / "summary.json").read_text())["ensemble"] == kept["ensemble"]
@@ -407,7 +407,7 @@ def test_unknown_classes_are_found_before_anything_runs(tmp_path):
     with pytest.raises(UserError, match=r"no class 'ten'; did you mean 'seven'|no class 'ten'"):
         dry_run(config, tmp_path / "run")
     with pytest.raises(UserError, match="no class 'ten'"):
-        loop.run(config, tmp_path / "run", one_device())
+        single.run(config, tmp_path / "run", one_device())
     assert not (tmp_path / "run").exists()
 
 

@@ -1,6 +1,8 @@
 """Errors that a user can mend, and how they are put into one line."""
 
 import difflib
+import errno
+import os
 import re
 from collections.abc import Iterable
 
@@ -8,6 +10,15 @@ from ekd_jax.common.text import printable
 
 LONGEST = 160  # characters of another library's message
 MOST_CHOICES = 40  # that a message lists
+DISK_FULL = "the disk is full"
+# What the system and TFDS say if nothing can be written; other libraries have it in the middle of long messages.
+NOT_WRITTEN = {
+    os.strerror(errno.ENOSPC): DISK_FULL,
+    "Not enough disk space": DISK_FULL,
+    os.strerror(errno.EDQUOT): "the disk quota is used up",
+    os.strerror(errno.EFBIG): "a file would exceed the limit on file sizes",
+    os.strerror(errno.EROFS): "the file system is read-only",
+}
 
 
 class UserError(Exception):
@@ -39,6 +50,16 @@ def reason(error: BaseException) -> str:
         return f"{error.strerror}: {str(error.filename)[:60]}..."
     text = re.sub(r" \[\w+='.*?'\]", "", text)  # what TensorStore appends
     return text if len(text) <= LONGEST else f"... {text[-LONGEST:]}"
+
+
+def not_written(error: BaseException) -> str:
+    """Return what is wrong with the disk, "" if that is not what the error is about."""
+    return next((why for said, why in NOT_WRITTEN.items() if said in str(error)), "")
+
+
+def writing_failure(error: BaseException) -> str:
+    """Return in one line why writing failed."""
+    return not_written(error) or reason(error)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

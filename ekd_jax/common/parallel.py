@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ekd_jax.common.errors import UserError, reason
 from ekd_jax.common.log import logger
-from ekd_jax.common.watch import Watch
+from ekd_jax.common.watch import TRY_AGAIN, Watch
 
 Array = jax.Array
 AXES = ("data", "fsdp")
@@ -100,7 +100,7 @@ def _patience(
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)  # another try may succeed
+        os._exit(TRY_AGAIN)
 
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True

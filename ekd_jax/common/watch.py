@@ -31,6 +31,7 @@ PATIENCE = 30.0  # seconds to connect to process 0
 FAREWELL = 2.0  # seconds to wait until the others have read the last message
 NAMED = 4  # lost processes that one line names
 NEWS = 3.0  # seconds until all know that a process was killed
+TRY_AGAIN = os.EX_TEMPFAIL  # 75: exit code of a process that has lost another; launch scripts start again
 RESUME = "run the same command in all processes to resume"
 
 Message = dict[str, Any]
@@ -73,7 +74,7 @@ class Peer:
 class Watch:
     """A thread that watches the other processes and ends this one when one of them is lost.
 
-    The survivors end with exit code 1 and one line on standard error: within 5 s if a process was killed, within
+    The survivors end with exit code 75 and one line on standard error: within 5 s if a process was killed, within
     70 s if it hangs or its machine cannot be reached.
 
     Args:
@@ -251,7 +252,7 @@ class Watch:
         self._lost.append(f"{who} was lost ({why})")
         await asyncio.sleep(TOGETHER)
         more = f" and {len(self._lost) - NAMED} others" if len(self._lost) > NAMED else ""
-        await self._end_all(f"{' and '.join(self._lost[:NAMED])}{more}: {RESUME}", 1, 0.0)
+        await self._end_all(f"{' and '.join(self._lost[:NAMED])}{more}: {RESUME}", TRY_AGAIN, 0.0)
 
     async def _end_all(self, text: str, code: int, wait: float) -> None:
         """End this process, and from process 0 all others."""

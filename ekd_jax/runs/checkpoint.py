@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ekd_jax.common import parallel
-from ekd_jax.common.errors import UserError, reason
+from ekd_jax.common.errors import UserError, reason, writing_failure
 from ekd_jax.common.log import logger
 from ekd_jax.runs.state import TrainState
 
@@ -243,7 +243,7 @@ class Checkpoints:
         except Exception as error:  # a failed background write is raised here, as many kinds of exception
             parallel.await_loss()
             raise UserError(
-                f"cannot write a checkpoint to {self.directory}: {reason(error)}; "
+                f"cannot write a checkpoint to {self.directory}: {writing_failure(error)}; "
                 f"make room and run the same command to resume from step {max(self.steps(), default=0)}"
             ) from error
 

@@ -114,6 +114,12 @@ def change(path: pathlib.Path, config: FrozenConfigDict, changes: Changes, permi
     """Write a changed configuration into a run's directory, and into its history; say what changes.
 
     The summary of a run that was complete is kept as `summary-<steps>.json`.
+
+    Args:
+        path: directory of the run.
+        config: the complete configuration that it goes on with.
+        changes: knob -> value before and after; also what follows from knobs, such as the learning rate.
+        permit: of the changes.
     """
     step = max(saved_steps(path), default=0)
     logger.info(f"{permit.how}, from step {step:,} on: {_listed(changes)}")
@@ -152,8 +158,12 @@ def rewind(path: pathlib.Path, step: int, failed: int, factor: float) -> None:
 def _append(path: pathlib.Path, entry: Change) -> None:
     """Append an entry to the history; all processes wait until it is written."""
     if parallel.is_main():
-        write_json(path / HISTORY, as_json([*read_history(path), entry]))
+        _write_appended(path, entry)
     parallel.gathered(0)
+
+
+def _write_appended(path: pathlib.Path, entry: Change) -> None:
+    write_json(path / HISTORY, as_json([*read_history(path), entry]))
 
 
 def branch(source: pathlib.Path, path: pathlib.Path) -> None:
@@ -187,8 +197,7 @@ def _branch(source: pathlib.Path, path: pathlib.Path) -> None:
     try:
         shutil.copytree(source, partial, ignore=lambda folder, names: _left_behind(folder, names, source))
         shutil.copytree(source / FOLDER / str(step), partial / FOLDER / str(step))
-        entry = Change(step, _now(), "--from_run", {}, str(source.absolute()))
-        write_json(partial / HISTORY, as_json([*read_history(source), entry]))
+        _write_appended(partial, Change(step, _now(), "--from_run", {}, str(source.absolute())))
         os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

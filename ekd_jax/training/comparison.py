@@ -217,7 +217,7 @@ def check(runs: list[Entry]) -> None:
     """Find errors that would end an incomplete run, as far as they can be known now. Nothing is written.
 
     Raises:
-        UserError: as `loop.run`.
+        UserError: as `single.run`.
     """
     seen: set[str] = set()
     for run in runs:
@@ -258,7 +258,7 @@ def train_all(runs: list[Entry]) -> None:
     """Train the runs that are not complete, in order.
 
     Raises:
-        UserError: as `loop.run`.
+        UserError: as `single.run`.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
     for number, run in enumerate(runs, 1):

@@ -1,7 +1,6 @@
 """The training loop: the order of events.
 
-    check the directory -> open the data -> build -> restore or initialize -> place the data -> compile
-    -> (steps -> record -> evaluate -> checkpoint)* -> summary
+    place the data -> compile -> (steps -> record -> evaluate -> checkpoint)*
 
 What happens at which step depends on the configuration alone, and the number of steps per dispatch is an
 argument of the one compiled program. So a run that was killed and started again goes through the same
@@ -18,248 +17,29 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
-from jax.sharding import Mesh
-from ml_collections import FrozenConfigDict
 
 from ekd_jax.common import parallel
-from ekd_jax.common.errors import Interrupted, UserError, reason
+from ekd_jax.common.errors import Interrupted, UserError
 from ekd_jax.common.log import logger
 from ekd_jax.common.progress import Progress
-from ekd_jax.common.records import write_record
 from ekd_jax.data.classes import listed
-from ekd_jax.data.dataset import Source
 from ekd_jax.data.feed import EvaluationSet, Feed, evaluation_set, training_feed
-from ekd_jax.data.opening import facts
-from ekd_jax.runs import history, workdir
-from ekd_jax.runs.checkpoint import Checkpoints, saved_steps
+from ekd_jax.runs.checkpoint import Checkpoints
 from ekd_jax.runs.evaluation import Results, make_evaluator, measure, results
-from ekd_jax.runs.history import Permit
 from ekd_jax.runs.metrics import MetricWriter
-from ekd_jax.runs.records import SUMMARY, Summary
 from ekd_jax.runs.run import make_predict
-from ekd_jax.runs.state import InitialWeights, TrainState, init_state, start_from
-from ekd_jax.runs.teachers import load_teacher
+from ekd_jax.runs.state import TrainState
 from ekd_jax.training.autotune import choose_execution
 from ekd_jax.training.interrupt import Interrupt
-from ekd_jax.training.optimizer import rate_factor, rate_in_words
-from ekd_jax.training.report import (
-    Log,
-    best_of,
-    early_stop,
-    early_stop_line,
-    evaluation_line,
-    summarize,
-    train_line,
-)
-from ekd_jax.training.setup import Setup, check_batches, class_weights_in_words, frozen_in_words, prepare
-from ekd_jax.training.step import make_train_steps, zero_tally
+from ekd_jax.training.report import Log, best_of, early_stop, early_stop_line, evaluation_line, train_line
+from ekd_jax.training.setup import Setup
+from ekd_jax.training.step import make_train_steps
 from ekd_jax.training.tally import UPDATE_NORM, Tally
 from ekd_jax.training.teaching import frozen_inputs, make_teach
 
 # Target length of one dispatch: short enough to react to signals, long enough to amortize overhead. On a CPU
 # every dispatch asks for its memory anew, which takes 6 % of a one-second step (docs/performance.md).
 DISPATCH_SECONDS = 3.0
-
-
-def run(
-    config: FrozenConfigDict,
-    path: pathlib.Path,
-    mesh: Mesh | None = None,
-    source: Source | None = None,
-    permit: Permit | None = None,
-) -> Summary:
-    """Train, or resume training, in the directory `path`.
-
-    Args:
-        config: a complete configuration.
-        path: directory of the run. If it holds checkpoints of the same configuration, the run resumes from the
-            latest that is whole; of a complete run the summary is returned.
-        mesh: devices to train on; all if not given.
-        source: the data set itself, if it is in memory.
-        permit: what of the configuration may be another one than the run was started with; nothing if not given.
-
-    Returns:
-        The summary of the complete run.
-
-    Raises:
-        UserError: the directory holds something else, the data is missing, the loss is not finite.
-        Interrupted: a signal came; a checkpoint was saved.
-    """
-    mesh = mesh or parallel.make_mesh(fsdp=config.train.fsdp)
-    known = facts(config, source)
-    check_batches(config, mesh, known.train_examples if known else None)
-    changes = workdir.check(path, config, permit)
-    workdir.check_same_everywhere(path, config)
-    if (path / SUMMARY).exists() and not changes:
-        logger.info(f"{path} holds the complete run: nothing to train")
-        return workdir.read_summary(path)
-    setup = prepare(config, mesh, path, source)
-    workdir.check_description(path, config, setup.description)
-    state = first_state(setup, path)
-    if changes:
-        history.check(path, setup.steps, state, changes)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with workdir.locked(path):
-            workdir.claim(path, config)
-            if changes and permit:
-                history.change(path, config, changes, permit)
-            with contextlib.ExitStack() as stack:
-                checkpoints, interrupt = Checkpoints(path), Interrupt()
-                stack.callback(checkpoints.close)
-                stack.callback(interrupt.restore)
-                return _train(setup, path, state, checkpoints, interrupt)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to --workdir={path}: {reason(error)}; what was saved before is intact"
-        ) from error
-
-
-def first_state(setup: Setup, path: pathlib.Path) -> TrainState:
-    """Return the state before the first step; nothing is written."""
-    state = init_state(setup.networks, setup.optimizer, setup.config.seed, setup.taught)
-    source = setup.config.model.initial_weights
-    if not source or saved_steps(path):
-        return state
-    network = load_teacher(source, path, "model.initial_weights")
-    given = InitialWeights(source, network.variables, network.class_names)
-    return start_from(state, setup.networks, given, setup.data.facts.class_names)
-
-
-def slowed(setup: Setup, rewinds: int) -> Setup:
-    """Return the setup of a run that was rewound so often: its updates are smaller."""
-    if not rewinds:
-        return setup
-    usual, factor = setup.optimizer, rate_factor(setup.config, rewinds)
-
-    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = usual.update(gradients, state, params)
-        return optax.tree.scale(factor, updates), state
-
-    slower = optax.GradientTransformation(usual.init, update)  # its state is that of the usual one
-    return dataclasses.replace(setup, optimizer=slower)
-
-
-def _train(
-    setup: Setup, path: pathlib.Path, first: TrainState, checkpoints: Checkpoints, interrupt: Interrupt
-) -> Summary:
-    """Train in a locked directory until the run is complete; rewind it as often as it may be."""
-    limit = setup.config.train.nonfinite_limit
-    while True:
-        rewinds = history.rewinds(path)
-        try:
-            log = _train_from(slowed(setup, rewinds), path, first, checkpoints, interrupt)
-            break
-        except NotFiniteError as error:
-            checkpoints.wait()
-            step = max(checkpoints.steps(), default=0)
-            if setup.config.train.nonfinite != "rewind" or rewinds >= limit:
-                raise UserError(f"{error}; {_after_not_finite(setup, step, error)}") from error
-            if (
-                step and history.last_rewind(path) == step
-            ):  # a smaller rate did not help: the state is no good
-                checkpoints.discard(step)
-                step = max(checkpoints.steps(), default=0)
-            factor = rate_factor(setup.config, rewinds + 1)
-            history.rewind(path, step, error.step, factor)
-            logger.warning(
-                f"{error}: going on from step {step:,} with learning rates times {factor:g} (rewound "
-                f"{rewinds + 1} of at most {limit} times)"
-            )
-            first = first_state(setup, path)  # arrays of the other were given to the devices
-    summary = summarize(setup, log)
-    if parallel.is_main():
-        write_record(path / SUMMARY, summary)
-    _, stop = interrupt.agreed()  # also: all processes wait until the summary is there
-    if stop:  # the signal came while the run ended; another run of the plan may be about to follow
-        raise Interrupted(
-            f"interrupted; the run in {path} is complete: run the same command to continue", stop
-        )
-    return summary
-
-
-def _after_not_finite(setup: Setup, step: int, error: "NotFiniteError") -> str:
-    """Return what the user may do when a run has stopped because it was not finite."""
-    saved = f"the latest checkpoint is of step {step:,}" if step else "no checkpoint was saved"
-    changes = "optimizer.learning_rate=" + f"{setup.config.optimizer.learning_rate / 10:g}"
-    if setup.config.train.nonfinite == "stop":
-        changes += " or --resume_with=train.nonfinite=skip"
-    else:
-        saved = f"train.nonfinite_limit={setup.config.train.nonfinite_limit} is reached, {saved}"
-    return (
-        f"{saved}: --replay_step={error.step} shows where it begins; to go on, run the same command with "
-        f"--resume_with={changes}"
-    )
-
-
-def _train_from(
-    setup: Setup,
-    path: pathlib.Path,
-    state: TrainState,
-    checkpoints: Checkpoints,
-    interrupt: Interrupt,
-) -> Log:
-    """Train from the newest checkpoint, or from `state` without one, and return the log of the complete run.
-
-    Raises:
-        NotFiniteError: as `Loop.train`.
-        Interrupted: a signal came; a checkpoint was saved.
-    """
-    log = Log(zero_tally(setup, state))
-    if recovered := checkpoints.recover(state):
-        state, log = recovered[0], Log.from_json(recovered[1]["log"], log.tally)
-    step = int(state.step)
-    with contextlib.ExitStack() as stack:
-        if parallel.is_main():
-            workdir.write_description(path, setup.description)
-        writer = MetricWriter(path if parallel.is_main() else None, step, log.evaluated)
-        stack.callback(writer.close)
-        progress = Progress("training", setup.steps, step)
-        stack.callback(progress.clear)
-        record = Record(path, checkpoints, writer, progress, interrupt)
-        _announce(setup, step, progress)
-        progress.update(step, "choosing how branches run")
-        networks, said = choose_execution(setup, state, log.execution)
-        setup, log.execution = dataclasses.replace(setup, networks=networks), networks.ensemble.execution
-        if said:
-            progress.line(said)
-        with open_loop(setup, state, log, record) as loop:
-            loop.train()
-        checkpoints.wait()
-    if not loop.complete:
-        raise Interrupted(
-            f"interrupted at step {loop.step:,}, saved in {path}: run the same command to resume",
-            interrupt.signal,
-        )
-    return log
-
-
-def _announce(setup: Setup, step: int, progress: Progress) -> None:
-    """Say what is trained, on what."""
-    progress.line(
-        f"{'resuming from' if step else 'training from'} step {step:,} of {setup.steps:,}: "
-        f"{setup.config.model.name}, {len(setup.networks.ensemble.students)} students, "
-        f"{setup.config.method.name}, {setup.data.facts.name} ({setup.examples:,} images), "
-        f"{setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}"
-    )
-    lines = (rate_in_words(setup.config), frozen_in_words(setup.config), class_weights_in_words(setup))
-    for said in filter(None, lines):
-        progress.line(said)
-
-
-@contextlib.contextmanager
-def open_loop(setup: Setup, state: TrainState, log: Log, record: "Record") -> Iterator["Loop"]:
-    """Place the data and compile the training step, for a loop that starts from a state of numpy arrays."""
-    step = int(state.step)
-    record.progress.update(step, "reading")
-    started = time.monotonic()
-    watched = evaluation_set(setup.config, setup.data, setup.mesh, setup.watched)
-    with contextlib.closing(training_feed(setup.config, setup.data, setup.mesh, setup.steps)) as feed:
-        if step < setup.steps and not log.stopped:
-            feed.load(step)
-        log.seconds["read"] += time.monotonic() - started
-        yield Loop(setup, feed, watched, state, log, record)
 
 
 class NotFiniteError(Exception):
@@ -291,6 +71,39 @@ class Record:
     writer: MetricWriter
     progress: Progress
     interrupt: Interrupt
+
+
+def after_not_finite(setup: Setup, step: int, error: NotFiniteError) -> str:
+    """Return what the user may do when a run has stopped because it was not finite."""
+    saved = f"the latest checkpoint is of step {step:,}" if step else "no checkpoint was saved"
+    changes = "optimizer.learning_rate=" + f"{setup.config.optimizer.learning_rate / 10:g}"
+    if setup.config.train.nonfinite == "stop":
+        changes += " or --resume_with=train.nonfinite=skip"
+    else:
+        saved = f"train.nonfinite_limit={setup.config.train.nonfinite_limit} is reached, {saved}"
+    return (
+        f"{saved}: --replay_step={error.step} shows where it begins; to go on, run the same command with "
+        f"--resume_with={changes}"
+    )
+
+
+@contextlib.contextmanager
+def open_loop(setup: Setup, state: TrainState, log: Log, record: Record) -> Iterator["Loop"]:
+    """Choose how branches run, place the data, and compile, for a loop that starts from a state of numpy arrays."""
+    step = int(state.step)
+    record.progress.update(step, "choosing how branches run")
+    networks, said = choose_execution(setup, state, log.execution)
+    setup, log.execution = dataclasses.replace(setup, networks=networks), networks.ensemble.execution
+    if said:
+        record.progress.line(said)
+    record.progress.update(step, "reading")
+    started = time.monotonic()
+    watched = evaluation_set(setup.config, setup.data, setup.mesh, setup.watched)
+    with contextlib.closing(training_feed(setup.config, setup.data, setup.mesh, setup.steps)) as feed:
+        if step < setup.steps and not log.stopped:
+            feed.load(step)
+        log.seconds["read"] += time.monotonic() - started
+        yield Loop(setup, feed, watched, state, log, record)
 
 
 class Loop:
@@ -460,7 +273,7 @@ class Loop:
         limit, saved = train.nonfinite_limit, max(self.record.checkpoints.steps(), default=0)
         if skipped > limit:
             raise UserError(
-                f"{error}, and {skipped} steps had to be skipped; {_after_not_finite(self.setup, saved, error)}"
+                f"{error}, and {skipped} steps had to be skipped; {after_not_finite(self.setup, saved, error)}"
             )
         self.record.progress.clear()
         logger.warning(f"{error}: the step is skipped ({skipped} of at most {limit} steps so far)")

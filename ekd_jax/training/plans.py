@@ -26,7 +26,7 @@ from ekd_jax.runs import workdir
 from ekd_jax.runs.history import Permit, read_history
 from ekd_jax.runs.records import SUMMARY, Summary
 from ekd_jax.runs.teachers import check_fit, network_of
-from ekd_jax.training import loop
+from ekd_jax.training import single
 from ekd_jax.training.width_search import widths_within
 
 Runs = dict[pathlib.Path, Any]
@@ -86,19 +86,19 @@ def run(
 ) -> Summary:
     """Train or resume all runs of the plan and return the summary of the last one.
 
-    For the arguments and errors see `loop.run`.
+    For the arguments and errors see `single.run`.
     """
     *earlier, _ = planned = runs(config, path)
     if not earlier:
-        return loop.run(config, path, mesh, source, permit)
+        return single.run(config, path, mesh, source, permit)
     check(planned, permit)
     for number, directory in enumerate(earlier, 1):
         if not (directory / SUMMARY).exists():
             logger.info(f"run {number} of {len(planned)}: {directory.name}")
-            loop.run(planned[directory], directory, mesh, source)
+            single.run(planned[directory], directory, mesh, source)
     if not (path / SUMMARY).exists():
         logger.info(f"run {len(planned)} of {len(planned)}")
-    return loop.run(runs(config, path)[path], path, mesh, source, permit)
+    return single.run(runs(config, path)[path], path, mesh, source, permit)
 
 
 # --- SRM: dictionaries of the teacher's feature maps, then a student that predicts them -----------

@@ -23,12 +23,11 @@ from ekd_jax.runs.history import rewinds
 from ekd_jax.runs.metrics import MetricWriter
 from ekd_jax.runs.records import CONFIG
 from ekd_jax.runs.state import network_variables, trainable
-from ekd_jax.training.autotune import choose_execution
 from ekd_jax.training.interrupt import Interrupt
-from ekd_jax.training.loop import Loop, Record, first_state, open_loop, slowed
-from ekd_jax.training.report import Log
+from ekd_jax.training.loop import Loop, Record, open_loop
 from ekd_jax.training.setup import prepare
-from ekd_jax.training.step import make_draw, make_step, zero_tally
+from ekd_jax.training.single import first_state, resumed, slowed
+from ekd_jax.training.step import make_draw, make_step
 from ekd_jax.training.teaching import make_teach
 
 EXAMPLES_SHOWN = 32
@@ -78,24 +77,19 @@ def replay(
     setup = prepare(config, mesh or parallel.make_mesh(fsdp=config.train.fsdp), path, source)
     if number > setup.steps:
         raise UserError(f"--replay_step={number}: the run has {setup.steps:,} steps")
-    state = first_state(setup, path)
-    log = Log(zero_tally(setup, state))
+    first = first_state(setup, path)
     before = [step for step in saved_steps(path) if step < number]
     with contextlib.ExitStack() as stack:
         interrupt = Interrupt()
         stack.callback(interrupt.restore)
         checkpoints = Checkpoints(path, read_only=True)
         stack.callback(checkpoints.close)
-        if before:
-            state, remembered = checkpoints.restore(state, before[-1])
-            log = Log.from_json(remembered["log"], log.tally)
-        setup = slowed(setup, rewinds(path))
-        networks, _ = choose_execution(setup, state, log.execution)
-        setup = dataclasses.replace(setup, networks=networks)
+        saved = checkpoints.restore(first, before[-1]) if before else None
+        state, log = resumed(setup, first, saved)
         progress = Progress("replaying", number, int(state.step))
         stack.callback(progress.clear)
         record = Record(path, checkpoints, MetricWriter(None, 0, 0), progress, interrupt)
-        loop = stack.enter_context(open_loop(setup, state, log, record))
+        loop = stack.enter_context(open_loop(slowed(setup, rewinds(path)), state, log, record))
         loop.advance_to(number - 1)
         arrays = _arrays_of_a_step(loop)
     begun = f"the checkpoint of step {before[-1]:,}" if before else "the start"

@@ -1,9 +1,7 @@
 """Archives that the user provides: they must be there, and be the published ones."""
 
-import errno
 import gzip
 import hashlib
-import os
 import pathlib
 import tarfile
 from collections.abc import Iterator
@@ -13,15 +11,6 @@ from ekd_jax.common.errors import UserError, reason
 from ekd_jax.common.files import read_bytes
 from ekd_jax.common.text import printable
 
-DISK_FULL = "the disk is full"
-# What the system and TFDS say if nothing can be written, and array_record in the middle of long messages.
-NOT_WRITTEN = {
-    os.strerror(errno.ENOSPC): DISK_FULL,
-    "Not enough disk space": DISK_FULL,
-    os.strerror(errno.EDQUOT): "the disk quota is used up",
-    os.strerror(errno.EFBIG): "a file would exceed the limit on file sizes",
-    os.strerror(errno.EROFS): "the file system is read-only",
-}
 SUMS = "SHA256SUMS"  # file of checksums beside the archives
 MAX_SUMS = 2**24  # bytes of that file
 CHUNK = 4 << 20  # bytes that are read at a time
@@ -167,13 +156,3 @@ def too_large(path: pathlib.Path, limit: int) -> UserError:
         f"{path} unpacks to more than {limit:,} bytes, and its data set has no more: it is damaged or a different "
         f"archive: download it again"
     )
-
-
-def writing_failure(error: BaseException) -> str:
-    """Return in one line why writing failed."""
-    return not_written(error) or reason(error)
-
-
-def not_written(error: BaseException) -> str:
-    """Return what is wrong with the disk, "" if that is not what the error is about."""
-    return next((why for said, why in NOT_WRITTEN.items() if said in str(error)), "")

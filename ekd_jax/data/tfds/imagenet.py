@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, file_adapters, hashing, naming, splits
 from tensorflow_datasets.core.utils import shard_utils
 
-from ekd_jax.common.errors import UserError, reason
+from ekd_jax.common.errors import UserError, reason, writing_failure
 from ekd_jax.common.files import replacing, sync
 from ekd_jax.common.progress import Progress
 from ekd_jax.common.text import megabytes
@@ -146,7 +146,7 @@ class _SplitWriter:
             path.unlink(missing_ok=True)
             kept = sum(shard.exists() for shard in self.shards)
             raise UserError(
-                f"cannot write {path} ({archives.writing_failure(error)}): {kept} of {len(self.shards)} shards of "
+                f"cannot write {path} ({writing_failure(error)}): {kept} of {len(self.shards)} shards of "
                 f"{self.split} are kept; fix this and run the same command again to resume"
             ) from error
 

@@ -17,11 +17,11 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
-from ekd_jax.common.errors import UserError
+from ekd_jax.common.errors import DISK_FULL, UserError, not_written, writing_failure
 from ekd_jax.common.files import lock
 from ekd_jax.common.log import logger
 from ekd_jax.common.text import human
-from ekd_jax.data.tfds import archives, imagenet, lookup
+from ekd_jax.data.tfds import imagenet, lookup
 from ekd_jax.data.tfds.builders import BUILDERS, most_bytes
 
 
@@ -67,7 +67,7 @@ def prepare(name: str, data_dir: str, manual_dir: str) -> None:
         ) from error
     except Exception as error:  # from TFDS or the disk
         where = lookup.in_words(data_dir)
-        why = f"{archives.writing_failure(error)}{_room_in_words(builder, error)}"
+        why = f"{writing_failure(error)}{_room_in_words(builder, error)}"
         raise UserError(f"cannot prepare {name} in {where}: {why}") from error
 
 
@@ -113,7 +113,7 @@ def _write(builder: tfds.core.DatasetBuilder, manual_dir: str) -> None:
             f"get the archive elsewhere and pass --config.data.manual_dir=DIR"
         ) from error
     except Exception as error:
-        if from_archives or archives.not_written(error):
+        if from_archives or not_written(error):
             raise
         raise _download_failure(builder, urls, error) from error
 
@@ -129,7 +129,7 @@ def _check_network(builder: tfds.core.DatasetBuilder, url: str) -> None:
 
 
 def _download_failure(builder: tfds.core.DatasetBuilder, urls: list[str], error: Exception) -> UserError:
-    why = archives.writing_failure(error)
+    why = writing_failure(error)
     if builder.name not in BUILDERS:
         return UserError(
             f"{builder.name} is not in {builder.data_dir} and TFDS cannot prepare it ({why}): fix this and run "
@@ -145,12 +145,12 @@ def _download_failure(builder: tfds.core.DatasetBuilder, urls: list[str], error:
 
 def _room_in_words(builder: tfds.core.DatasetBuilder | None, error: Exception) -> str:
     """Return how much room is needed and free, what is left, and what to do, if the disk was the problem."""
-    why = archives.not_written(error)
+    why = not_written(error)
     if builder is None or not why:
         return ""
     needed = most_bytes(builder)
     room = [f"it takes at most {human(needed)}B"] if needed else []
-    if why == archives.DISK_FULL:
+    if why == DISK_FULL:
         with contextlib.suppress(OSError):
             existing = next(p for p in pathlib.Path(builder.data_dir).parents if p.exists())
             room.append(f"{human(shutil.disk_usage(existing).free)}B are free")
