@@ -14,15 +14,16 @@ import sys
 import tempfile
 
 # Networks are tiny here: compiling is what takes time, and so it is cut short in tests and in what they start.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_cpu_parallel_codegen_split_count=1"
+XLA_FLAGS = [
+    "--xla_cpu_parallel_codegen_split_count=1",
     # later versions have no other emitters
-    + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10.")
+    *["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10."),
     # with the other scheduler devices may start all-reduces in different orders, and wait for ever
-    + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
-    + " --xla_force_host_platform_device_count=8"
-)
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    "--xla_force_host_platform_device_count=8",
+]
+inherited = os.environ.get("XLA_FLAGS", "").split()  # in a process of a test, all of them
+os.environ["XLA_FLAGS"] = " ".join([*inherited, *(flag for flag in XLA_FLAGS if flag not in inherited)])
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ekd_jax-cache-")  # not the user's
@@ -42,15 +43,16 @@ from ekd_jax.students.description import NetworkDescription, Preprocessing, Prov
 from ekd_jax.students.student import LoadedStudent
 from ekd_jax.training import single
 
-# A shell's background jobs ignore SIGINT, and so would the commands that tests start.
+# A shell's background jobs ignore SIGINT, those of nohup SIGHUP, and so would the commands that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = pathlib.Path(__file__).parent.parent
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 
 TINY = {
     "model.name": "resnet8",
-    "model.students": (1, 0.5),
+    "model.students": (0.25, 0.125),
     "data.name": "digits",
     "data.train_examples": 200,
     "data.crop_padding": 1,

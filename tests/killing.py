@@ -22,23 +22,23 @@ SMALL = {
     "train__log_every_steps": 2,
     "train__evaluate_every_epochs": 2.0,
     "train__checkpoint_every_epochs": 0.5,
-    "model__students": (0.5, 0.5),
+    "model__students": (0.25, 0.25),
 }
 TEACHERS = {"method__teachers": ("{teacher}",)}
 CHANGES = {
-    "cl_ilr": {"model__students": (0.5, 0.5, 0.5, 0.5)},
-    "byot": {"model__students": (0.5,)},
-    "snapshot": {"model__students": (0.5,), "method__cycles": 2},
+    "cl_ilr": {"model__students": (0.25, 0.25, 0.25, 0.25)},
+    "byot": {"model__students": (0.25,)},
+    "snapshot": {"model__students": (0.25,), "method__cycles": 2},
     "dml": {"method__update": "alternating"},
     "kd": {**TEACHERS, "model__students": (0.25,)},
     "dckd": TEACHERS,
     "ekd": {"method__teachers": ("{teacher}", "{teacher}")},
-    "meal": {"method__teachers": ("{teacher}", "{teacher}"), "model__students": (0.5,)},
-    "meal_v2": {**TEACHERS, "model__students": (0.5,)},
+    "meal": {"method__teachers": ("{teacher}", "{teacher}"), "model__students": (0.25,)},
+    "meal_v2": {**TEACHERS, "model__students": (0.25,)},
     "srm": {**TEACHERS, "model__students": (0.25,)},
-    "blockwise": {**TEACHERS, "model__students": (1,)},
-    "self_distillation": {"model__students": (0.5,)},
-    "ensemble_distillation": {"model__students": (0.5,), "method__members": 2},
+    "blockwise": {**TEACHERS, "model__students": (0.5,)},
+    "self_distillation": {"model__students": (0.25,)},
+    "ensemble_distillation": {"model__students": (0.25,), "method__members": 2},
 }
 
 
@@ -53,7 +53,7 @@ def config_of(name, teacher):
 
 def train_teacher(path):
     """Train the run of one network that methods with teachers use."""
-    single.run(tiny_config("baseline", **SMALL | {"model__students": (1,)}), path, one_device())
+    single.run(tiny_config("baseline", **SMALL | {"model__students": (0.5,)}), path, one_device())
     return path
 
 

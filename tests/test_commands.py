@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY, command, plain_environment, tiny_flags
+from conftest import ROOT, command, plain_environment, tiny_flags
 
 DIGITS = f"--config={ROOT}/configs/digits.py"
 
@@ -139,17 +139,16 @@ def test_from_training_to_an_answer(tmp_path):
     assert "ensemble teacher" in result.stdout
     assert "left" in result.stderr, "plain lines with the time left"
     assert "\r" not in result.stderr
-    result = command("extract", f"--workdir={run}", "--max_parameters=30000", f"--output={student}")
+    result = command("extract", f"--workdir={run}", "--max_parameters=3000", f"--output={student}")
     assert result.stdout.startswith(f"student 2 of {run}"), result.stderr
     result = command("evaluate", f"--student_dir={student}", "--json")
-    assert json.loads(result.stdout).keys() == {f"student_2/{m}" for m in ("top1", "top5", "nll")}
+    assert json.loads(result.stdout).keys() >= {f"student_2/{m}" for m in ("top1", "top5", "nll")}
     Image.new("L", (20, 20), 40).save(tmp_path / "image.png")
     result = command("predict", f"--student_dir={student}", f"--image={tmp_path}/image.png")
     assert result.stdout.count("%") == 3, result.stderr
     result = command("predict", f"--student_dir={student}", f"--image={run}/config.json")
     assert result.returncode == 2
-    assert "cannot read an image" in result.stderr
-    assert TINY
+    assert "cannot be read" in result.stderr
 
 
 @pytest.mark.slow

@@ -424,7 +424,7 @@ def test_a_run_on_a_folder(folder, tmp_path):
         f"--config.{k.replace('__', '.')}={v}"
         for k, v in {
             "data__name": "folder", "data__data_dir": folder, "data__fit": "crop", "data__image_size": 16,
-            "data__mean": 0.5, "data__std": 0.25, "data__workers": 1, "model__students": "(1,0.5)",
+            "data__mean": 0.5, "data__std": 0.25, "data__workers": 1, "model__students": "(0.25,0.125)",
             "train__batch_size": 8, "train__epochs": 2, "evaluate__batch_size": 4,
         }.items()
     ]  # fmt: skip

@@ -199,7 +199,7 @@ def test_one_student_runs_separately():
 # --- training ---------------------------------------------------------------------------------------
 
 RUN = {
-    "model__students": (0.5, 0.5),
+    "model__students": (0.25, 0.25),
     "model__shared_stages": 1,
     "train__epochs": 1,
     "train__log_every_steps": 1,
@@ -267,7 +267,7 @@ def test_the_fastest_mode_is_measured_and_kept(cache):
 
 def test_a_damaged_cache_is_measured_again_and_an_unwritable_one_is_no_error(cache):
     setup, state = setup_of(
-        "baseline", model__students=(1, 0.5), model__shared_stages=2, model__sharing="base"
+        "baseline", model__students=(0.5, 0.25), model__shared_stages=2, model__sharing="base"
     )
     for damaged in (False, True):
         if damaged:

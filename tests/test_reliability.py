@@ -291,7 +291,7 @@ def test_wrong_initial_weights_are_found_before_the_directory_is_claimed(finishe
     with pytest.raises(UserError, match="model.initial_weights"):
         train(path, model__initial_weights=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="is another network: take a student"):
-        train(path, model__initial_weights=f"{finished[0]}:2", model__students=(1,))
+        train(path, model__initial_weights=f"{finished[0]}:2", model__students=(0.25,))
     assert not path.exists()
 
 
@@ -342,7 +342,7 @@ def copy_of_nothing(tmp_path):
     ("changes", "message"),
     [
         ({"seed": 1}, "seed: 0 there, 1 now"),
-        ({"model__students": (1, 0.25)}, "model.students"),
+        ({"model__students": (0.25, 0.5)}, "model.students"),
         ({"train__batch_size": 16}, "train.batch_size"),
         ({"train__epochs": 2}, "has taken 19 steps, and with these changes it would have 12"),
         ({"optimizer__name": "adam", "train__epochs": 4}, "its state would have other arrays"),

@@ -15,7 +15,7 @@ from ekd_jax.runs.teachers import load_teacher
 from ekd_jax.training import loop, single, teaching
 from ekd_jax.training.teaching import make_teach
 
-FIXED = {"data__crop_padding": 0, "train__epochs": 1, "model__students": (0.5,)}
+FIXED = {"data__crop_padding": 0, "train__epochs": 1, "model__students": (0.25,)}
 
 
 def images_of(config, number):

@@ -292,7 +292,7 @@ def test_a_lock_that_cannot_be_written(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__students": (1, 0.25)}, r"model.students: \[1, 0.5\] there, \[1, 0.25\] now"),
+        ({"model__students": (0.25, 0.5)}, r"model.students: \[0.25, 0.125\] there, \[0.25, 0.5\] now"),
         ({"method__temperature": 3.0}, "method.temperature: 2.0 there, 3.0 now"),
         ({"train__batch_size": 16, "seed": 4}, "seed: 0 there, 4 now; train.batch_size: 32 there, 16 now"),
     ],

@@ -36,7 +36,7 @@ from ekd_jax.training.step import make_step, objective
 
 SHAPE = (8, 8, 1)
 EVERYTHING = {  # with one network, as compiling is what takes time
-    "model__students": (1,),
+    "model__students": (0.25,),
     "train__epochs": 2.0,
     "train__log_every_steps": 2,
     "train__ema_decay": 0.9,
