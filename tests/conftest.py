@@ -14,16 +14,20 @@ import sys
 import tempfile
 
 # Networks are tiny here: compiling is what takes time, and so it is cut short in tests and in what they start.
-XLA_FLAGS = [
-    "--xla_cpu_parallel_codegen_split_count=1",
-    # later versions have no other emitters
-    *["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10."),
-    # with the other scheduler devices may start all-reduces in different orders, and wait for ever
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-    "--xla_force_host_platform_device_count=8",
-]
-inherited = os.environ.get("XLA_FLAGS", "").split()  # in a process of a test, all of them
-os.environ["XLA_FLAGS"] = " ".join([*inherited, *(flag for flag in XLA_FLAGS if flag not in inherited)])
+os.environ["XLA_FLAGS"] = " ".join(
+    dict.fromkeys(  # a process of a test inherits them
+        [
+            *os.environ.get("XLA_FLAGS", "").split(),
+            "--xla_cpu_parallel_codegen_split_count=1",
+            # later versions have no other emitters
+            *["--xla_cpu_use_fusion_emitters=false"]
+            * importlib.metadata.version("jaxlib").startswith("0.10."),
+            # with the other scheduler devices may start all-reduces in different orders, and wait for ever
+            "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+            "--xla_force_host_platform_device_count=8",
+        ]
+    )
+)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ekd_jax-cache-")  # not the user's
