@@ -36,11 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments name."""
     name, *rest = (sys.argv[1:] if arguments is None else [*arguments]) or ["--help"]
     if name in ("--help", "-h", "help", "--version"):
-        from ekd_jax import cli
         from ekd_jax.version import __version__
 
-        text = f"ekd_jax {__version__}" if name == "--version" else overview()
-        cli.guarded(lambda: print(text))
+        _show(f"ekd_jax {__version__}" if name == "--version" else overview())
         return
     if name not in COMMANDS:
         from ekd_jax.common.errors import nearest
@@ -54,6 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from ekd_jax import cli
 
     cli.run(module, rest, f"ekd {name}")
+
+
+def _show(text: str) -> None:
+    """Print a text; JAX is loaded only where that fails, as on a full disk."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        from ekd_jax import cli
+
+        cli.guarded(lambda: print(text))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def test_the_folder_stands_alone(finished, tmp_path):
     assert loaded.class_names[7] == "seven"
     assert loaded.input_shape == (8, 8, 1)
     assert description.provenance.seed == 0
-    assert description.network.channels == (8, 16, 32)
+    assert description.network.channels == (2, 4, 8)
     found = evaluate_student(loaded)
     assert {k: found[f"student_2/{k}"] for k in description.metrics} == pytest.approx(
         description.metrics, rel=1e-5

@@ -343,6 +343,7 @@ def test_tpu_pod_starts_again_when_a_process_was_lost(cloud):
     assert "delete" not in cloud.steps()
 
 
+@pytest.mark.slow  # test_slurm counts, too
 def test_tpu_pod_does_not_start_for_ever(cloud):
     cloud.state(program=["[[ $PWD == */worker-0/* ]] || exit 0", "exit 75"])
     printed = cloud.tpu(code=75)

@@ -30,7 +30,7 @@ def start(place, command, *arguments):
     return subprocess.Popen(
         [sys.executable, "-m", "ekd_jax", command, *arguments],
         cwd=place,
-        env=plain_environment() | {"PYTHONPATH": str(ROOT)},
+        env=plain_environment() | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

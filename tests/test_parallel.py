@@ -116,7 +116,7 @@ def test_memory_is_that_of_a_device():
 
 def test_the_state_is_cut_over_the_second_axis():
     """Arrays of the state take a fourth of each device; batches are still shared by all eight."""
-    program = Program(tiny_config(train__fsdp=4), classes=10)
+    program = Program(tiny_config(train__fsdp=4, model__students=(1, 0.5)), classes=10)
     after, *_ = program.lower().compile()(*program.arguments())
     cut = 0
     for leaf, began in zip(jax.tree.leaves(after), jax.tree.leaves(program.state), strict=True):

@@ -33,7 +33,7 @@ def test_a_finished_run_is_a_teacher(finished, suffix, name):
     said = teacher(teacher.frozen, normalize(images, teacher.preprocessing.mean, teacher.preprocessing.std))
     accuracy = 100 * (np.argmax(said.logits, 1) == labels).mean()
     assert accuracy == pytest.approx(load_run(path).evaluate()[f"{name}/top1"], abs=1e-4)
-    assert [m.shape[-1] for m in said.maps] == {"": [], ":1": [16, 32, 64], ":2": [8, 16, 32]}[suffix]
+    assert [m.shape[-1] for m in said.maps] == {"": [], ":1": [4, 8, 16], ":2": [2, 4, 8]}[suffix]
 
 
 def test_a_student_that_was_taken_out_is_the_same_teacher(finished, tmp_path):

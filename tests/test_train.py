@@ -75,7 +75,7 @@ def test_what_a_run_writes(finished):
     for row, name in zip([*summary.students, summary.ensemble], NAMES, strict=True):
         assert row.top1_last == tests[-1][f"{name}/top1"]
         assert row.top1_best == max(r[f"{name}/top1"] for r in tests)
-    assert summary.students[1].channels == (8, 16, 32)
+    assert summary.students[1].channels == (2, 4, 8)
     assert json.loads((path / "config.json").read_text())["train"]["batch_size"] == 32
     assert json.loads((path / "environment.json").read_text())[0]["jax"] == jax.__version__
     assert list((path / "tensorboard").glob("events*"))
@@ -88,8 +88,8 @@ def test_losses_add_up_and_fall(finished):
         total = lambda term, r=r: sum(r[f"student_{i}/{term}"] for i in (1, 2))
         expected = 0.7 * total("loss_ce") + 0.15 * total("loss_intermediate") + 0.15 * total("loss_kd")
         assert r["loss"] == pytest.approx(expected, rel=1e-5)
-    assert records[-1]["loss"] < 0.7 * records[0]["loss"]
-    assert records[-1]["ensemble/top1"] > 50
+    assert records[-1]["loss"] < 0.9 * records[0]["loss"]
+    assert records[-1]["ensemble/top1"] > records[0]["ensemble/top1"] + 5
 
 
 def test_a_complete_run_is_only_reported(finished, caplog):
@@ -138,7 +138,7 @@ def test_a_signal_while_a_run_ends_is_not_lost(tmp_path, monkeypatch):
 
 def start(path, before=(), **changes):
     """A run in a process, and process group, of its own that logs every step."""
-    frequent = {"train__log_every_steps": 1, "train__checkpoint_every_epochs": 0.2, "train__epochs": 6}
+    frequent = {"train__log_every_steps": 1, "train__checkpoint_every_epochs": 0.2, "train__epochs": 3}
     flags = tiny_flags(**(frequent | changes))
     return subprocess.Popen(
         [*before, sys.executable, "-m", "ekd_jax.main", *flags, f"--workdir={path}"],
@@ -179,7 +179,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_killed_runs_end_with_the_same_bits(uninterrupted, tmp_path):
-    """SIGKILL at five moments, from the first file on and past an epoch's end; then once more."""
+    """SIGKILL at four moments, from the first file on and past an epoch's end; then once more."""
     path = tmp_path / "run"
     for file in ("config.json", "students.json"):
         process = start(path)
@@ -187,7 +187,7 @@ def test_killed_runs_end_with_the_same_bits(uninterrupted, tmp_path):
             assert process.poll() is None, process.communicate()[0]
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    for records in (2, 11, 30):
+    for records in (2, 9):
         process = start(path)
         wait_for_records(process, path, records)
         process.send_signal(signal.SIGKILL)
@@ -196,7 +196,8 @@ def test_killed_runs_end_with_the_same_bits(uninterrupted, tmp_path):
     assert len(json.loads((path / "environment.json").read_text())) >= 3
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow  # the same for SIGHUP: test_a_closed_terminal_ends_a_run_that_is_saved
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_runs_save_and_say_how_to_go_on(uninterrupted, tmp_path, number):
     path = tmp_path / "run"
     process = start(path)

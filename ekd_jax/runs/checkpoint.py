@@ -1,12 +1,13 @@
 """Checkpoints: the only file that uses Orbax.
 
 A checkpoint holds the item `state` (the TrainState as nested dicts) and the item `run`, which is JSON: the
-SHA-256 of every array of the state, and whatever else the run must remember. Orbax does not notice flipped
-bytes; the digests are checked whenever anything is restored.
+SHA-256 of every array of the state and of these values, and whatever else the run must remember. Orbax does not
+notice flipped bytes; the digests are checked whenever anything is restored.
 """
 
 import contextlib
 import hashlib
+import json
 import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
@@ -109,6 +110,7 @@ class Checkpoints:
         """
         tree = parallel.fetch(_as_tree(state))
         run = {**run, "evaluation": evaluation, "sha256": _digests(tree)}
+        run["own_sha256"] = _digest_of_json(run)
         step = int(tree["step"])
         self._kept.note(step, evaluation)
         with self._saving():
@@ -251,8 +253,8 @@ class Checkpoints:
         """Return the values that the run remembered at a step."""
         with self._reading(step):
             run: Tree = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
-            if not {"epoch", "log", "evaluated_on", "evaluation", "sha256"} <= run.keys():
-                raise ValueError("values that the run remembered are missing")
+            if run.pop("own_sha256", "") != _digest_of_json(run):
+                raise ValueError("SHA-256 of the values that the run remembered differs")
             return run
 
     def _restore(self, like: Tree, step: int) -> tuple[Tree, Tree]:
@@ -314,6 +316,10 @@ def _as_tree(state: TrainState) -> Tree:
         "opt_state": {str(i).zfill(width): leaf for i, leaf in enumerate(leaves)},
         "copies": state.copies,
     }
+
+
+def _digest_of_json(values: Tree) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _digests(tree: Tree) -> dict[str, str]:

@@ -34,7 +34,7 @@ from ekd_jax.training.interrupt import Interrupt
 from ekd_jax.training.report import Log, best_of, early_stop, early_stop_line, evaluation_line, train_line
 from ekd_jax.training.setup import Setup
 from ekd_jax.training.step import make_train_steps
-from ekd_jax.training.tally import UPDATE_NORM, Tally
+from ekd_jax.training.tally import UPDATE_NORM, Tally, broken_parts
 from ekd_jax.training.teaching import frozen_inputs, make_teach
 
 # Target length of one dispatch: short enough to react to signals, long enough to amortize overhead. On a CPU
@@ -43,18 +43,23 @@ DISPATCH_SECONDS = 3.0
 
 
 class NotFiniteError(Exception):
-    """Training came to a step in which the loss was not finite.
+    """Training came to a step in which the loss, or the state after it, was not finite.
 
     Attributes:
         step: the first such step, from 1.
     """
 
-    def __init__(self, step: int, names: Sequence[str]):
-        updates = [name for name in names if name.endswith(UPDATE_NORM)]
-        losses = [name for name in names if name not in updates and name != "loss"]
-        what = losses or updates or list(names)  # an update follows from the losses, which sum up to `loss`
-        super().__init__(f"{listed(what)} {'is' if len(what) == 1 else 'are'} not finite at step {step:,}")
+    def __init__(self, step: int, what: str):
+        super().__init__(f"{what} not finite at step {step:,}")
         self.step = step
+
+
+def _metrics_in_words(names: Sequence[str]) -> str:
+    """Return which metrics "are" broken; an update follows from the losses, which sum up to `loss`."""
+    updates = [name for name in names if name.endswith(UPDATE_NORM)]
+    losses = [name for name in names if name not in updates and name != "loss"]
+    what = losses or updates or list(names)
+    return f"{listed(what)} {'is' if len(what) == 1 else 'are'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +271,7 @@ class Loop:
         if self.tally.first_broken is None:
             return
         step, names = self.tally.first_broken
-        error = NotFiniteError(step, names)
+        error = NotFiniteError(step, _metrics_in_words(names))
         if not self.setup.skips_nonfinite:
             raise error
         skipped = log.skipped + int(self.tally.skipped)
@@ -360,9 +365,16 @@ class Loop:
         return results(scores_3xP, examples.examples, setup.names)
 
     def _save(self, evaluation: Results | None) -> None:
+        """Save the state; raise NotFiniteError if training could not go on from it.
+
+        The loss of a step is computed before its update, so the loss may be finite when the state is not.
+        """
+        state = parallel.fetch(self.state)
+        if broken := broken_parts(state):
+            raise NotFiniteError(self.step, f"the new values of {listed(broken)} are")
         remembered = {
             "epoch": self.setup.epochs(self.step),
             "log": self.log.as_json(),
             "evaluated_on": self.watched.name,
         }
-        self.record.checkpoints.save(self.state, remembered, evaluation)
+        self.record.checkpoints.save(state, remembered, evaluation)

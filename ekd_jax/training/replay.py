@@ -169,6 +169,8 @@ def _lines(arrays: dict[str, Any], loop: Loop) -> Iterator[str]:
             f"{int((~np.isfinite(leaf)).sum()):,} of {leaf.size:,} values"
         )
     yield first or "everything is finite"
+    if KINDS[0] in first:
+        yield f"it began earlier: --replay_step={loop.step} shows the step before"
     names = loop.setup.data.facts.class_names
     classes = targets.argmax(-1) if targets.ndim > 1 else targets
     shown = [f"{e} ({names[c]})" for e, c in zip(examples[:EXAMPLES_SHOWN], classes, strict=False)]

@@ -106,6 +106,15 @@ def parts_of(state: TrainState) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
 
+def broken_parts(state: TrainState) -> list[str]:
+    """Return the names of the parts of a state, as numpy arrays, in which something is not finite."""
+    return [
+        name
+        for name, part in parts_of(state).items()
+        if not all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(part))
+    ]
+
+
 def name_of_norm(part: str) -> str:
     """Return the name of the metric that is the norm of the change of a part."""
     return f"{part}/{UPDATE_NORM}"
