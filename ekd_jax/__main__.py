@@ -9,6 +9,10 @@ COMMANDS = {
     "train": ("ekd_jax.main", "Train a family of students, or resume training."),
     "compare": ("ekd_jax.compare", "Compare methods on the same network, data, epochs and seeds."),
     "extract": ("ekd_jax.extract", "Extract one student of a run, as a directory that stands alone."),
+    "export": (
+        "ekd_jax.export",
+        "Export a student for ONNX Runtime, OpenVINO or JAX alone; compared first.",
+    ),
     "evaluate": ("ekd_jax.evaluate", "Evaluate a run or an extracted student on the test set."),
     "predict": ("ekd_jax.predict", "Ask an extracted student what is in an image."),
     "describe": ("ekd_jax.describe", "List the students of a recipe: parameters, multiply-accumulates."),

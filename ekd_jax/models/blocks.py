@@ -6,9 +6,11 @@ variables.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -26,6 +28,7 @@ from ekd_jax.models.layers import (
     max_pool,
     relu,
 )
+from ekd_jax.models.platform import ANY, platform
 
 UNROLLED_BLOCKS = 4  # up to this many equal blocks run without a loop: docs/performance.md
 Part = Callable[..., nn.Module]  # takes name=
@@ -90,6 +93,8 @@ class Stage(nn.Module):
             x = run_part(self.block(stride=self.stride, name="first"), x, mode)
         if "rest" in self.parts and self.blocks > 1:
             equal = self.blocks - 1
+            if platform() == ANY:
+                return self._written_out(x, mode)
             in_loop = equal > UNROLLED_BLOCKS
             x, _ = nn.scan(
                 lambda block, x, _: (run_part(block, x, mode, in_loop), None),
@@ -98,6 +103,17 @@ class Stage(nn.Module):
                 length=equal,
                 unroll=1 if in_loop else equal,
             )(self.block(stride=1, name="rest"), x, None)
+        return x
+
+    def _written_out(self, x: Array, mode: Mode) -> Array:
+        """Run the equal blocks one by one: a file for another runtime has no loops."""
+        block = self.block(stride=1, name="rest")
+        for i in range(self.blocks - 1):
+            x = nn.map_variables(
+                lambda block, x: run_part(block, x, mode),
+                ("params", "batch_stats"),
+                partial(jax.tree.map, lambda leaf, i=i: leaf[i]),
+            )(block, x)
         return x
 
 
@@ -169,7 +185,9 @@ class Residual(nn.Module):
                 more = width - x.shape[-1]
                 low = more // 2
                 zero = jnp.zeros((), x.dtype)
-                x = lax.pad(x[:, ::stride, ::stride], zero, [(0, 0, 0)] * 3 + [(low, more - low, 0)])
+                for axis in (1, 2):
+                    x = lax.slice_in_dim(x, 0, None, stride, axis)
+                x = lax.pad(x, zero, [(0, 0, 0)] * 3 + [(low, more - low, 0)])
             else:
                 x = Conv(width, 1, stride, kernel_init=self.kernel_init, name="shortcut_conv")(x, mode)
                 x = BatchNorm(name="shortcut_bn")(x, mode)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ekd_jax.models.platform import platform
+
 Array = jax.Array
 
 Pads = tuple[tuple[int, int], tuple[int, int]]  # zeros above and below, left and right
@@ -36,7 +38,7 @@ def convolution(x: Array, kernel: Array, stride: int = 1, groups: int = 1, paddi
     """
     rows, columns = (_pads(n, k, stride, padding) for n, k in zip(x.shape[1:3], kernel.shape, strict=False))
     pads = rows, columns
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return _convolution(x, kernel, stride, groups, pads)
     if groups == 1:
         return _canonical_convolution(x, kernel, stride, pads)

@@ -18,6 +18,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from ekd_jax.models.convolution import convolution
 from ekd_jax.models.initializers import Initializer, constant, kaiming_fan_out, torch_default, uniform
+from ekd_jax.models.platform import platform
 
 Array = jax.Array
 Activation = Callable[[Array], Array]
@@ -71,7 +72,7 @@ def materialize(x: Array) -> Array:
     pixels in a row, a few images at a time. It removes `lax.optimization_barrier` before it decides
     that, but it does not look into a call that must not be inlined.
     """
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return x
     with set_xla_metadata(inlineable="false"):
         written: Array = jax.jit(lax.optimization_barrier)(x)

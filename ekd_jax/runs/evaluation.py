@@ -311,10 +311,6 @@ def evaluate_student(
         UserError: the data is missing, or has a class that the student does not have.
     """
     own = student.description
-    images = own.preprocessing
-    knobs = {"mean": images.mean, "std": images.std, "fit": images.fit, "image_size": images.image_size}
-    knobs |= {"name": own.provenance.data, "test_split": own.provenance.test_split}
-    trained_on = resolve({"data": knobs, "imports": own.network.imports})
     changes = {**(data or {}), **({"name": source.name} if source else {})}
 
     def predict(variables: Variables, images: Array) -> Array:
@@ -327,8 +323,17 @@ def evaluate_student(
         class_names=student.class_names,
         input_shape=student.input_shape,
     )
-    config = with_data(trained_on, changes, student.input_shape)
+    config = with_data(config_of(student), changes, student.input_shape)
     return evaluate_predictors(predictors, config, split, source, confusion)
+
+
+def config_of(student: LoadedStudent) -> FrozenConfigDict:
+    """Return a configuration with the data that an extracted student was made for."""
+    own = student.description
+    images = own.preprocessing
+    knobs = {"mean": images.mean, "std": images.std, "fit": images.fit, "image_size": images.image_size}
+    knobs |= {"name": own.provenance.data, "test_split": own.provenance.test_split}
+    return resolve({"data": knobs, "imports": own.network.imports})
 
 
 def with_data(

@@ -1,0 +1,57 @@
+"""The ensemble of a run as it is exported, and test images on which exported files are compared with JAX."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from ekd_jax.config.resolve import identity, resolve
+from ekd_jax.data.dataset import Source
+from ekd_jax.data.decode import Reader
+from ekd_jax.data.opening import open_data
+from ekd_jax.runs.run import Run, make_predict
+from ekd_jax.students.formats.exportable import Exportable
+
+IMAGES = 50  # on which files are compared with JAX: one, and seven times seven
+
+
+def exportable_ensemble(run: Run, with_preprocessing: bool = False) -> Exportable:
+    """Return the ensemble of a run's students as it is exported. It computes in float32, however it was trained."""
+    changed = ConfigDict(run.config)
+    changed.train.dtype = "float32"
+    run = dataclasses.replace(run, config=resolve(changed))
+    predict, variables = make_predict(run.networks), run.checkpoint.variables
+    place = run.names.index("ensemble")
+
+    def logits(images: jax.Array) -> jax.Array:
+        return predict(variables, images)[place]
+
+    return Exportable(
+        name="the ensemble",
+        logits=logits,
+        input_shape=run.description.input_shape,
+        class_names=tuple(run.description.class_names),
+        preprocessing=run.preprocessing,
+        about={"provenance": {**identity(run.config), "step": run.checkpoint.step}},
+        with_preprocessing=with_preprocessing,
+    )
+
+
+def some_test_images(
+    config: FrozenConfigDict, input_shape: tuple[int, int, int], source: Source | None = None
+) -> np.ndarray:
+    """Return images of a test set, (N, H, W, C) uint8, spread over the whole set.
+
+    Args:
+        config: its section `data` names the set.
+        input_shape: H, W, C of the network's input.
+        source: the data set itself, if it is in memory.
+
+    Raises:
+        UserError: the data is missing, or an image cannot be read.
+    """
+    test = open_data(config, source).test
+    read = Reader(input_shape, config.data.fit, config.data.max_pixels)
+    places = np.linspace(0, len(test) - 1, min(IMAGES, len(test))).astype(int)
+    return np.stack([read(test[int(place)]) for place in places])

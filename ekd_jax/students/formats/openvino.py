@@ -1,0 +1,29 @@
+"""OpenVINO: its intermediate representation, two files made of the ONNX file."""
+
+import pathlib
+import tempfile
+
+import numpy as np
+
+XML, BIN = "student.xml", "student.bin"
+
+
+def write_openvino(onnx_file: bytes) -> dict[str, bytes]:
+    """Return the two files of OpenVINO's representation of an ONNX file, by name."""
+    import openvino
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        model = openvino.Core().read_model(onnx_file, b"")
+        openvino.save_model(model, folder / XML, compress_to_fp16=False)
+        return {file: (folder / file).read_bytes() for file in (XML, BIN)}
+
+
+def run_openvino(files: dict[str, bytes], batches: list[np.ndarray]) -> list[np.ndarray]:
+    """Return what OpenVINO computes on batches of images, on a CPU."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(files[XML], files[BIN])
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return [np.array(compiled({0: images})[0]) for images in batches]
