@@ -103,6 +103,7 @@ COMMANDS = (
     "main",
     "compare",
     "extract",
+    "export",
     "evaluate",
     "predict",
     "describe",

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+from jax import lax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ekd_jax.config.resolve import identity, resolve
@@ -25,7 +26,7 @@ def exportable_ensemble(run: Run, with_preprocessing: bool = False) -> Exportabl
     place = run.names.index("ensemble")
 
     def logits(images: jax.Array) -> jax.Array:
-        return predict(variables, images)[place]
+        return lax.index_in_dim(predict(variables, images), place, keepdims=False)
 
     return Exportable(
         name="the ensemble",

@@ -164,8 +164,7 @@ def export(
     files: Files = {}
     exported = []
     for name in dict.fromkeys(formats):
-        own = FORMATS[name].write(network, dtype)
-        found = _results(name, network, own, batches)
+        own, found = _written_and_run(name, network, dtype, batches)
         exported.append(_compared(name, dtype, own, found, expected))
         files |= own
     record = ExportRecord(network.name, network.metadata(), compared_on, tuple(exported))
@@ -182,10 +181,13 @@ def export(
     return record
 
 
-def _results(name: str, network: Exportable, files: Files, batches: list[np.ndarray]) -> np.ndarray:
-    """Return what the runtime of a format gives for all images."""
+def _written_and_run(
+    name: str, network: Exportable, dtype: str, batches: list[np.ndarray]
+) -> tuple[Files, np.ndarray]:
+    """Return the files of a format, and what its runtime gives for all images."""
     try:
-        return np.concatenate(FORMATS[name].run(files, [network.inputs(batch) for batch in batches]))
+        files = FORMATS[name].write(network, dtype)
+        return files, np.concatenate(FORMATS[name].run(files, [network.inputs(batch) for batch in batches]))
     except UserError:
         raise
     except Exception as error:  # runtimes raise kinds of their own

@@ -26,6 +26,7 @@ FOLDED: dict[str, Callable[..., Any]] = {
     "div": np.divide,
     "rsqrt": lambda x: 1 / np.sqrt(x),
 }
+NEVER_FOLDED = ("broadcast_in_dim", "dim_as_value")  # they may depend on the number of images
 
 
 class UnsupportedError(Exception):
@@ -105,7 +106,7 @@ class Writer:
             closed = hasattr(inner, "consts")
             constants = [np.asarray(c) for c in inner.consts] if closed else []
             return self.run(inner.jaxpr if closed else inner, constants, values)
-        constant = all(isinstance(value, np.ndarray) for value in values) and name != "broadcast_in_dim"
+        constant = all(isinstance(value, np.ndarray) for value in values) and name not in NEVER_FOLDED
         if constant and not _is_symbolic(equation.outvars):
             if name in FOLDED:  # many shapes, each of which JAX would compile
                 return [np.asarray(FOLDED[name](*values), equation.outvars[0].aval.dtype)]
@@ -186,6 +187,11 @@ def _same(a: Any, b: Any) -> bool:
 def _shape_of(equation: Any, place: int = 0) -> tuple[Any, ...]:
     shape: tuple[Any, ...] = equation.invars[place].aval.shape
     return shape
+
+
+@rule("dim_as_value")
+def _number_of_images(writer: Writer, equation: Any) -> Value:
+    raise UnsupportedError("the number of images as a value")
 
 
 # --- element by element ---------------------------------------------------------------------------

@@ -1,17 +1,32 @@
 """OpenVINO: its intermediate representation, two files made of the ONNX file."""
 
+import importlib
 import pathlib
+import sys
 import tempfile
+from typing import Any
 
 import numpy as np
 
+TELEMETRY = "openvino_telemetry"
 XML, BIN = "student.xml", "student.bin"
+
+
+def _openvino() -> Any:
+    """Import OpenVINO without its telemetry, which would start a process and report to its makers."""
+    before = sys.modules.get(TELEMETRY)
+    sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # as if it were not installed
+    try:
+        return importlib.import_module("openvino")
+    finally:
+        del sys.modules[TELEMETRY]
+        if before is not None:
+            sys.modules[TELEMETRY] = before
 
 
 def write_openvino(onnx_file: bytes) -> dict[str, bytes]:
     """Return the two files of OpenVINO's representation of an ONNX file, by name."""
-    import openvino
-
+    openvino = _openvino()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         model = openvino.Core().read_model(onnx_file, b"")
@@ -21,8 +36,7 @@ def write_openvino(onnx_file: bytes) -> dict[str, bytes]:
 
 def run_openvino(files: dict[str, bytes], batches: list[np.ndarray]) -> list[np.ndarray]:
     """Return what OpenVINO computes on batches of images, on a CPU."""
-    import openvino
-
+    openvino = _openvino()
     core = openvino.Core()
     model = core.read_model(files[XML], files[BIN])
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
