@@ -174,9 +174,8 @@ def _train(
             step = max(checkpoints.steps(), default=0)
             if setup.config.train.nonfinite != "rewind" or rewinds >= limit:
                 raise UserError(f"{error}; {after_not_finite(setup, step, error)}") from error
-            if (
-                step and history.last_rewind(path) == step
-            ):  # a smaller rate did not help: the state is no good
+            # a smaller rate did not help: the state is no good
+            if step and history.last_rewind(path) == step:
                 checkpoints.discard(step)
                 step = max(checkpoints.steps(), default=0)
             factor = rate_factor(setup.config, rewinds + 1)

@@ -108,6 +108,8 @@ class Writer:
             return self.run(inner.jaxpr if closed else inner, constants, values)
         constant = all(isinstance(value, np.ndarray) for value in values) and name not in NEVER_FOLDED
         if constant and not _is_symbolic(equation.outvars):
+            shapes = zip(values, equation.invars, strict=True)
+            need(all(np.shape(v) == atom.aval.shape for v, atom in shapes), f"{name} over all images")
             if name in FOLDED:  # many shapes, each of which JAX would compile
                 return [np.asarray(FOLDED[name](*values), equation.outvars[0].aval.dtype)]
             with jax.ensure_compile_time_eval():
@@ -152,7 +154,7 @@ class Writer:
         need(all(_same(a, b) for a, b in zip(value.shape, shape, strict=True)), "a value that is repeated")
         return self.scaled(value)
 
-    def elementwise(self, op: str, equation: Any, *values: Value, **attributes: Any) -> Tensor:
+    def elementwise(self, op: str, *values: Value, **attributes: Any) -> Tensor:
         """Add a node that computes element by element; ONNX broadcasts as the program does."""
         first = next(value for value in values if isinstance(value, Tensor))
         names = []
@@ -184,6 +186,10 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or bool(a == b)
 
 
+def _is_float(equation: Any) -> bool:
+    return bool(jnp.issubdtype(equation.invars[0].aval.dtype, jnp.floating))
+
+
 def _shape_of(equation: Any, place: int = 0) -> tuple[Any, ...]:
     shape: tuple[Any, ...] = equation.invars[place].aval.shape
     return shape
@@ -211,22 +217,52 @@ UNARY = {
 
 @rule(*UNARY)
 def _unary(writer: Writer, equation: Any, x: Tensor) -> Tensor:
-    return writer.elementwise(UNARY[equation.primitive.name], equation, x)
+    return writer.elementwise(UNARY[equation.primitive.name], x)
 
 
 @rule("rsqrt")
 def _rsqrt(writer: Writer, equation: Any, x: Tensor) -> Tensor:
-    return writer.elementwise("Reciprocal", equation, writer.elementwise("Sqrt", equation, x))
+    return writer.elementwise("Reciprocal", writer.elementwise("Sqrt", x))
+
+
+@rule("expm1", "log1p", "erfc")
+def _near_one(writer: Writer, equation: Any, x: Tensor) -> Tensor:
+    one, name = np.array(1, np.float32), equation.primitive.name
+    if name == "log1p":
+        return writer.elementwise("Log", writer.elementwise("Add", x, one))
+    if name == "expm1":
+        return writer.elementwise("Sub", writer.elementwise("Exp", x), one)
+    return writer.elementwise("Sub", one, writer.elementwise("Erf", x))
 
 
 @rule("square")
 def _square(writer: Writer, equation: Any, x: Tensor) -> Tensor:
-    return writer.elementwise("Mul", equation, x, x)
+    return writer.elementwise("Mul", x, x)
 
 
 @rule("integer_pow")
 def _integer_pow(writer: Writer, equation: Any, x: Tensor) -> Tensor:
-    return writer.elementwise("Pow", equation, x, np.array(equation.params["y"], np.float32))
+    return writer.elementwise("Pow", x, np.array(equation.params["y"], np.float32))
+
+
+@rule("pow")
+def _pow(writer: Writer, equation: Any, x: Value, y: Value) -> Tensor:
+    return writer.elementwise("Pow", x, y)
+
+
+COMPARISONS = {"gt": "Greater", "ge": "GreaterOrEqual", "lt": "Less", "le": "LessOrEqual", "eq": "Equal"}
+
+
+@rule(*COMPARISONS)
+def _compare(writer: Writer, equation: Any, a: Value, b: Value) -> Tensor:
+    return writer.elementwise(COMPARISONS[equation.primitive.name], a, b)
+
+
+@rule("select_n")
+def _select(writer: Writer, equation: Any, which: Value, *values: Value) -> Tensor:
+    need(len(values) == 2, "more than two cases")
+    otherwise, chosen = values
+    return writer.elementwise("Where", which, chosen, otherwise)
 
 
 @rule("stop_gradient", "copy", "copy_p", "reduce_precision")
@@ -242,7 +278,7 @@ def _barrier(writer: Writer, equation: Any, *values: Value) -> list[Value]:
 @rule("add", "add_any", "sub", "min")
 def _binary(writer: Writer, equation: Any, a: Value, b: Value) -> Tensor:
     name = equation.primitive.name
-    return writer.elementwise({"sub": "Sub", "min": "Min"}.get(name, "Add"), equation, a, b)
+    return writer.elementwise({"sub": "Sub", "min": "Min"}.get(name, "Add"), a, b)
 
 
 @rule("mul", "div")
@@ -253,15 +289,15 @@ def _product(writer: Writer, equation: Any, a: Value, b: Value) -> Tensor:
         if isinstance(x, Tensor) and waiting and isinstance(factor, np.ndarray) and factor.size == 1:
             value = float(factor.reshape(()))
             return dataclasses.replace(x, scale=x.scale / value if divides else x.scale * value)
-    return writer.elementwise("Div" if divides else "Mul", equation, a, b)
+    return writer.elementwise("Div" if divides else "Mul", a, b)
 
 
 @rule("max")
 def _max(writer: Writer, equation: Any, a: Value, b: Value) -> Tensor:
     for x, limit in ((a, b), (b, a)):
         if isinstance(x, Tensor) and isinstance(limit, np.ndarray) and limit.size == 1 and not limit.any():
-            return writer.elementwise("Relu", equation, x)
-    return writer.elementwise("Max", equation, a, b)
+            return writer.elementwise("Relu", x)
+    return writer.elementwise("Max", a, b)
 
 
 @rule("clamp")
@@ -313,6 +349,7 @@ def _convolution(writer: Writer, equation: Any, x: Value, kernel: Value) -> Tens
 def _pool(writer: Writer, equation: Any, x: Tensor) -> Tensor:
     params = equation.params
     sums = equation.primitive.name == "reduce_window_sum"
+    need(not sums or _is_float(equation), "integers")
     window, strides, pads = (params[k] for k in ("window_dimensions", "window_strides", "padding"))
     need(len(window) == 4 and window[0] == window[3] == 1, "a window over images or channels")
     need({*params["base_dilation"], *params["window_dilation"]} == {1}, "a dilated window")
@@ -339,6 +376,7 @@ def _reduce(writer: Writer, equation: Any, x: Tensor) -> Tensor:
     name = writer.graph.add(kind[equation.primitive.name], x.name, axes=places, keepdims=0)
     scale = 1.0
     if equation.primitive.name == "reduce_sum":
+        need(_is_float(equation), "integers")
         sizes = [shape[axis] for axis in axes]
         need(all(isinstance(n, int) for n in sizes), "a sum over images")
         scale = float(math.prod(sizes))
@@ -385,7 +423,8 @@ def _broadcast(writer: Writer, equation: Any, x: Value, *_: Value) -> Value:
         sizes = [1] * len(shape)
         for axis, place in enumerate(old):
             sizes[place] = x.shape[axis]
-        return x.reshape(sizes)
+        x = x.reshape(sizes)
+        return x if _is_symbolic(equation.outvars) else np.broadcast_to(x, shape)
     new = [axis for axis in range(len(shape)) if axis not in old]
     kept = [1] * len(shape)
     for axis, place in enumerate(old):
@@ -426,12 +465,24 @@ def _concatenate(writer: Writer, equation: Any, *values: Value) -> Tensor:
 @rule("stack")
 def _stack(writer: Writer, equation: Any, *values: Value) -> Tensor:
     axis, shape = equation.params["axis"], equation.outvars[0].aval.shape
-    places = writer.graph.integers([axis])
-    names = [
-        writer.graph.add("Unsqueeze", writer.stored(value, tuple(range(len(shape) - 1))), places)
-        for value in values
-    ]
+    places, order = writer.graph.integers([axis]), tuple(range(len(shape) - 1))
+    wholes = [writer.whole(value, _shape_of(equation, place)) for place, value in enumerate(values)]
+    names = [writer.graph.add("Unsqueeze", writer.stored(value, order), places) for value in wholes]
     return Tensor(writer.graph.add("Concat", *names, axis=axis), tuple(range(len(shape))), shape)
+
+
+@rule("unstack")
+def _unstack(writer: Writer, equation: Any, x: Tensor) -> list[Tensor]:
+    axis, shape = equation.params["axis"], _shape_of(equation)
+    x = writer.whole(x, shape)  # type: ignore[assignment]
+    place = x.order.index(axis)
+    sizes = writer.graph.integers([1] * shape[axis])
+    parts = writer.graph.add_several("Split", shape[axis], x.name, sizes, axis=place)
+    order = tuple(other - (other > axis) for other in x.order if other != axis)
+    return [
+        Tensor(writer.graph.add("Squeeze", part, writer.graph.integers([place])), order, result.aval.shape)
+        for part, result in zip(parts, equation.outvars, strict=True)
+    ]
 
 
 @rule("slice")
