@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ekd_jax.methods import list_methods, losses, register_method
     from ekd_jax.models import build_ensemble, list_models, register_network
     from ekd_jax.runs.evaluation import evaluate_student
+    from ekd_jax.runs.exporting import export_student
     from ekd_jax.runs.records import Summary
     from ekd_jax.runs.run import Run, load_run
     from ekd_jax.students.student import LoadedStudent, load_student
@@ -32,6 +33,7 @@ _PLACES = {
     "LoadedStudent": "students.student",
     "load_student": "students.student",
     "evaluate_student": "runs.evaluation",
+    "export_student": "runs.exporting",
     "build_ensemble": "models",
     "list_models": "models",
     "register_network": "models",
@@ -56,6 +58,7 @@ __all__ = [
     "data",
     "default_config",
     "evaluate_student",
+    "export_student",
     "from_arrays",
     "list_datasets",
     "list_methods",

@@ -12,6 +12,7 @@ import pytest
 from conftest import command, fresh_student, one_device, tiny_config
 from jax import lax
 
+import ekd_jax
 from ekd_jax import models
 from ekd_jax.common.errors import UserError
 from ekd_jax.models.platform import ANY, platform, tracing_for
@@ -27,6 +28,7 @@ from ekd_jax.students.student import write_student
 from ekd_jax.training import single
 
 onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
 CLASSES = tuple("abcdefghij")
 SLOW = pytest.mark.slow
 # name, size of the images
@@ -277,6 +279,16 @@ def test_a_student_trained_in_bfloat16_is_exported_in_float32(tmp_path):
     a, b = (write_onnx(exportable_student(each)) for each in (student, half))
     tensors = [onnx.load_from_string(content).graph.initializer for content in (a, b)]
     assert [t.raw_data for t in tensors[0]] == [t.raw_data for t in tensors[1]]
+
+
+def test_from_python(tmp_path):
+    student = fresh_student(("a", "b", "c"))
+    images = np.random.default_rng(1).integers(0, 256, (9, 8, 8, 1), dtype=np.uint8)
+    record = ekd_jax.export_student(student, tmp_path / "out", images=images, with_preprocessing=True)
+    assert record.compared_on == "images that were passed in Python"
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "student.onnx")
+    (found,) = session.run(None, {"images": images})
+    np.testing.assert_allclose(found, student.predict(images), atol=1e-6)
 
 
 def test_the_command(tmp_path):

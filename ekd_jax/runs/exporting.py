@@ -1,6 +1,9 @@
-"""The ensemble of a run as it is exported, and test images on which exported files are compared with JAX."""
+"""Export of students and ensembles: what of a run is exported, and the images that files are compared on."""
 
 import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -11,10 +14,46 @@ from ekd_jax.config.resolve import identity, resolve
 from ekd_jax.data.dataset import Source
 from ekd_jax.data.decode import Reader
 from ekd_jax.data.opening import open_data
+from ekd_jax.runs.evaluation import config_of
 from ekd_jax.runs.run import Run, make_predict
-from ekd_jax.students.formats.exportable import Exportable
+from ekd_jax.students.formats.export import ExportRecord, export
+from ekd_jax.students.formats.exportable import Exportable, exportable_student
+from ekd_jax.students.student import LoadedStudent
 
 IMAGES = 50  # on which files are compared with JAX: one, and seven times seven
+
+
+def export_student(
+    student: LoadedStudent,
+    output: str | os.PathLike[str],
+    formats: Sequence[str] = ("onnx",),
+    images: np.ndarray | None = None,
+    with_preprocessing: bool = False,
+    dtype: str = "float32",
+) -> ExportRecord:
+    """Write a student for other runtimes to a new directory, each file compared with JAX before.
+
+    Args:
+        student: as `load_student` or `load_run(...).student(n)` returns it.
+        output: new directory.
+        formats: "onnx", "stablehlo", "openvino".
+        images: (N, H, W, C) uint8 to compare on; test images of the student's data set if not given.
+        with_preprocessing: the files take images as uint8 and give probabilities; without, they take normalized
+            images and give logits.
+        dtype: "float32", or "float16" for ONNX and OpenVINO.
+
+    Returns:
+        The record that is also in `export.json`.
+
+    Raises:
+        UserError: an unknown format, a package is missing, a runtime computes something else, or the data is missing.
+    """
+    where = "images that were passed in Python"
+    if images is None:
+        config = config_of(student)
+        images, where = some_test_images(config, student.input_shape), f"test images of {config.data.name}"
+    network = exportable_student(student, with_preprocessing)
+    return export(network, formats, pathlib.Path(output), images, where, dtype)
 
 
 def exportable_ensemble(run: Run, with_preprocessing: bool = False) -> Exportable:
