@@ -5,9 +5,10 @@ import json
 import numpy as np
 
 from ekd_jax.common.errors import UserError
+from ekd_jax.students.formats import onnx_rules, onnx_shapes  # noqa: F401  they register their rules
 from ekd_jax.students.formats.exportable import Exportable
 from ekd_jax.students.formats.onnx_graph import INPUT
-from ekd_jax.students.formats.onnx_rules import Tensor, UnsupportedError, Writer
+from ekd_jax.students.formats.onnx_writer import Tensor, UnsupportedError, Writer
 
 
 def write_onnx(network: Exportable, dtype: str = "float32") -> bytes:
