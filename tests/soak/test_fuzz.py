@@ -122,7 +122,8 @@ def test_configurations():
 
 def changing_one_file(folder, work, use):
     """Return an attempt that copies a directory, mutates one of its files, and uses the copy."""
-    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    found = (path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    files = sorted(path.relative_to(folder) for path in found)
 
     def attempt(generator):
         shutil.rmtree(work, ignore_errors=True)
