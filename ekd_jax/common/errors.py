@@ -49,7 +49,10 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and len(text) > LONGEST:
         return f"{error.strerror}: {str(error.filename)[:60]}..."
     text = re.sub(r" \[\w+='.*?'\]", "", text)  # what TensorStore appends
-    return text if len(text) <= LONGEST else f"... {text[-LONGEST:]}"
+    if len(text) <= LONGEST:
+        return text
+    end = text[-LONGEST:]
+    return f"... {end[end.find(' ') + 1 :]}"  # from the next word on
 
 
 def not_written(error: BaseException) -> str:
