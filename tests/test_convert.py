@@ -571,7 +571,8 @@ def test_students_with_fewer_compressed_stages():
 def test_training_begins_with_a_students_values(converted, tmp_path):
     """Base block and student 1 start with them, but not a classifier for other classes."""
     folder, variables = converted
-    changes = {"model__name": "resnet8x4", "model__initial_weights": str(folder / "student")}
+    changes = {"model__name": "resnet8x4", "model__students": (1, 0.5)}
+    changes |= {"model__initial_weights": str(folder / "student")}
     frozen = {"optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0}
     # Digits are gray, so the first convolution differs, too.
     with pytest.raises(UserError, match=r"stem/conv/kernel has shape \(3, 3, 3, 32\), this network"):

@@ -368,7 +368,7 @@ def test_a_write_that_fails_half_way_loses_nothing(uninterrupted, tmp_path):
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 2, out
     assert out.splitlines()[-1].startswith("error: cannot write a checkpoint")
-    assert "File too large; make room and run the same command" in out
+    assert "a file would exceed the limit on file sizes; make room and run the same command" in out
     assert "Traceback" not in out
     finish_and_compare(path, uninterrupted)
 
