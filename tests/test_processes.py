@@ -81,9 +81,7 @@ def assert_same_run(path, other, rtol):
     for a, b in zip(ours, theirs, strict=True):
         losses = [name for name in a if "loss" in name or "nll" in name]
         assert losses
-        # a small loss is a difference of terms near 1
-        x, y = ([record[name] for name in losses] for record in (a, b))
-        np.testing.assert_allclose(x, y, rtol=rtol, atol=2e-6 if rtol else 0)
+        np.testing.assert_allclose([a[n] for n in losses], [b[n] for n in losses], rtol=rtol)
     a, b = (latest_state(folder)["params"] for folder in (path, other))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6), a, b)
 
@@ -92,7 +90,8 @@ RUNS = {
     "oem": {"train__fsdp": 4},
     "streamed": {"data__placement": "stream", "data__workers": 0},
     "sharded": {"data__placement": "sharded", "train__accumulation_steps": 2},
-    "one": {"method__name": "one"},
+    # normalization over few channels would multiply rounding
+    "one": {"method__name": "one", "model__students": (1, 0.5)},
     "kd": {"method__name": "kd", "model__students": (0.25,)},
 }
 
