@@ -8,7 +8,6 @@ Every file is run by its own runtime and compared with JAX before anything is wr
 says what they take and give, and how they compared.
 """
 
-import os
 import pathlib
 import sys
 
@@ -17,7 +16,7 @@ from absl import flags
 
 from ekd_jax import cli
 from ekd_jax.common.errors import UserError
-from ekd_jax.data.folder import find_images
+from ekd_jax.data.folder import image_files
 from ekd_jax.runs.evaluation import config_of, with_data
 from ekd_jax.runs.exporting import IMAGES, exportable_ensemble, some_test_images
 from ekd_jax.runs.run import load_run
@@ -76,8 +75,8 @@ def _network() -> tuple[Exportable, LoadedStudent]:
     if (FLAGS.student_dir is None) == (FLAGS.workdir is None):
         raise UserError("pass --student_dir=DIR, or --workdir=RUN with --student=N or --student=ensemble")
     if FLAGS.student_dir is not None:
-        for flag in ("student", "step"):
-            if FLAGS[flag].value is not None:
+        for flag in ("student", "step", "best"):
+            if FLAGS[flag].present:
                 raise UserError(f"--{flag} belongs to --workdir, not to --student_dir")
         student = load_student(FLAGS.student_dir)
         return exportable_student(student, FLAGS.with_preprocessing), student
@@ -96,11 +95,7 @@ def _network() -> tuple[Exportable, LoadedStudent]:
 def _images(student: LoadedStudent) -> tuple[np.ndarray, str]:
     """Return the images to compare on, (N, H, W, C) uint8, and where they are from."""
     if FLAGS.verify_with:
-        files = [
-            file
-            for place in FLAGS.verify_with
-            for file in (find_images(place) if os.path.isdir(place) else [place])
-        ]
+        files = image_files(FLAGS.verify_with)
         chosen = files[:: max(1, len(files) // IMAGES)][:IMAGES]
         return np.concatenate([read_image(file, student) for file in chosen]), ", ".join(FLAGS.verify_with)
     config = with_data(

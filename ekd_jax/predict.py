@@ -8,7 +8,6 @@ exit code is 1 then.
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 
@@ -20,7 +19,7 @@ from ekd_jax.common.files import write_bytes
 from ekd_jax.common.log import logger
 from ekd_jax.common.text import csv_text, printable
 from ekd_jax.data.decode import MAX_PIXELS
-from ekd_jax.data.folder import find_images
+from ekd_jax.data.folder import image_files
 from ekd_jax.students.predictions import Prediction, predict_files
 from ekd_jax.students.student import load_student
 
@@ -44,9 +43,7 @@ def main() -> int:
     """Run the command."""
     output = cli.output_file("output", (".csv", ".json"))
     student = load_student(FLAGS.student_dir)
-    files = [
-        file for place in FLAGS.image for file in (find_images(place) if os.path.isdir(place) else [place])
-    ]
+    files = image_files(FLAGS.image)
     top = min(FLAGS.top, len(student.class_names))
     found = list(predict_files(student, files, top, FLAGS.max_pixels))
     read = [prediction for prediction in found if not prediction.problem]

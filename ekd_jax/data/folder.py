@@ -10,7 +10,7 @@ import os
 import stat
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from ekd_jax.common.errors import UserError, nearest
@@ -60,6 +60,11 @@ def open_folder(folder: str, test_split: str = "") -> Source:
         once(level, line)
     warn_of_duplicates(listing.train, listing.test)
     return Source(listing.facts, listing.train, listing.test)
+
+
+def image_files(places: Sequence[str]) -> list[str]:
+    """Return image files; a directory among the places stands for all images in it, at any depth."""
+    return [file for place in places for file in (find_images(place) if os.path.isdir(place) else [place])]
 
 
 def find_images(folder: str) -> list[str]:

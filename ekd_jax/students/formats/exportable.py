@@ -1,4 +1,4 @@
-"""What is exported: a network that takes images and gives logits, with everything that a file says about it."""
+"""A network as it is exported: it takes images and gives logits, and has everything that a file says about it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -50,7 +50,7 @@ class Exportable:
 
     @property
     def output(self) -> str:
-        """What the file gives."""
+        """The name of the output of the file: "logits" or "probabilities"."""
         return "probabilities" if self.with_preprocessing else "logits"
 
     def inputs(self, images: np.ndarray) -> np.ndarray:
