@@ -288,6 +288,14 @@ def test_from_python(tmp_path):
     np.testing.assert_allclose(found, student.predict(images), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "images", [np.zeros((0, 8, 8, 1), np.uint8), np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 8, 8, 1))]
+)
+def test_images_that_do_not_fit_are_refused(images, tmp_path):
+    with pytest.raises(UserError, match="pass uint8 images Nx8x8x1, at least one, not"):
+        ekd_jax.export_student(fresh_student(("a", "b")), tmp_path / "out", images=images)
+
+
 def test_the_command(tmp_path):
     student = fresh_student(tuple("0123456789"))
     of_digits = dataclasses.replace(student.description, provenance=Provenance("digits"))
@@ -315,6 +323,7 @@ def test_the_command(tmp_path):
         (["--format=stablehlo", "--dtype=float16"], "--format=stablehlo has no --dtype=float16"),
         (["--format=onnx", "--dtype=int4"], "--dtype=int4 must be one of float32, float16"),
         (["--format=onnx", "--student=1"], "--student belongs to --workdir"),
+        (["--format=onnx", "--best"], "--best belongs to --workdir"),
         (["--format=onnx", "--verify_with=nowhere.png"], "nowhere.png"),
         (["--format=onnx", "--workdir=run"], "pass --student_dir=DIR, or --workdir=RUN"),
     ],

@@ -11,7 +11,6 @@ from jax import lax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ekd_jax.config.resolve import identity, resolve
-from ekd_jax.data.dataset import Source
 from ekd_jax.data.decode import Reader
 from ekd_jax.data.opening import open_data
 from ekd_jax.runs.evaluation import config_of
@@ -78,20 +77,17 @@ def exportable_ensemble(run: Run, with_preprocessing: bool = False) -> Exportabl
     )
 
 
-def some_test_images(
-    config: FrozenConfigDict, input_shape: tuple[int, int, int], source: Source | None = None
-) -> np.ndarray:
+def some_test_images(config: FrozenConfigDict, input_shape: tuple[int, int, int]) -> np.ndarray:
     """Return images of a test set, (N, H, W, C) uint8, spread over the whole set.
 
     Args:
         config: its section `data` names the set.
         input_shape: H, W, C of the network's input.
-        source: the data set itself, if it is in memory.
 
     Raises:
         UserError: the data is missing, or an image cannot be read.
     """
-    test = open_data(config, source).test
+    test = open_data(config).test
     read = Reader(input_shape, config.data.fit, config.data.max_pixels)
     places = np.linspace(0, len(test) - 1, min(IMAGES, len(test))).astype(int)
     return np.stack([read(test[int(place)]) for place in places])

@@ -159,6 +159,15 @@ def export(
     """
     check_formats(formats, dtype)
     check_output(output)
+    if (
+        images.dtype != np.uint8
+        or images.ndim != 4
+        or images.shape[1:] != network.input_shape
+        or not len(images)
+    ):
+        wanted = "x".join(map(str, ("N", *network.input_shape)))
+        given = "x".join(map(str, images.shape))
+        raise UserError(f"to compare, pass uint8 images {wanted}, at least one, not {images.dtype} {given}")
     batches = [images[:1], *(images[i : i + LARGE_BATCH] for i in range(1, len(images), LARGE_BATCH))]
     expected = np.concatenate([network.expected(batch) for batch in batches])
     files: Files = {}
