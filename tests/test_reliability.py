@@ -1,5 +1,6 @@
 """What a run survives: losses that are not finite, damaged checkpoints and files, changes, signals."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -19,7 +20,7 @@ from conftest import ROOT, command, latest_state, one_device, plain_environment,
 import ekd_jax
 from ekd_jax.common.errors import Interrupted, UserError
 from ekd_jax.runs import history
-from ekd_jax.runs.checkpoint import open_checkpoints, saved_steps
+from ekd_jax.runs.checkpoint import Checkpoints, open_checkpoints, saved_steps
 from ekd_jax.runs.history import Permit, read_history
 from ekd_jax.runs.metrics import METRICS, read_metrics
 from ekd_jax.runs.run import load_run
@@ -195,6 +196,17 @@ def damage(checkpoint: pathlib.Path, how: str) -> None:
                 file.write_bytes(b"")
     else:
         shutil.rmtree(checkpoint / "state")
+
+
+def test_a_checkpoint_holds_the_values_of_its_step(tmp_path):
+    """Values that change while they are written in the background are saved as they were."""
+    numbers = [0.0] * 1_000_000  # long enough for the change to come before its end is written
+    state = TrainState(step=np.int32(1), params={"a": np.zeros(3)}, batch_stats={}, opt_state=(), copies={})
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(state, {"log": {"numbers": numbers}}, None)
+        numbers[-1] = 1.0
+        checkpoints.wait()
+        assert checkpoints.restore(state, 1)[1]["log"]["numbers"][-1] == 0.0
 
 
 @pytest.mark.parametrize("how", ["flipped", "removed"])  # and every file in every way: soak/test_damage.py

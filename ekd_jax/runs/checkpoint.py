@@ -105,11 +105,12 @@ class Checkpoints:
 
         Args:
             state: arrays; may be donated as soon as this returns.
-            run: JSON values to remember.
+            run: JSON values to remember; may change as soon as this returns.
             evaluation: metrics of this state, if it was evaluated; they decide which checkpoint is best.
         """
         tree = parallel.fetch(_as_tree(state))
         run = {**run, "evaluation": evaluation, "sha256": _digests(tree)}
+        run = json.loads(json.dumps(run))  # a copy: Orbax writes in the background, while the run goes on
         run["own_sha256"] = _digest_of_json(run)
         step = int(tree["step"])
         self._kept.note(step, evaluation)
