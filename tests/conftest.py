@@ -42,9 +42,9 @@ from ekd_jax.config.knobs import default_config
 from ekd_jax.config.resolve import resolve
 from ekd_jax.models.cost import count_parameters
 from ekd_jax.runs.checkpoint import open_checkpoints
-from ekd_jax.students.convert import match_arrays
 from ekd_jax.students.description import NetworkDescription, Preprocessing, Provenance, StudentDescription
 from ekd_jax.students.student import LoadedStudent
+from ekd_jax.students.torch_arrays import match_arrays
 from ekd_jax.training import single
 
 # A shell's background jobs ignore SIGINT, those of nohup SIGHUP, and so would the commands that tests start.

@@ -18,8 +18,9 @@ from ekd_jax import convert as convert_command
 from ekd_jax import load_student, models
 from ekd_jax.common.errors import UserError
 from ekd_jax.runs.checkpoint import Checkpoints
-from ekd_jax.students.convert import Request, block_names, convert, convert_students, is_stacked
-from ekd_jax.students.torch_names import SOURCES, todays_names, torch_name
+from ekd_jax.students.convert import Request, convert, convert_students
+from ekd_jax.students.torch_arrays import state_dict
+from ekd_jax.students.torch_names import SOURCES, todays_names
 from ekd_jax.training import single
 
 # A network of each source, the ways its library has it.
@@ -60,16 +61,7 @@ def network_variables(name, classes, width):
 def as_torch(variables, name, library):
     """Return a network's variables as a state dict of the library."""
     rules = next(s.rules for s in SOURCES if s.library == library and torch_matches(s, name))
-    state = {"num_batches_tracked": np.zeros((), np.int64)}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        for (ours, _), value in zip(
-            block_names(path, leaf.shape), leaf if is_stacked(path) else [leaf], strict=True
-        ):
-            theirs = torch_name(ours, rules)
-            assert theirs not in state, f"two of ours are their {theirs}"
-            axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[value.ndim]
-            state[theirs] = np.ascontiguousarray(value.transpose(axes))
-    return state
+    return state_dict(variables, rules) | {"num_batches_tracked": np.zeros((), np.int64)}
 
 
 def torch_matches(source, name):
