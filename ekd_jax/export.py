@@ -3,6 +3,7 @@
     python -m ekd_jax.export --student_dir=DIR --format=onnx --output=DIR
     python -m ekd_jax.export --workdir=RUN --student=3 --format=onnx,openvino --with_preprocessing --output=DIR
     python -m ekd_jax.export --workdir=RUN --student=ensemble --format=stablehlo --output=DIR
+    python -m ekd_jax.export --student_dir=DIR --format=torch --library=torchvision --output=DIR
 
 Every file is run by its own runtime and compared with JAX before anything is written. `export.json` beside the files
 says what they take and give, and how they compared.
@@ -20,7 +21,7 @@ from ekd_jax.data.folder import image_files
 from ekd_jax.runs.evaluation import config_of, with_data
 from ekd_jax.runs.exporting import IMAGES, exportable_ensemble, some_test_images
 from ekd_jax.runs.run import load_run
-from ekd_jax.students.formats.export import DTYPES, FORMATS, check_formats, export
+from ekd_jax.students.formats.export import DTYPES, FORMATS, Options, check_formats, export
 from ekd_jax.students.formats.exportable import Exportable, exportable_student
 from ekd_jax.students.student import LoadedStudent, check_output, load_student, read_image
 
@@ -45,6 +46,16 @@ def define_flags() -> None:
         False,
         "the files take images as uint8 and give probabilities; without, they take normalized images and give logits",
     )
+    flags.DEFINE_string(
+        "library",
+        "",
+        "of torch: whose names the arrays get, such as torchvision, timm, RepDistiller or official",
+    )
+    flags.DEFINE_string(
+        "torch_network",
+        "",
+        "of torch: MODULE:FUNCTION(ARGUMENTS) that makes the network in your copy of a library that is no package",
+    )
     flags.DEFINE_multi_string(
         "verify_with",
         None,
@@ -57,11 +68,12 @@ def define_flags() -> None:
 def main() -> None:
     """Run the command."""
     output = pathlib.Path(FLAGS.output)
-    check_formats(FLAGS.format, FLAGS.dtype)
+    options = Options(FLAGS.dtype, FLAGS.library, FLAGS.torch_network)
+    check_formats(FLAGS.format, options)
     check_output(output)
     network, student = _network()
     images, where = _images(student)
-    record = export(network, FLAGS.format, output, images, where, FLAGS.dtype)
+    record = export(network, FLAGS.format, output, images, where, options)
     for each in record.exported:
         print(
             f"{network.name} as {each.format} -> {', '.join(str(output / file) for file in each.files)}: "

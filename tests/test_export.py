@@ -18,13 +18,13 @@ from ekd_jax.common.errors import UserError
 from ekd_jax.models.platform import ANY, platform, tracing_for
 from ekd_jax.runs.exporting import exportable_ensemble
 from ekd_jax.runs.run import load_run
-from ekd_jax.students.description import Preprocessing, Provenance
+from ekd_jax.students.description import NetworkDescription, Preprocessing, Provenance, StudentDescription
 from ekd_jax.students.formats import export as formats
-from ekd_jax.students.formats.export import FORMATS, export
+from ekd_jax.students.formats.export import FORMATS, Options, export
 from ekd_jax.students.formats.exportable import Exportable, exportable_student
 from ekd_jax.students.formats.onnx_file import write_onnx
 from ekd_jax.students.formats.onnx_graph import Graph
-from ekd_jax.students.student import write_student
+from ekd_jax.students.student import LoadedStudent, write_student
 from ekd_jax.training import single
 
 onnx = pytest.importorskip("onnx")
@@ -60,22 +60,25 @@ def statistic(path, new, old):
 
 
 def calibrated(name, size, width=0.5, **options):
-    """Make a network whose running statistics are those of a batch, as if it had been trained."""
+    """Make a student whose running statistics are those of a batch, as if it had been trained."""
     ensemble, shape = models.build_ensemble(name, (width,), 10, **options), (size, size, 3)
     full = ensemble.trace(shape).init(0)
     images = np.random.default_rng(0).normal(size=(16, *shape)).astype(np.float32)
     run = jax.jit(lambda v: ensemble.apply(v, images, train=True, key=jax.random.key(0))[1])
     of_batch = jax.tree_util.tree_map_with_path(statistic, run(full), full["batch_stats"])
-    variables = ensemble.student_variables({"params": full["params"], "batch_stats": of_batch}, 1)
-    network = ensemble.student(1)
-    return Exportable(
-        name=name,
-        logits=lambda images: network.logits(variables, images),
-        input_shape=shape,
+    description = StudentDescription(
+        network=NetworkDescription(
+            name, tuple(map(str, ensemble.widths[0])), 10, shape, "float32", options
+        ),
+        student=1,
+        parameters=0,
+        macs=0,
         class_names=CLASSES,
         preprocessing=Preprocessing((0.4,), (0.2,)),
-        about={},
+        provenance=Provenance("arrays"),
     )
+    variables = ensemble.student_variables({"params": full["params"], "batch_stats": of_batch}, 1)
+    return exportable_student(LoadedStudent(description, variables))
 
 
 def pictures(network, number=8):
@@ -109,9 +112,9 @@ def test_onnx_runtime_computes_the_same(name, size, with_preprocessing, tmp_path
     assert json.loads(facts["preprocessing"])["in_the_file"] is with_preprocessing
 
 
-def test_padding_of_tensorflow(tmp_path):
-    """On maps of odd size it differs from that of PyTorch, which is tested above."""
-    network = calibrated("efficientnet_b0", 33, padding="same")
+def test_padding_of_pytorch(tmp_path):
+    """On maps of even size it differs from that of TensorFlow, which is tested above."""
+    network = calibrated("efficientnet_b0", 32, padding="even")
     export(network, ["onnx"], tmp_path / "out", pictures(network), "random pixels")
 
 
@@ -137,7 +140,9 @@ def test_half_precision(tmp_path):
     network = calibrated("resnet8", 16)
     sizes = {}
     for dtype in ("float32", "float16"):
-        record = export(network, ["onnx"], tmp_path / dtype, pictures(network), "random pixels", dtype)
+        record = export(
+            network, ["onnx"], tmp_path / dtype, pictures(network), "random pixels", Options(dtype)
+        )
         sizes[dtype] = record.exported[0].bytes
     assert 1e-5 < record.exported[0].difference < 1e-2
     assert sizes["float16"] < 0.6 * sizes["float32"]
@@ -342,4 +347,4 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"--format=openvino needs the package onnx: pip install 'ekd_jax\[openvino\]'"
     ):
-        formats.check_formats(["openvino"], "float32")
+        formats.check_formats(["openvino"], Options())

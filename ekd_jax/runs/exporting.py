@@ -15,7 +15,7 @@ from ekd_jax.data.decode import Reader
 from ekd_jax.data.opening import open_data
 from ekd_jax.runs.evaluation import config_of
 from ekd_jax.runs.run import Run, make_predict
-from ekd_jax.students.formats.export import ExportRecord, export
+from ekd_jax.students.formats.export import ExportRecord, Options, export
 from ekd_jax.students.formats.exportable import Exportable, exportable_student
 from ekd_jax.students.student import LoadedStudent
 
@@ -29,17 +29,22 @@ def export_student(
     images: np.ndarray | None = None,
     with_preprocessing: bool = False,
     dtype: str = "float32",
+    library: str = "",
+    torch_network: str = "",
 ) -> ExportRecord:
     """Write a student for other runtimes to a new directory, each file compared with JAX before.
 
     Args:
         student: as `load_student` or `load_run(...).student(n)` returns it.
         output: new directory.
-        formats: "onnx", "stablehlo", "openvino".
+        formats: "onnx", "stablehlo", "openvino", "torch".
         images: (N, H, W, C) uint8 to compare on; test images of the student's data set if not given.
         with_preprocessing: the files take images as uint8 and give probabilities; without, they take normalized
             images and give logits.
         dtype: "float32", or "float16" for ONNX and OpenVINO.
+        library: of "torch", whose names the arrays get: "torchvision", "timm", "RepDistiller", ...
+        torch_network: of "torch", what makes the network where the library is no package:
+            "module:function(arguments)".
 
     Returns:
         The record that is also in `export.json`.
@@ -52,7 +57,9 @@ def export_student(
         config = config_of(student)
         images, where = some_test_images(config, student.input_shape), f"test images of {config.data.name}"
     network = exportable_student(student, with_preprocessing)
-    return export(network, formats, pathlib.Path(output), images, where, dtype)
+    return export(
+        network, formats, pathlib.Path(output), images, where, Options(dtype, library, torch_network)
+    )
 
 
 def exportable_ensemble(run: Run, with_preprocessing: bool = False) -> Exportable:

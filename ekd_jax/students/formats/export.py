@@ -13,7 +13,7 @@ import numpy as np
 from ekd_jax.common.errors import UserError, nearest, reason
 from ekd_jax.common.files import replacing, write_bytes
 from ekd_jax.common.records import write_record
-from ekd_jax.students.formats import onnx_file, openvino, stablehlo
+from ekd_jax.students.formats import onnx_file, openvino, pytorch, stablehlo
 from ekd_jax.students.formats.exportable import Exportable
 from ekd_jax.students.student import check_output
 
@@ -27,22 +27,41 @@ Files = dict[str, bytes]
 
 
 @dataclasses.dataclass(frozen=True)
+class Options:
+    """What a user chooses about the files.
+
+    Attributes:
+        dtype: in which they compute, one of `DTYPES`.
+        library: of a PyTorch state dict, see `pytorch.write_torch`.
+        torch_network: of a PyTorch state dict, see `pytorch.write_torch`.
+    """
+
+    dtype: str = DTYPES[0]
+    library: str = ""
+    torch_network: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Format:
     """A kind of file.
 
     Attributes:
         packages: what has to be installed, name of the module -> extra of this package.
         runtime: the package that runs it, whose version is recorded.
-        write: (network, dtype) -> the files, by name.
-        run: (the files, batches of inputs) -> what the runtime gives for each.
+        write: gives the files, by name.
+        run: (the files, batches of inputs, channels last) -> what the runtime gives for each.
+        check: raises UserError if a network cannot be written with these options.
         dtypes: in which it can compute.
+        layout: of images; "NHWC" or "NCHW".
     """
 
     packages: dict[str, str]
     runtime: str
-    write: Callable[[Exportable, str], Files]
+    write: Callable[[Exportable, Options], Files]
     run: Callable[[Files, list[np.ndarray]], list[np.ndarray]]
+    check: Callable[[Exportable, Options], None] = lambda network, options: None
     dtypes: tuple[str, ...] = DTYPES
+    layout: str = "NHWC"
 
 
 ONNX, STABLEHLO = "student.onnx", "student.stablehlo"
@@ -50,21 +69,32 @@ FORMATS = {
     "onnx": Format(
         packages={"onnx": "onnx", "onnxruntime": "onnx"},
         runtime="onnxruntime",
-        write=lambda network, dtype: {ONNX: onnx_file.write_onnx(network, dtype)},
+        write=lambda network, options: {ONNX: onnx_file.write_onnx(network, options.dtype)},
         run=lambda files, batches: onnx_file.run_onnx(files[ONNX], batches),
     ),
     "stablehlo": Format(
         packages={},
         runtime="jax",
-        write=lambda network, dtype: {STABLEHLO: stablehlo.write_stablehlo(network)},
+        write=lambda network, options: {STABLEHLO: stablehlo.write_stablehlo(network)},
         run=lambda files, batches: stablehlo.run_stablehlo(files[STABLEHLO], batches),
         dtypes=("float32",),
     ),
     "openvino": Format(
         packages={"onnx": "openvino", "openvino": "openvino"},
         runtime="openvino",
-        write=lambda network, dtype: openvino.write_openvino(onnx_file.write_onnx(network, dtype)),
+        write=lambda network, options: openvino.write_openvino(
+            onnx_file.write_onnx(network, options.dtype)
+        ),
         run=openvino.run_openvino,
+    ),
+    "torch": Format(
+        packages={"torch": "torch"},
+        runtime="torch",
+        write=lambda network, options: pytorch.write_torch(network, options.library, options.torch_network),
+        run=pytorch.run_torch,
+        check=lambda network, options: pytorch.check_torch(network, options.library, options.torch_network),
+        dtypes=("float32",),
+        layout="NCHW",
     ),
 }
 
@@ -76,6 +106,7 @@ class Exported:
     Attributes:
         format: a key of `FORMATS`.
         dtype: in which it computes.
+        layout: of the images that it takes, "NHWC" or "NCHW".
         files: names of its files.
         sha256: of each file, hexadecimal.
         bytes: of all its files.
@@ -87,6 +118,7 @@ class Exported:
 
     format: str
     dtype: str
+    layout: str
     files: tuple[str, ...]
     sha256: tuple[str, ...]
     bytes: int
@@ -113,8 +145,9 @@ class ExportRecord:
     exported: tuple[Exported, ...]
 
 
-def check_formats(formats: Sequence[str], dtype: str) -> None:
-    """Raise UserError unless all formats are known, can compute in `dtype`, and their packages are installed."""
+def check_formats(formats: Sequence[str], options: Options) -> None:
+    """Raise UserError unless all formats are known, have these options, and their packages are installed."""
+    dtype = options.dtype
     if not formats:
         raise UserError(f"--format is empty: name one or several of {', '.join(FORMATS)}")
     if dtype not in DTYPES:
@@ -131,6 +164,9 @@ def check_formats(formats: Sequence[str], dtype: str) -> None:
                 raise UserError(
                     f"--format={name} needs the package {module}: pip install 'ekd_jax[{extra}]'"
                 )
+    for flag in ("library", "torch_network"):
+        if getattr(options, flag) and "torch" not in formats:
+            raise UserError(f"--{flag} belongs to --format=torch")
 
 
 def export(
@@ -139,7 +175,7 @@ def export(
     output: pathlib.Path,
     images: np.ndarray,
     compared_on: str,
-    dtype: str = "float32",
+    options: Options = Options(),
 ) -> ExportRecord:
     """Write a network in several formats to a new directory, all of them or none, with a record beside them.
 
@@ -152,13 +188,16 @@ def export(
         output: new directory.
         images: (N, H, W, C) uint8, on which they are compared.
         compared_on: where these are from, for the record.
-        dtype: in which the files compute.
+        options: what the user chose.
 
     Raises:
-        UserError: an unknown format, a package is missing, a runtime differs, or `output` exists.
+        UserError: an unknown format, a package is missing, a format cannot hold the network,
+            a runtime differs, or `output` exists.
     """
-    check_formats(formats, dtype)
+    check_formats(formats, options)
     check_output(output)
+    for name in formats:
+        FORMATS[name].check(network, options)
     if (
         images.dtype != np.uint8
         or images.ndim != 4
@@ -173,8 +212,8 @@ def export(
     files: Files = {}
     exported = []
     for name in dict.fromkeys(formats):
-        own, found = _written_and_run(name, network, dtype, batches)
-        exported.append(_compared(name, dtype, own, found, expected))
+        own, found = _written_and_run(name, network, options, batches)
+        exported.append(_compared(name, options.dtype, own, found, expected))
         files |= own
     record = ExportRecord(network.name, network.metadata(), compared_on, tuple(exported))
     try:
@@ -191,11 +230,11 @@ def export(
 
 
 def _written_and_run(
-    name: str, network: Exportable, dtype: str, batches: list[np.ndarray]
+    name: str, network: Exportable, options: Options, batches: list[np.ndarray]
 ) -> tuple[Files, np.ndarray]:
     """Return the files of a format, and what its runtime gives for all images."""
     try:
-        files = FORMATS[name].write(network, dtype)
+        files = FORMATS[name].write(network, options)
         return files, np.concatenate(FORMATS[name].run(files, [network.inputs(batch) for batch in batches]))
     except UserError:
         raise
@@ -224,6 +263,7 @@ def _compared(name: str, dtype: str, files: Files, found: np.ndarray, expected: 
     return Exported(
         format=name,
         dtype=dtype,
+        layout=FORMATS[name].layout,
         files=tuple(files),
         sha256=tuple(hashlib.sha256(content).hexdigest() for content in files.values()),
         bytes=sum(map(len, files.values())),

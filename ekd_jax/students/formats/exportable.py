@@ -33,6 +33,7 @@ class Exportable:
         about: further facts for the file.
         with_preprocessing: whether the file takes images (B, H, W, C) uint8 and gives probabilities; otherwise it takes
             normalized images float32 and gives logits.
+        student: what is exported, if it is one student.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Exportable:
     preprocessing: Preprocessing
     about: dict[str, Any]
     with_preprocessing: bool = False
+    student: LoadedStudent | None = None
 
     @property
     def input_type(self) -> str:
@@ -127,4 +129,5 @@ def exportable_student(student: LoadedStudent, with_preprocessing: bool = False)
             "provenance": as_json(own.provenance),
         },
         with_preprocessing=with_preprocessing,
+        student=student,
     )

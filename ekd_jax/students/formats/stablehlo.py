@@ -1,27 +1,17 @@
 """StableHLO: a program that JAX itself loads, in a process that does not have this package."""
 
-import os
-import pathlib
-import subprocess
-import sys
-import tempfile
-
 import jax
 import numpy as np
 from jax import export
 
-from ekd_jax.common.errors import UserError
 from ekd_jax.models.platform import ANY, tracing_for
+from ekd_jax.students.formats.alone import run_alone
 from ekd_jax.students.formats.exportable import Exportable
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 PROGRAM = """
-import sys
-import jax, numpy
-network = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
-for file in sys.argv[2:]:
-    numpy.save(file, numpy.asarray(network.call(numpy.load(file))))
-assert "ekd_jax" not in sys.modules
+import jax.export
+network = jax.export.deserialize(bytearray(open(sys.argv[1] + "/program", "rb").read())).call
 """
 
 
@@ -46,22 +36,4 @@ def run_stablehlo(content: bytes, batches: list[np.ndarray]) -> list[np.ndarray]
     Raises:
         UserError: the process fails.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        (folder / "program").write_bytes(content)
-        files = [folder / f"{number}.npy" for number in range(len(batches))]
-        for file, batch in zip(files, batches, strict=True):
-            np.save(file, batch)
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        done = subprocess.run(
-            [sys.executable, "-c", f"import jax.export{PROGRAM}", folder / "program", *files],
-            env=environment | {"JAX_PLATFORMS": "cpu"},
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"the exported program fails in a process of its own: {last}")
-        return [np.load(file) for file in files]
+    return run_alone(PROGRAM, {"program": content}, batches)
