@@ -117,11 +117,10 @@ def methods(pattern: str) -> str:
     """Return the methods whose names match, with the summary of the class and the references of its file."""
     rows = []
     for name in _matching(list_methods(), pattern, "method"):
-        summary = inspect.cleandoc(METHODS[name].__doc__ or "").split("\n\n")[0]
         module = inspect.getmodule(METHODS[name])
         parts = inspect.cleandoc(module.__doc__ or "").split("\n\n") if module else []
         references = [part for part in parts if part.startswith("References:")]
-        lines = [" ".join(text.split()) for text in (summary, *references)]
+        lines = [METHODS[name].summary(), *(" ".join(text.split()) for text in references)]
         wrapped = [textwrap.wrap(s, 100, initial_indent="    ", subsequent_indent="    ") for s in lines]
         rows.append("\n".join([name, *itertools.chain(*wrapped)]))
     return "\n".join(rows)

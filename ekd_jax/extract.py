@@ -3,8 +3,8 @@
     python -m ekd_jax.extract --workdir=RUN --student=5 --output=DIR [--step=N | --best]
     python -m ekd_jax.extract --workdir=RUN --max_parameters=50000 --output=DIR
 
-The directory holds `weights.safetensors` and `student.json` (network, class names, preprocessing, metrics,
-provenance). `ekd_jax.load_student(DIR)` loads it.
+The directory holds `weights.safetensors`, `student.json` (network, class names, preprocessing, metrics, provenance)
+and `README.md`, a model card. `ekd_jax.load_student(DIR)` loads it.
 """
 
 import pathlib
@@ -14,8 +14,9 @@ from absl import flags
 
 from ekd_jax import cli
 from ekd_jax.common.errors import UserError
-from ekd_jax.runs.run import load_run
-from ekd_jax.students.student import check_output
+from ekd_jax.common.log import logger
+from ekd_jax.runs.run import Run, load_run
+from ekd_jax.students.student import LoadedStudent, check_output, write_student
 
 FLAGS = flags.FLAGS
 
@@ -28,6 +29,11 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_parameters", None, "the best student with at most this many parameters")
     flags.DEFINE_integer("step", None, "step of the checkpoint; the latest if not given")
     flags.DEFINE_boolean("best", False, "the kept checkpoint in which the student did best")
+    flags.DEFINE_boolean(
+        "per_class",
+        True,
+        "evaluate the student on the test images, for the scores by class on its card",
+    )
 
 
 def main() -> None:
@@ -39,12 +45,24 @@ def main() -> None:
     check_output(output)
     run = load_run(FLAGS.workdir, FLAGS.step, FLAGS.best)
     number = run.best_student_within(FLAGS.max_parameters) if FLAGS.student is None else FLAGS.student
-    own = run.extract(number, output).description
+    student = run.student(number)
+    own = write_student(
+        output, _with_class_scores(run, student) if FLAGS.per_class else student
+    ).description
     accuracy = own.metrics.get("top1")
     print(
         f"student {number} of {FLAGS.workdir} at step {own.provenance.step} -> {output}: "
         f"{own.parameters:,} parameters" + (f", {accuracy:.2f} % top-1" if accuracy is not None else "")
     )
+
+
+def _with_class_scores(run: Run, student: LoadedStudent) -> LoadedStudent:
+    """Return the student with scores by class, or as it is where the test images are not to be had."""
+    try:
+        return run.with_class_scores(student)
+    except UserError as error:
+        logger.warning(f"the model card gets no scores by class: {error}")
+        return student
 
 
 if __name__ == "__main__":

@@ -37,11 +37,27 @@ NETWORKS = [
     ("shufflenet_v2_x1_0", 64, 0.5, {}, "torchvision", ""),
     ("efficientnet_b0", 65, 0.5, {"padding": "even"}, "torchvision", ""),
     ("efficientnet_b0", 65, 0.5, {"batch_norm_epsilon": 1e-3}, "timm", ""),
-    pytest.param("efficientnet_b5", 65, 1, {"padding": "even"}, "timm", "", marks=SLOW),
+    pytest.param("efficientnet_b1", 65, 1, {"padding": "even"}, "timm", "", marks=SLOW),
     ("resnet20_a", 32, (1, 0.5, 0.5), {}, "official", "copied:resnet20"),
-    pytest.param("wrn_16_1", 32, (1, 0.5, 0.5), {}, "RepDistiller", "copied:WideResNet(16, 1, num_classes=10)", marks=SLOW),
+    pytest.param(
+        "wrn_16_1",
+        32,
+        (1, 0.5, 0.5),
+        {},
+        "RepDistiller",
+        "copied:wrn_16_1",
+        marks=SLOW,
+    ),
     ("vgg8", 32, 0.5, {}, "RepDistiller", "copied:vgg8()"),
-    pytest.param("shufflenet_v1_cifar", 32, 0.5, {}, "RepDistiller", "copied:ShuffleNetV1Cifar(num_classes=10)", marks=SLOW),
+    pytest.param(
+        "shufflenet_v1_cifar",
+        32,
+        0.5,
+        {},
+        "RepDistiller",
+        "copied:ShuffleNetV1Cifar(10)",
+        marks=SLOW,
+    ),
 ]
 
 
@@ -57,6 +73,9 @@ def resnet8(num_classes):
 
 def even():
     return timm.create_model("efficientnet_b0", num_classes=10)
+
+def wrn_16_1():
+    return WideResNet(16, 1, num_classes=10)
 
 def vgg8():
     return Vgg(vgg(1, 1, 1, 1, 1), num_classes=10)

@@ -78,6 +78,11 @@ FIELDS = [
     ("network.widths", ["-1"] * 3, "is not a number above 0"),
     ("network.widths", ["1/4"] * 2, "width"),
     ("network.widths", [], "network.widths is empty"),
+    (
+        "by_class",
+        {"zebra": {"images": 1, "recall": 0.0, "precision": 0.0, "f1": 0.0}},
+        "by_class has 'zebra', which is no class",
+    ),
     ("network.widths", ["1/2"] * 3, "bn1/mean is float32 4, its network needs float32 8"),
     ("network.num_classes", 1, "network.num_classes is 1, not 2 to"),
     ("network.num_classes", 10**12, "network.num_classes is 1000000000000"),
@@ -112,7 +117,7 @@ FIELDS = [
     ("macs", 17, "17 multiply-accumulates"),
     ("metrics", {"top1": float("inf")}, "metrics has a value that is not finite"),
     ("metrics", {"top1": "high"}, "Expected `float`"),
-    ("format", 4, "has format 4, this version reads 5: extract the student again"),
+    ("format", 4, "has format 4, this version reads 6: extract the student again"),
     ("format", "5", "Expected `int`"),
 ]  # fmt: skip
 

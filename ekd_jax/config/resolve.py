@@ -13,7 +13,7 @@ from ekd_jax.common.imports import import_modules
 from ekd_jax.common.knob import shown
 from ekd_jax.common.records import read_json
 from ekd_jax.config.build import build_networks
-from ekd_jax.config.knobs import KNOBS, all_knobs, nest
+from ekd_jax.config.knobs import KNOBS, all_knobs, default_config, nest
 from ekd_jax.config.other_names import hint
 from ekd_jax.models.members import parse_students
 
@@ -119,6 +119,18 @@ def identity(config: FrozenConfigDict) -> dict[str, Any]:
         "seed": config.seed,
         "fingerprint": fingerprint(config),
     }
+
+
+def settings(config: FrozenConfigDict) -> dict[str, Any]:
+    """Return dotted name -> value of every knob that changes the result and differs from the method's defaults."""
+    usual = result_fields(to_dict(resolve(default_config(config.method.name))))
+    own = result_fields(to_dict(config))
+    return {name: value for name, value in own.items() if name not in usual or usual[name] != value}
+
+
+def steps_in(epochs: float, config: FrozenConfigDict, examples: int) -> int:
+    """Return the number of steps nearest to a number of epochs over so many examples; at least one."""
+    return max(1, round(epochs * examples / config.train.batch_size))
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

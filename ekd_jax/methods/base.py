@@ -7,6 +7,7 @@ is its own sub-modules, whose parameters the train state holds under `method/`. 
 """
 
 import dataclasses
+import inspect
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -143,6 +144,11 @@ class Method(nn.Module):
         for field, own in knobs_of(type(self)).items():
             own.check(f"method.{field}", getattr(self, field))
         super().__post_init__()
+
+    @classmethod
+    def summary(cls) -> str:
+        """Return the first paragraph of the documentation of the class, in one line."""
+        return " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Array, Terms]:
         """Compute the loss of a training batch.

@@ -22,12 +22,14 @@ from ekd_jax.data.feed import EvaluationSet, evaluation_set
 from ekd_jax.data.opening import open_data
 from ekd_jax.data.stream import evaluation_batch_size
 from ekd_jax.models.ensemble import Variables
+from ekd_jax.students.description import ClassScores
 from ekd_jax.students.student import LoadedStudent
 
 Array = jax.Array
 Results = dict[str, float]
 Predict = Callable[[Variables, Array], Array]
 OF_ONE_SET = ("test_split", "extra", "train_examples", "validation_examples")  # knobs in the section data
+OTHER_DEVICE = 0.002  # share of the images that another kind of device may put into another class
 SPLITS = ("test", "validation", "train", "all")
 
 
@@ -325,6 +327,27 @@ def evaluate_student(
     )
     config = with_data(config_of(student), changes, student.input_shape)
     return evaluate_predictors(predictors, config, split, source, confusion)
+
+
+def with_class_scores(student: LoadedStudent, found: Evaluation) -> LoadedStudent:
+    """Return a student whose description has the scores of each class, as its evaluation on the test set found them.
+
+    It says so, once, if the run recorded another accuracy on as many images: then they may be other images.
+    """
+    own, (name,) = student.description, found.names
+    recorded, now = own.metrics.get("top1"), found[f"{name}/top1"]
+    if own.evaluated_on == "test" and recorded is not None:
+        images = abs(now - recorded) / 100 * found.examples
+        if found.examples != own.examples or images > OTHER_DEVICE * found.examples + 0.5:
+            logger.warning(
+                f"student {own.student} has {now:.2f} % top-1 on {found.examples:,} test images, its run recorded "
+                f"{recorded:.2f} % on {own.examples:,}: are they the same images?"
+            )
+    by_class = {
+        label: ClassScores(int(scores.pop("images")), **scores)
+        for label, scores in found.of_classes(name).items()
+    }
+    return dataclasses.replace(student, description=dataclasses.replace(own, by_class=by_class))
 
 
 def config_of(student: LoadedStudent) -> FrozenConfigDict:

@@ -14,14 +14,23 @@ from ml_collections import FrozenConfigDict
 from ekd_jax.common.errors import UserError
 from ekd_jax.common.records import read_record
 from ekd_jax.config.build import Networks, build_networks, network_options
-from ekd_jax.config.resolve import identity, read_config
+from ekd_jax.config.resolve import identity, read_config, settings, steps_in
 from ekd_jax.data.augment import normalize
 from ekd_jax.data.dataset import Source
 from ekd_jax.data.opening import open_data
+from ekd_jax.methods import METHODS
 from ekd_jax.models.ensemble import Variables
 from ekd_jax.runs.checkpoint import open_checkpoints
 from ekd_jax.runs.describe import describe_data
-from ekd_jax.runs.evaluation import Evaluation, Predict, Predictors, evaluate_predictors, with_data
+from ekd_jax.runs.evaluation import (
+    Evaluation,
+    Predict,
+    Predictors,
+    evaluate_predictors,
+    evaluate_student,
+    with_class_scores,
+    with_data,
+)
 from ekd_jax.runs.metrics import read_metrics
 from ekd_jax.runs.records import A_RUN, CONFIG, STUDENTS, RunDescription
 from ekd_jax.runs.state import (
@@ -185,7 +194,7 @@ class Run:
             restored, remembered = checkpoints.restore_variables(where, step)
         variables = restored["copies"][str(copy + 1)] if kept else restored
         info = self.description.students[number - 1]
-        measured = (remembered["evaluation"] or {}).items()
+        measured, data = (remembered["evaluation"] or {}).items(), self.description.data
         description = StudentDescription(
             network=self.network_of(member),
             student=number,
@@ -196,18 +205,45 @@ class Run:
             provenance=Provenance(
                 **identity(config),
                 test_split=config.data.test_split,
+                method_summary=METHODS[config.method.name].summary(),
+                settings=settings(config),
+                train_examples=data.train_examples if data else 0,
+                steps=steps_in(config.train.epochs, config, data.train_examples) if data else 0,
+                epochs=config.train.epochs,
                 step=step,
                 epoch=remembered["epoch"],
                 version=__version__,
             ),
             evaluated_on=remembered["evaluated_on"],
             metrics={key.removeprefix(name): value for key, value in measured if key.startswith(name)},
+            examples=getattr(data, f"{remembered['evaluated_on']}_examples", 0),
         )
         return LoadedStudent(description, ensemble.student_variables(variables, member + 1))
 
-    def extract(self, student: int, output: str | os.PathLike[str]) -> LoadedStudent:
-        """Write a student to a new directory; see `student` and `students.student.write_student`."""
-        return write_student(pathlib.Path(output), self.student(student))
+    def with_class_scores(self, student: LoadedStudent) -> LoadedStudent:
+        """Return a student of this run with its scores on the test images of each class.
+
+        Raises:
+            UserError: the data is missing.
+        """
+        places = {name: self.config.data[name] for name in ("data_dir", "manual_dir")}
+        return with_class_scores(student, evaluate_student(student, places))
+
+    def extract(
+        self, student: int, output: str | os.PathLike[str], per_class: bool = False
+    ) -> LoadedStudent:
+        """Write a student to a new directory; see `student` and `students.student.write_student`.
+
+        Args:
+            student: its number, from 1.
+            output: the new directory.
+            per_class: evaluate it on the test images, for the scores by class on its model card.
+
+        Raises:
+            UserError: as `student` and `write_student`; with `per_class`, the data is missing.
+        """
+        own = self.student(student)
+        return write_student(pathlib.Path(output), self.with_class_scores(own) if per_class else own)
 
     def network_of(self, member: int) -> NetworkDescription:
         """Describe the network of a member of the ensemble, counted from 0."""

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-FORMAT = 5
+FORMAT = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,10 @@ class Provenance:
         data: the data set it was trained for, as the knob `data.name`.
         test_split: the TFDS split it is tested on; empty: the usual one.
         model, method, seed, fingerprint: of the run's configuration.
+        method_summary: a sentence about the method.
+        settings: the knobs that change the result and differ from their defaults, by name.
+        train_examples: how many images it was trained on.
+        steps, epochs: how long the run was to train.
         step, epoch: of the checkpoint.
         converted_from: name of the file of PyTorch weights.
         version: of this package.
@@ -69,10 +73,25 @@ class Provenance:
     method: str = ""
     seed: int = 0
     fingerprint: str = ""
+    method_summary: str = ""
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    train_examples: int = 0
+    steps: int = 0
+    epochs: float = 0.0
     step: int = 0
     epoch: float = 0.0
     converted_from: str = ""
     version: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassScores:
+    """The scores of a student on the test images of one class, in per cent, and the number of these images."""
+
+    images: int
+    recall: float
+    precision: float
+    f1: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +108,8 @@ class StudentDescription:
         provenance: where it comes from.
         evaluated_on: "test" or "validation": what `metrics` were measured on.
         metrics: `{"top1": per cent, "top5": per cent, "nll": nats}`; empty if it was not evaluated.
+        examples: how many images `metrics` were measured on; 0 if that is not known.
+        by_class: scores on the test images of each class; empty if they were not measured.
         weights_sha256: of `weights.safetensors`, hexadecimal.
         format: version of this record.
     """
@@ -102,5 +123,7 @@ class StudentDescription:
     provenance: Provenance
     evaluated_on: str = "test"
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    examples: int = 0
+    by_class: dict[str, ClassScores] = dataclasses.field(default_factory=dict)
     weights_sha256: str = ""
     format: int = FORMAT

@@ -1,7 +1,7 @@
 """A student: one network of a run as a directory that stands alone, to predict with.
 
-The directory holds `weights.safetensors` and `student.json` (network, class names, preprocessing, metrics,
-provenance). Nothing else of this package's training code is needed to use it.
+The directory holds `weights.safetensors`, `student.json` (network, class names, preprocessing, metrics,
+provenance) and `README.md`, a model card for people. Nothing else of this package's training code is needed to use it.
 """
 
 import dataclasses
@@ -29,10 +29,11 @@ from ekd_jax.models import EnsembleSpec, build
 from ekd_jax.models.cost import count_parameters
 from ekd_jax.models.ensemble import Ensemble, Student, Variables
 from ekd_jax.models.members import Member, parse_width
+from ekd_jax.students.card import model_card
 from ekd_jax.students.description import FORMAT, StudentDescription
 from ekd_jax.students.validation import problem_of_description, problem_of_weights
 
-WEIGHTS, DESCRIPTION = "weights.safetensors", "student.json"
+WEIGHTS, DESCRIPTION, CARD = "weights.safetensors", "student.json", "README.md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +190,7 @@ def check_output(output: pathlib.Path) -> None:
 
 
 def write_student(output: pathlib.Path, student: LoadedStudent) -> LoadedStudent:
-    """Write a student to the new directory `output`, which appears with both files or not at all.
+    """Write a student to the new directory `output`, which appears with all files or not at all.
 
     Returns:
         The student, whose description has the SHA-256 of its weights.
@@ -213,6 +214,8 @@ def write_students(output: pathlib.Path, students: Mapping[str, LoadedStudent]) 
                 (partial / name).mkdir(parents=True)
                 write_bytes(partial / name / WEIGHTS, weights)
                 write_record(partial / name / DESCRIPTION, description)
+                card = model_card(description, len(weights) / 1e6)
+                write_bytes(partial / name / CARD, card.encode(errors="replace"))
     except OSError as error:
         raise UserError(
             f"cannot write --output={output}: {error.strerror}; nothing of it is left"

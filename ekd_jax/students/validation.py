@@ -53,6 +53,8 @@ def _problems(own: StudentDescription) -> Iterator[str]:
         yield "student and parameters must be at least 1, macs at least 0"
     if not all(map(math.isfinite, own.metrics.values())):
         yield "metrics has a value that is not finite"
+    if own.by_class and (unknown := sorted(own.by_class.keys() - set(names))):
+        yield f"by_class has {unknown[0]!r}, which is no class"
 
 
 def _problems_of_options(options: Mapping[str, object]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from ekd_jax.common.records import read_record
 from ekd_jax.common.text import clock
 from ekd_jax.config.build import build_networks
 from ekd_jax.config.knobs import KNOBS
-from ekd_jax.config.resolve import resolve, result_fields, to_dict
+from ekd_jax.config.resolve import resolve, result_fields, steps_in, to_dict
 from ekd_jax.data.labels import check_class_weights
 from ekd_jax.data.opening import known_facts
 from ekd_jax.methods.base import EARLIER
@@ -31,7 +31,7 @@ from ekd_jax.runs.teachers import load_teachers
 from ekd_jax.runs.workdir import read_summary
 from ekd_jax.training import plans
 from ekd_jax.training.optimizer import make_optimizer
-from ekd_jax.training.setup import check_batches, steps_in
+from ekd_jax.training.setup import check_batches
 
 PARTS = ("common", "seeds", "methods", "allow")
 Directories = Mapping[str, pathlib.Path]

@@ -8,7 +8,7 @@ from ml_collections import FrozenConfigDict
 from ekd_jax.common import parallel
 from ekd_jax.common.text import human
 from ekd_jax.config.build import build_networks
-from ekd_jax.config.resolve import fingerprint, to_dict
+from ekd_jax.config.resolve import fingerprint, steps_in, to_dict
 from ekd_jax.data.feed import placements, resident_bytes
 from ekd_jax.data.labels import check_class_weights
 from ekd_jax.data.opening import known_facts
@@ -17,7 +17,7 @@ from ekd_jax.runs.history import Permit
 from ekd_jax.runs.teachers import load_teachers
 from ekd_jax.training import plans
 from ekd_jax.training.optimizer import make_optimizer, rate_in_words
-from ekd_jax.training.setup import check_batches, frozen_in_words, steps_in
+from ekd_jax.training.setup import check_batches, frozen_in_words
 
 
 def dry_run(config: FrozenConfigDict, path: pathlib.Path, permit: Permit | None = None) -> str:

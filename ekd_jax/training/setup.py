@@ -13,6 +13,7 @@ from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
 from ekd_jax.common.knob import LARGEST
 from ekd_jax.config.build import Networks, build_networks
+from ekd_jax.config.resolve import steps_in
 from ekd_jax.data.dataset import Source
 from ekd_jax.data.labels import make_class_weights
 from ekd_jax.data.opening import Data, open_data
@@ -149,11 +150,6 @@ def frozen_in_words(config: FrozenConfigDict) -> str:
     if config.model.initial_weights:
         return line
     return f"{line}; they keep random values, because model.initial_weights is empty"
-
-
-def steps_in(epochs: float, config: FrozenConfigDict, examples: int) -> int:
-    """Return the number of steps nearest to a number of epochs; at least one."""
-    return max(1, round(epochs * examples / config.train.batch_size))
 
 
 def check_batches(config: FrozenConfigDict, mesh: Mesh, examples: int | None) -> None:

@@ -19,7 +19,7 @@ from ekd_jax.common.log import logger
 from ekd_jax.common.progress import Progress
 from ekd_jax.common.records import write_record
 from ekd_jax.config.build import build_method
-from ekd_jax.config.resolve import read_config
+from ekd_jax.config.resolve import read_config, steps_in
 from ekd_jax.data.dataset import Source
 from ekd_jax.data.opening import facts
 from ekd_jax.runs import history, workdir
@@ -39,7 +39,6 @@ from ekd_jax.training.setup import (
     class_weights_in_words,
     frozen_in_words,
     prepare,
-    steps_in,
 )
 from ekd_jax.training.step import zero_tally
 
