@@ -14,15 +14,31 @@ import sys
 
 import numpy as np
 from absl import flags
+from ml_collections import FrozenConfigDict
 
 from ekd_jax import cli
 from ekd_jax.common.errors import UserError
+from ekd_jax.common.text import table
 from ekd_jax.data.folder import image_files
 from ekd_jax.runs.evaluation import config_of, with_data
-from ekd_jax.runs.exporting import IMAGES, exportable_ensemble, some_test_images
+from ekd_jax.runs.exporting import (
+    IMAGES,
+    exportable_ensemble,
+    quantization_images,
+    some_test_images,
+    trained_with,
+)
 from ekd_jax.runs.run import load_run
-from ekd_jax.students.formats.export import DTYPES, FORMATS, Options, check_formats, export
+from ekd_jax.students.formats.export import (
+    DTYPES,
+    FORMATS,
+    Options,
+    Quantization,
+    check_formats,
+    export,
+)
 from ekd_jax.students.formats.exportable import Exportable, exportable_student
+from ekd_jax.students.formats.int8 import QuantizationImages
 from ekd_jax.students.student import LoadedStudent, check_output, load_student, read_image
 
 FLAGS = flags.FLAGS
@@ -56,6 +72,8 @@ def define_flags() -> None:
         "",
         "of torch: MODULE:FUNCTION(ARGUMENTS) that makes the network in your copy of a library that is no package",
     )
+    flags.DEFINE_string("quantize", "", "int8: compute in 8-bit integers, calibrated on training images")
+    flags.DEFINE_float("max_loss", 1.0, "with --quantize: how many points of top-1 that may cost")
     flags.DEFINE_multi_string(
         "verify_with",
         None,
@@ -68,18 +86,23 @@ def define_flags() -> None:
 def main() -> None:
     """Run the command."""
     output = pathlib.Path(FLAGS.output)
-    options = Options(FLAGS.dtype, FLAGS.library, FLAGS.torch_network)
+    options = Options(FLAGS.dtype, FLAGS.library, FLAGS.torch_network, FLAGS.quantize, FLAGS.max_loss)
+    if FLAGS["max_loss"].present and not FLAGS.quantize:
+        raise UserError("--max_loss belongs to --quantize")
     check_formats(FLAGS.format, options)
     check_output(output)
     network, student = _network()
     images, where = _images(student)
-    record = export(network, FLAGS.format, output, images, where, options)
+    of_int8 = _quantization_images(student) if FLAGS.quantize else None
+    record = export(network, FLAGS.format, output, images, where, options, of_int8)
     for each in record.exported:
         print(
             f"{network.name} as {each.format} -> {', '.join(str(output / file) for file in each.files)}: "
             f"{each.bytes / 1e3:,.0f} kB, {each.same_class} of {each.images} images in the same class by "
             f"{each.runtime}, largest difference {each.difference:.1e} of the deviation"
         )
+        if each.quantization:
+            print(_as_text(each.quantization, each.bytes))
 
 
 def _network() -> tuple[Exportable, LoadedStudent]:
@@ -110,11 +133,7 @@ def _images(student: LoadedStudent) -> tuple[np.ndarray, str]:
         files = image_files(FLAGS.verify_with)
         chosen = files[:: max(1, len(files) // IMAGES)][:IMAGES]
         return np.concatenate([read_image(file, student) for file in chosen]), ", ".join(FLAGS.verify_with)
-    config = with_data(
-        config_of(student),
-        {"data_dir": FLAGS.data_dir, "manual_dir": FLAGS.manual_dir},
-        student.input_shape,
-    )
+    config = _with_places(config_of(student), student)
     if not config.data.name:
         raise UserError(
             "it is not known on which images this student was tested: pass --verify_with=DIRECTORY"
@@ -123,6 +142,33 @@ def _images(student: LoadedStudent) -> tuple[np.ndarray, str]:
         return some_test_images(config, student.input_shape), f"test images of {config.data.name}"
     except UserError as error:
         raise UserError(f"{error}; or compare on images of yours with --verify_with=DIRECTORY") from error
+
+
+def _quantization_images(student: LoadedStudent) -> QuantizationImages:
+    """Return the images that int8 is made and measured with."""
+    config = _with_places(trained_with(student), student)
+    return quantization_images(config, student.input_shape, student.class_names)
+
+
+def _with_places(config: FrozenConfigDict, student: LoadedStudent) -> FrozenConfigDict:
+    """Return a configuration with the data where flags say that it is."""
+    places = {"data_dir": FLAGS.data_dir, "manual_dir": FLAGS.manual_dir}
+    return with_data(config, places, student.input_shape)
+
+
+def _as_text(own: Quantization, size: int) -> str:
+    """Return what int8 costs as a table."""
+    rows = [
+        [
+            "float32",
+            f"{100 * own.correct_in_float32 / own.images:.2f}",
+            f"{own.bytes_in_float32 / 1e3:,.0f}",
+        ],
+        ["int8", f"{100 * own.correct / own.images:.2f}", f"{size / 1e3:,.0f}"],
+    ]
+    lines = [table(rows, ["", "top-1 %", "kB"]), f"top-1 on {own.measured_on}"]
+    lines.append(f"recipe: {own.tried[0].recipe}; the best of {len(own.tried)} on {own.chosen_on}")
+    return "\n".join([*lines, f"calibrated on {own.calibrated_on}"])
 
 
 if __name__ == "__main__":

@@ -11,15 +11,19 @@ from jax import lax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ekd_jax.config.resolve import identity, resolve
-from ekd_jax.data.decode import Reader
-from ekd_jax.data.opening import open_data
+from ekd_jax.data.dataset import Examples, Subset
+from ekd_jax.data.opening import Data, open_data, read_example
 from ekd_jax.runs.evaluation import config_of
 from ekd_jax.runs.run import Run, make_predict
-from ekd_jax.students.formats.export import ExportRecord, Options, export
+from ekd_jax.students.formats.export import ExportRecord, Options, check_formats, export
 from ekd_jax.students.formats.exportable import Exportable, exportable_student
+from ekd_jax.students.formats.int8 import Labeled, QuantizationImages
 from ekd_jax.students.student import LoadedStudent
 
 IMAGES = 50  # on which files are compared with JAX: one, and seven times seven
+# At most so many images calibrate int8, choose a recipe, and measure what it costs.
+CALIBRATION, VALIDATION, TEST = 256, 1000, 5000
+SPLITTING = ("train_examples", "validation_examples")  # knobs in the section data that say who trains
 
 
 def export_student(
@@ -31,6 +35,8 @@ def export_student(
     dtype: str = "float32",
     library: str = "",
     torch_network: str = "",
+    quantize: str = "",
+    max_loss: float = 1.0,
 ) -> ExportRecord:
     """Write a student for other runtimes to a new directory, each file compared with JAX before.
 
@@ -45,21 +51,27 @@ def export_student(
         library: of "torch", whose names the arrays get: "torchvision", "timm", "RepDistiller", ...
         torch_network: of "torch", what makes the network where the library is no package:
             "module:function(arguments)".
+        quantize: "int8" for ONNX and OpenVINO; the student's data must be there.
+        max_loss: how many points of top-1 that may cost.
 
     Returns:
         The record that is also in `export.json`.
 
     Raises:
-        UserError: an unknown format, a package is missing, a runtime computes something else, or the data is missing.
+        UserError: an unknown format, a package is missing, a runtime computes something else, int8 costs too
+            much, or the data is missing.
     """
     where = "images that were passed in Python"
     if images is None:
         config = config_of(student)
         images, where = some_test_images(config, student.input_shape), f"test images of {config.data.name}"
     network = exportable_student(student, with_preprocessing)
-    return export(
-        network, formats, pathlib.Path(output), images, where, Options(dtype, library, torch_network)
-    )
+    options = Options(dtype, library, torch_network, quantize, max_loss)
+    check_formats(formats, options)
+    of_int8 = None
+    if quantize:
+        of_int8 = quantization_images(trained_with(student), student.input_shape, student.class_names)
+    return export(network, formats, pathlib.Path(output), images, where, options, of_int8)
 
 
 def exportable_ensemble(run: Run, with_preprocessing: bool = False) -> Exportable:
@@ -94,7 +106,53 @@ def some_test_images(config: FrozenConfigDict, input_shape: tuple[int, int, int]
     Raises:
         UserError: the data is missing, or an image cannot be read.
     """
-    test = open_data(config).test
-    read = Reader(input_shape, config.data.fit, config.data.max_pixels)
-    places = np.linspace(0, len(test) - 1, min(IMAGES, len(test))).astype(int)
-    return np.stack([read(test[int(place)]) for place in places])
+    data = open_data(config).with_input(input_shape)
+    return _spread(data, data.test, IMAGES, "").images
+
+
+def quantization_images(
+    config: FrozenConfigDict, input_shape: tuple[int, int, int], class_names: Sequence[str]
+) -> QuantizationImages:
+    """Return the images that int8 is calibrated on, chosen by and measured with.
+
+    The network is chosen by the images that its run held out for validation, or, if it held none out, by training
+    images that do not calibrate.
+
+    Args:
+        config: its section `data` names the set, `seed` and `data.validation_examples` what was held out.
+        input_shape: H, W, C of the network's input.
+        class_names: of the network; labels count in them.
+
+    Raises:
+        UserError: the data is missing, or an image cannot be read.
+    """
+    data = open_data(config).with_input(input_shape).with_classes(class_names, "the student")
+    name, train = data.facts.name, np.arange(len(data.train))
+    if data.validation is None:
+        train, rest = train[::2], Subset(data.train, train[1::2])
+        chosen = _spread(data, rest, VALIDATION, f"training images of {name} that do not calibrate")
+    else:
+        chosen = _spread(data, data.validation, VALIDATION, f"validation images of {name}")
+    return QuantizationImages(
+        calibration=_spread(data, Subset(data.train, train), CALIBRATION, f"training images of {name}"),
+        validation=chosen,
+        test=_spread(data, data.test, TEST, f"test images of {name}"),
+    )
+
+
+def _spread(data: Data, examples: Examples, number: int, name: str) -> Labeled:
+    """Return at most that many examples, spread over the whole of them."""
+    places = np.linspace(0, len(examples) - 1, min(number, len(examples))).astype(int)
+    pairs = [read_example(examples, data.reader, data.facts, int(place)) for place in places]
+    return Labeled(np.stack([pixels for pixels, _ in pairs]), np.array([label for _, label in pairs]), name)
+
+
+def trained_with(student: LoadedStudent) -> FrozenConfigDict:
+    """Return a configuration with the data that a student was trained with, what was held out included."""
+    own = student.description.provenance
+    changed = ConfigDict(config_of(student))
+    changed.seed = own.seed
+    for knob in SPLITTING:
+        if (name := f"data.{knob}") in own.settings:
+            changed.data[knob] = own.settings[name]
+    return resolve(changed)

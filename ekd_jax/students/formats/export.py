@@ -15,10 +15,12 @@ from ekd_jax.common.files import replacing, write_bytes
 from ekd_jax.common.records import write_record
 from ekd_jax.students.formats import onnx_file, openvino, pytorch, stablehlo
 from ekd_jax.students.formats.exportable import Exportable
+from ekd_jax.students.formats.int8 import QuantizationImages, Tried, batches_of, best_quantized
 from ekd_jax.students.student import check_output
 
 RECORD = "export.json"
 DTYPES = ("float32", "float16")
+QUANTIZED = ("int8",)
 # The largest difference from JAX, as a share of the standard deviation, over images, of what the network gives.
 TOLERANCE = {"float32": 1e-3, "float16": 3e-2}
 LARGE_BATCH = 7  # images that a runtime is given at once, after one alone
@@ -34,11 +36,15 @@ class Options:
         dtype: in which they compute, one of `DTYPES`.
         library: of a PyTorch state dict, see `pytorch.write_torch`.
         torch_network: of a PyTorch state dict, see `pytorch.write_torch`.
+        quantize: "int8", or "" to compute in `dtype`.
+        max_loss: how many points of top-1 that may cost.
     """
 
     dtype: str = DTYPES[0]
     library: str = ""
     torch_network: str = ""
+    quantize: str = ""
+    max_loss: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Format:
         check: raises UserError if a network cannot be written with these options.
         dtypes: in which it can compute.
         layout: of images; "NHWC" or "NCHW".
+        of_onnx: makes the files of an ONNX file, if that is how they are made.
     """
 
     packages: dict[str, str]
@@ -62,6 +69,7 @@ class Format:
     check: Callable[[Exportable, Options], None] = lambda network, options: None
     dtypes: tuple[str, ...] = DTYPES
     layout: str = "NHWC"
+    of_onnx: Callable[[bytes], Files] | None = None
 
 
 ONNX, STABLEHLO = "student.onnx", "student.stablehlo"
@@ -71,6 +79,7 @@ FORMATS = {
         runtime="onnxruntime",
         write=lambda network, options: {ONNX: onnx_file.write_onnx(network, options.dtype)},
         run=lambda files, batches: onnx_file.run_onnx(files[ONNX], batches),
+        of_onnx=lambda content: {ONNX: content},
     ),
     "stablehlo": Format(
         packages={},
@@ -86,6 +95,7 @@ FORMATS = {
             onnx_file.write_onnx(network, options.dtype)
         ),
         run=openvino.run_openvino,
+        of_onnx=openvino.write_openvino,
     ),
     "torch": Format(
         packages={"torch": "torch"},
@@ -100,12 +110,40 @@ FORMATS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantization:
+    """What 8-bit integers cost.
+
+    Attributes:
+        tried: all recipes on the validation images, the one that was taken first.
+        calibrated_on, chosen_on, measured_on: numbers and names of images.
+        images: how many were measured on.
+        correct: how many of these are classified rightly.
+        correct_in_float32: how many are in float32.
+        bytes_in_float32: size of the files in float32.
+    """
+
+    tried: tuple[Tried, ...]
+    calibrated_on: str
+    chosen_on: str
+    measured_on: str
+    images: int
+    correct: int
+    correct_in_float32: int
+    bytes_in_float32: int
+
+    @property
+    def loss(self) -> float:
+        """Points of top-1 that are lost."""
+        return 100 * (self.correct_in_float32 - self.correct) / self.images
+
+
+@dataclasses.dataclass(frozen=True)
 class Exported:
     """A kind of file that was written, and how it was compared with JAX.
 
     Attributes:
         format: a key of `FORMATS`.
-        dtype: in which it computes.
+        dtype: in which it computes; int8 is compared by accuracy, not by difference.
         layout: of the images that it takes, "NHWC" or "NCHW".
         files: names of its files.
         sha256: of each file, hexadecimal.
@@ -114,6 +152,7 @@ class Exported:
         images: how many it was compared on, one alone and then `LARGE_BATCH` at a time.
         difference: the largest difference from JAX, as a share of the standard deviation.
         same_class: images that it takes for the same class as JAX.
+        quantization: what int8 costs; None of other files.
     """
 
     format: str
@@ -126,6 +165,7 @@ class Exported:
     images: int
     difference: float
     same_class: int
+    quantization: Quantization | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +207,23 @@ def check_formats(formats: Sequence[str], options: Options) -> None:
     for flag in ("library", "torch_network"):
         if getattr(options, flag) and "torch" not in formats:
             raise UserError(f"--{flag} belongs to --format=torch")
+    if options.quantize:
+        _check_quantize(formats, options)
+
+
+def _check_quantize(formats: Sequence[str], options: Options) -> None:
+    if options.quantize not in QUANTIZED:
+        raise UserError(f"--quantize={options.quantize} must be {' or '.join(QUANTIZED)}")
+    able = [name for name, own in FORMATS.items() if own.of_onnx]
+    for name in formats:
+        if name not in able:
+            raise UserError(f"--format={name} has no --quantize: {' and '.join(able)} have")
+    if options.dtype != DTYPES[0]:
+        raise UserError(f"--dtype={options.dtype} and --quantize={options.quantize}: choose one of them")
+    if not 0 <= options.max_loss <= 100:
+        raise UserError(f"--max_loss={options.max_loss} must be 0 to 100 points of top-1")
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise UserError("--quantize=int8 needs the package onnxruntime: pip install 'ekd_jax[onnx]'")
 
 
 def export(
@@ -176,6 +233,7 @@ def export(
     images: np.ndarray,
     compared_on: str,
     options: Options = Options(),
+    quantization: QuantizationImages | None = None,
 ) -> ExportRecord:
     """Write a network in several formats to a new directory, all of them or none, with a record beside them.
 
@@ -189,10 +247,11 @@ def export(
         images: (N, H, W, C) uint8, on which they are compared.
         compared_on: where these are from, for the record.
         options: what the user chose.
+        quantization: images to make and to measure int8 with, which `options.quantize` needs.
 
     Raises:
         UserError: an unknown format, a package is missing, a format cannot hold the network,
-            a runtime differs, or `output` exists.
+            a runtime differs, int8 costs too much, or `output` exists.
     """
     check_formats(formats, options)
     check_output(output)
@@ -210,10 +269,21 @@ def export(
     batches = [images[:1], *(images[i : i + LARGE_BATCH] for i in range(1, len(images), LARGE_BATCH))]
     expected = np.concatenate([network.expected(batch) for batch in batches])
     files: Files = {}
-    exported = []
+    exported: list[Exported] = []
+    int8, tried = b"", tuple[Tried, ...]()  # the same ONNX file for all formats
     for name in dict.fromkeys(formats):
         own, found = _written_and_run(name, network, options, batches)
-        exported.append(_compared(name, options.dtype, own, found, expected))
+        written = _compared(name, options.dtype, own, found, expected)
+        if options.quantize:
+            assert quantization is not None
+            if not int8:
+                int8, tried = best_quantized(onnx_file.write_onnx(network), network, quantization)
+            cost = _cost_of_int8(name, network, own, int8, tried, quantization)
+            _check_loss(name, cost, options)
+            own = _of_onnx(name, int8)
+            found = np.concatenate(FORMATS[name].run(own, [network.inputs(batch) for batch in batches]))
+            written = dataclasses.replace(_figures(name, "int8", own, found, expected), quantization=cost)
+        exported.append(written)
         files |= own
     record = ExportRecord(network.name, network.metadata(), compared_on, tuple(exported))
     try:
@@ -246,10 +316,9 @@ def _written_and_run(
 
 def _compared(name: str, dtype: str, files: Files, found: np.ndarray, expected: np.ndarray) -> Exported:
     """Return the record of a format; raise UserError where its runtime and JAX differ."""
-    runtime = FORMATS[name].runtime
-    over_images = float(np.sqrt(expected.var(0).mean()))  # a bias that all images share hides differences
-    deviation = over_images or float(expected.std()) or 1.0
-    difference = float(np.abs(found - expected).max()) / deviation
+    runtime, deviation = FORMATS[name].runtime, _deviation(expected)
+    written = _figures(name, dtype, files, found, expected)
+    difference = written.difference
     # Where two classes are as good as equal, rounding decides between them.
     allowed = 2 * TOLERANCE[dtype] * deviation
     chosen = np.take_along_axis(expected, found.argmax(1)[:, None], 1)[:, 0]
@@ -260,6 +329,17 @@ def _compared(name: str, dtype: str, files: Files, found: np.ndarray, expected: 
             f"deviation (at most {TOLERANCE[dtype]:g} is rounding), another class for {other} of {len(found)} images; "
             f"nothing was written"
         )
+    return written
+
+
+def _deviation(outputs: np.ndarray) -> float:
+    """Return the standard deviation over images; a bias that all of them share would hide differences."""
+    return float(np.sqrt(outputs.var(0).mean())) or float(outputs.std()) or 1.0
+
+
+def _figures(name: str, dtype: str, files: Files, found: np.ndarray, expected: np.ndarray) -> Exported:
+    """Return the record of a format, whatever its figures are."""
+    runtime = FORMATS[name].runtime
     return Exported(
         format=name,
         dtype=dtype,
@@ -269,6 +349,50 @@ def _compared(name: str, dtype: str, files: Files, found: np.ndarray, expected: 
         bytes=sum(map(len, files.values())),
         runtime=f"{runtime} {importlib.metadata.version(runtime)}",
         images=len(found),
-        difference=difference,
+        difference=float(np.abs(found - expected).max()) / _deviation(expected),
         same_class=int((found.argmax(1) == expected.argmax(1)).sum()),
     )
+
+
+def _of_onnx(name: str, content: bytes) -> Files:
+    make = FORMATS[name].of_onnx
+    assert make is not None
+    return make(content)
+
+
+def _cost_of_int8(
+    name: str,
+    network: Exportable,
+    in_float32: Files,
+    content: bytes,
+    tried: tuple[Tried, ...],
+    images: QuantizationImages,
+) -> Quantization:
+    """Measure, by the format's own runtime, how many test images int8 classifies rightly, and how many float32."""
+    inputs = [network.inputs(batch) for batch in batches_of(images.test.images)]
+
+    def correct(files: Files) -> int:
+        found = np.concatenate(FORMATS[name].run(files, inputs))
+        return int((found.argmax(1) == images.test.labels).sum())
+
+    return Quantization(
+        tried=tried,
+        calibrated_on=str(images.calibration),
+        chosen_on=str(images.validation),
+        measured_on=str(images.test),
+        images=len(images.test.images),
+        correct=correct(_of_onnx(name, content)),
+        correct_in_float32=correct(in_float32),
+        bytes_in_float32=sum(map(len, in_float32.values())),
+    )
+
+
+def _check_loss(name: str, cost: Quantization, options: Options) -> None:
+    """Raise UserError if int8 costs more than is allowed."""
+    if cost.loss > options.max_loss:
+        before, after = (100 * n / cost.images for n in (cost.correct_in_float32, cost.correct))
+        raise UserError(
+            f"{options.quantize} as {name} costs {cost.loss:.2f} points of top-1, {before:.2f} -> {after:.2f} % of "
+            f"{cost.measured_on}, with the best of {len(cost.tried)} recipes ({cost.tried[0].recipe}), and "
+            f"--max_loss={options.max_loss:g}: nothing was written; leave out --quantize, or allow more"
+        )
