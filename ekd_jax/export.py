@@ -19,11 +19,14 @@ from ml_collections import FrozenConfigDict
 from ekd_jax import cli
 from ekd_jax.common.errors import UserError
 from ekd_jax.common.text import table
+from ekd_jax.data.decode import decode, read_image_file
 from ekd_jax.data.folder import image_files
 from ekd_jax.runs.evaluation import config_of, with_data
 from ekd_jax.runs.exporting import (
     IMAGES,
     exportable_ensemble,
+    of_another_size,
+    originals,
     quantization_images,
     some_test_images,
     trained_with,
@@ -62,6 +65,9 @@ def define_flags() -> None:
         False,
         "the files take images as uint8 and give probabilities; without, they take normalized images and give logits",
     )
+    flags.DEFINE_boolean(
+        "with_resizing", False, "--with_preprocessing, and images may have any size; for --format=onnx"
+    )
     flags.DEFINE_string(
         "library",
         "",
@@ -86,27 +92,40 @@ def define_flags() -> None:
 def main() -> None:
     """Run the command."""
     output = pathlib.Path(FLAGS.output)
-    options = Options(FLAGS.dtype, FLAGS.library, FLAGS.torch_network, FLAGS.quantize, FLAGS.max_loss)
+    options = Options(
+        FLAGS.dtype,
+        FLAGS.library,
+        FLAGS.torch_network,
+        FLAGS.quantize,
+        FLAGS.max_loss,
+        FLAGS.with_resizing,
+    )
     if FLAGS["max_loss"].present and not FLAGS.quantize:
         raise UserError("--max_loss belongs to --quantize")
     check_formats(FLAGS.format, options)
     check_output(output)
     network, student = _network()
-    images, where = _images(student)
+    images, before_resizing, where = _images(student)
     of_int8 = _quantization_images(student) if FLAGS.quantize else None
-    record = export(network, FLAGS.format, output, images, where, options, of_int8)
+    record = export(network, FLAGS.format, output, images, where, options, of_int8, before_resizing)
     for each in record.exported:
         print(
             f"{network.name} as {each.format} -> {', '.join(str(output / file) for file in each.files)}: "
             f"{each.bytes / 1e3:,.0f} kB, {each.same_class} of {each.images} images in the same class by "
             f"{each.runtime}, largest difference {each.difference:.1e} of the deviation"
         )
+        if each.resizing:
+            print(
+                f"resized inside ({each.resizing.fit}): {each.resizing.same_class} of {each.resizing.images} images in "
+                f"the same class, largest difference {each.resizing.difference:.1e} of the deviation"
+            )
         if each.quantization:
             print(_as_text(each.quantization, each.bytes))
 
 
 def _network() -> tuple[Exportable, LoadedStudent]:
     """Return what is exported, and a student that takes the same images."""
+    inside = FLAGS.with_preprocessing or FLAGS.with_resizing
     if (FLAGS.student_dir is None) == (FLAGS.workdir is None):
         raise UserError("pass --student_dir=DIR, or --workdir=RUN with --student=N or --student=ensemble")
     if FLAGS.student_dir is not None:
@@ -114,32 +133,36 @@ def _network() -> tuple[Exportable, LoadedStudent]:
             if FLAGS[flag].present:
                 raise UserError(f"--{flag} belongs to --workdir, not to --student_dir")
         student = load_student(FLAGS.student_dir)
-        return exportable_student(student, FLAGS.with_preprocessing), student
+        return exportable_student(student, inside), student
     cli.check_checkpoint_flags()
     run = load_run(FLAGS.workdir, FLAGS.step, FLAGS.best)
     if FLAGS.student == ENSEMBLE:
-        return exportable_ensemble(run, FLAGS.with_preprocessing), run.student(1)
+        return exportable_ensemble(run, inside), run.student(1)
     if FLAGS.student is None or not FLAGS.student.isdecimal():
         raise UserError(
             f"--student={FLAGS.student or ''} must be the number of a student, from 1, or {ENSEMBLE}"
         )
     student = run.student(int(FLAGS.student))
-    return exportable_student(student, FLAGS.with_preprocessing), student
+    return exportable_student(student, inside), student
 
 
-def _images(student: LoadedStudent) -> tuple[np.ndarray, str]:
-    """Return the images to compare on, (N, H, W, C) uint8, and where they are from."""
+def _images(student: LoadedStudent) -> tuple[np.ndarray, list[np.ndarray], str]:
+    """Return the images to compare on, (N, H, W, C) uint8, the same before resizing, and where they are from."""
+    shape = student.input_shape
     if FLAGS.verify_with:
         files = image_files(FLAGS.verify_with)
         chosen = files[:: max(1, len(files) // IMAGES)][:IMAGES]
-        return np.concatenate([read_image(file, student) for file in chosen]), ", ".join(FLAGS.verify_with)
+        images = np.concatenate([read_image(file, student) for file in chosen])
+        before = [decode(read_image_file(file), shape[2]) for file in chosen] if FLAGS.with_resizing else []
+        return images, [of_another_size(image, shape) for image in before], ", ".join(FLAGS.verify_with)
     config = _with_places(config_of(student), student)
     if not config.data.name:
         raise UserError(
             "it is not known on which images this student was tested: pass --verify_with=DIRECTORY"
         )
     try:
-        return some_test_images(config, student.input_shape), f"test images of {config.data.name}"
+        before = originals(config, shape) if FLAGS.with_resizing else []
+        return some_test_images(config, shape), before, f"test images of {config.data.name}"
     except UserError as error:
         raise UserError(f"{error}; or compare on images of yours with --verify_with=DIRECTORY") from error
 

@@ -1,6 +1,7 @@
 """Networks as files for other runtimes: they compute what JAX does, whatever the family, or are not written."""
 
 import dataclasses
+import functools
 import json
 from collections import Counter
 
@@ -59,6 +60,7 @@ def statistic(path, new, old):
     return (np.asarray(new) - 0.9 * old) / 0.1 + 1e-3 * (path[-1].key == "var")
 
 
+@functools.cache
 def calibrated(name, size, width=0.5, **options):
     """Make a student whose running statistics are those of a batch, as if it had been trained."""
     ensemble, shape = models.build_ensemble(name, (width,), 10, **options), (size, size, 3)

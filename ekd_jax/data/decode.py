@@ -140,7 +140,7 @@ class Reader:
         if self.fit == "crop":
             return center_crop(pixels, height, width, self.max_pixels)
         if self.fit == "stretch" and pixels.shape != self.shape:
-            return _pillow_resize(pixels, height, width)
+            return resized(pixels, height, width)
         return pixels
 
 
@@ -346,7 +346,7 @@ def random_crop(
     y, x = round(top * scale), round(left * scale)
     cut = pixels[y : y + max(1, round(h * scale)), x : x + max(1, round(w * scale))]
     if cv2 is None:
-        return _pillow_resize(cut, height, width)
+        return resized(cut, height, width)
     # OpenCV drops the axis of a single channel.
     return cv2.resize(cut, (width, height), interpolation=cv2.INTER_LINEAR).reshape(shape)
 
@@ -380,7 +380,7 @@ def center_crop(pixels: np.ndarray, height: int, width: int, max_pixels: int = M
     size = (short, int(short * w / h)) if h <= w else (int(short * h / w), short)
     if size[0] * size[1] > max_pixels:
         raise ValueError(f"it is {h}x{w}, too long and narrow for its short side to become {short} pixels")
-    pixels = _pillow_resize(pixels, *size)
+    pixels = resized(pixels, *size)
     top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
     return pixels[top : top + height, left : left + width]
 
@@ -398,8 +398,8 @@ def _size(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[int,
     return (width, height) if _orientation(image, max_pixels) >= 5 else (height, width)
 
 
-def _pillow_resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize pixels (H, W, C) by an antialiased bilinear filter."""
+def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return pixels (height, width, C) uint8, resized from (H, W, C) by Pillow's antialiased bilinear filter."""
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
-    return resized.reshape(height, width, pixels.shape[-1])
+    result = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    return result.reshape(height, width, pixels.shape[-1])

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from ekd_jax.config.resolve import identity, resolve
 from ekd_jax.data.dataset import Examples, Subset
+from ekd_jax.data.decode import decode, resized
 from ekd_jax.data.opening import Data, open_data, read_example
 from ekd_jax.runs.evaluation import config_of
 from ekd_jax.runs.run import Run, make_predict
@@ -37,6 +38,7 @@ def export_student(
     torch_network: str = "",
     quantize: str = "",
     max_loss: float = 1.0,
+    with_resizing: bool = False,
 ) -> ExportRecord:
     """Write a student for other runtimes to a new directory, each file compared with JAX before.
 
@@ -53,6 +55,7 @@ def export_student(
             "module:function(arguments)".
         quantize: "int8" for ONNX and OpenVINO; the student's data must be there.
         max_loss: how many points of top-1 that may cost.
+        with_resizing: with preprocessing, for images of any size; ONNX alone.
 
     Returns:
         The record that is also in `export.json`.
@@ -65,13 +68,14 @@ def export_student(
     if images is None:
         config = config_of(student)
         images, where = some_test_images(config, student.input_shape), f"test images of {config.data.name}"
-    network = exportable_student(student, with_preprocessing)
-    options = Options(dtype, library, torch_network, quantize, max_loss)
+    network = exportable_student(student, with_preprocessing or with_resizing)
+    options = Options(dtype, library, torch_network, quantize, max_loss, with_resizing)
     check_formats(formats, options)
     of_int8 = None
     if quantize:
         of_int8 = quantization_images(trained_with(student), student.input_shape, student.class_names)
-    return export(network, formats, pathlib.Path(output), images, where, options, of_int8)
+    own_size = [of_another_size(image, student.input_shape) for image in images] if with_resizing else []
+    return export(network, formats, pathlib.Path(output), images, where, options, of_int8, own_size)
 
 
 def exportable_ensemble(run: Run, with_preprocessing: bool = False) -> Exportable:
@@ -110,6 +114,27 @@ def some_test_images(config: FrozenConfigDict, input_shape: tuple[int, int, int]
     return _spread(data, data.test, IMAGES, "").images
 
 
+def originals(config: FrozenConfigDict, input_shape: tuple[int, int, int]) -> list[np.ndarray]:
+    """Return test images as they are stored, (H', W', C) uint8, for a file that resizes them.
+
+    Those that have the network's size are enlarged, since nothing would be resized. For arguments and errors see
+    `some_test_images`.
+    """
+    test = open_data(config).test
+    return [
+        of_another_size(
+            decode(example.image, input_shape[2], max_pixels=config.data.max_pixels), input_shape
+        )
+        for example in (test[int(place)] for place in _places(test, IMAGES))
+    ]
+
+
+def of_another_size(pixels: np.ndarray, input_shape: tuple[int, int, int]) -> np.ndarray:
+    """Return an image (H', W', C) uint8 as it is, or a larger one of other proportions if it has this shape."""
+    height, width, _ = input_shape
+    return resized(pixels, 2 * height, 3 * width) if pixels.shape == input_shape else pixels
+
+
 def quantization_images(
     config: FrozenConfigDict, input_shape: tuple[int, int, int], class_names: Sequence[str]
 ) -> QuantizationImages:
@@ -142,9 +167,13 @@ def quantization_images(
 
 def _spread(data: Data, examples: Examples, number: int, name: str) -> Labeled:
     """Return at most that many examples, spread over the whole of them."""
-    places = np.linspace(0, len(examples) - 1, min(number, len(examples))).astype(int)
+    places = _places(examples, number)
     pairs = [read_example(examples, data.reader, data.facts, int(place)) for place in places]
     return Labeled(np.stack([pixels for pixels, _ in pairs]), np.array([label for _, label in pairs]), name)
+
+
+def _places(examples: Examples, number: int) -> np.ndarray:
+    return np.linspace(0, len(examples) - 1, min(number, len(examples))).astype(int)
 
 
 def trained_with(student: LoadedStudent) -> FrozenConfigDict:

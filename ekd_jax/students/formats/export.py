@@ -13,7 +13,9 @@ import numpy as np
 from ekd_jax.common.errors import UserError, nearest, reason
 from ekd_jax.common.files import replacing, write_bytes
 from ekd_jax.common.records import write_record
-from ekd_jax.students.formats import onnx_file, openvino, pytorch, stablehlo
+from ekd_jax.data.dataset import Example
+from ekd_jax.data.decode import Fit, Reader
+from ekd_jax.students.formats import onnx_file, onnx_resizing, openvino, pytorch, stablehlo
 from ekd_jax.students.formats.exportable import Exportable
 from ekd_jax.students.formats.int8 import QuantizationImages, Tried, batches_of, best_quantized
 from ekd_jax.students.student import check_output
@@ -23,6 +25,7 @@ DTYPES = ("float32", "float16")
 QUANTIZED = ("int8",)
 # The largest difference from JAX, as a share of the standard deviation, over images, of what the network gives.
 TOLERANCE = {"float32": 1e-3, "float16": 3e-2}
+RESIZED = 3e-2  # the same of an image that the file resizes: pixels may differ from Pillow's by 1 of 255
 LARGE_BATCH = 7  # images that a runtime is given at once, after one alone
 
 Files = dict[str, bytes]
@@ -38,6 +41,7 @@ class Options:
         torch_network: of a PyTorch state dict, see `pytorch.write_torch`.
         quantize: "int8", or "" to compute in `dtype`.
         max_loss: how many points of top-1 that may cost.
+        with_resizing: the file takes images of any size.
     """
 
     dtype: str = DTYPES[0]
@@ -45,6 +49,7 @@ class Options:
     torch_network: str = ""
     quantize: str = ""
     max_loss: float = 1.0
+    with_resizing: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +143,23 @@ class Quantization:
 
 
 @dataclasses.dataclass(frozen=True)
+class Resizing:
+    """How a file that resizes compares with the same file after Pillow has resized.
+
+    Attributes:
+        fit: how it resizes, as `Preprocessing.fit`.
+        images: how many images of other sizes it was compared on.
+        difference: the largest difference, as a share of the standard deviation.
+        same_class: images in the same class.
+    """
+
+    fit: str
+    images: int
+    difference: float
+    same_class: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Exported:
     """A kind of file that was written, and how it was compared with JAX.
 
@@ -153,6 +175,7 @@ class Exported:
         difference: the largest difference from JAX, as a share of the standard deviation.
         same_class: images that it takes for the same class as JAX.
         quantization: what int8 costs; None of other files.
+        resizing: how well it resizes; None of other files.
     """
 
     format: str
@@ -166,6 +189,7 @@ class Exported:
     difference: float
     same_class: int
     quantization: Quantization | None = None
+    resizing: Resizing | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +233,8 @@ def check_formats(formats: Sequence[str], options: Options) -> None:
             raise UserError(f"--{flag} belongs to --format=torch")
     if options.quantize:
         _check_quantize(formats, options)
+    if options.with_resizing and (formats != ["onnx"] or dtype != DTYPES[0]):
+        raise UserError("--with_resizing is for --format=onnx alone, in float32 or with --quantize=int8")
 
 
 def _check_quantize(formats: Sequence[str], options: Options) -> None:
@@ -234,6 +260,7 @@ def export(
     compared_on: str,
     options: Options = Options(),
     quantization: QuantizationImages | None = None,
+    originals: Sequence[np.ndarray] = (),
 ) -> ExportRecord:
     """Write a network in several formats to a new directory, all of them or none, with a record beside them.
 
@@ -248,6 +275,7 @@ def export(
         compared_on: where these are from, for the record.
         options: what the user chose.
         quantization: images to make and to measure int8 with, which `options.quantize` needs.
+        originals: images (H', W', C) uint8 of other sizes, which `options.with_resizing` needs.
 
     Raises:
         UserError: an unknown format, a package is missing, a format cannot hold the network,
@@ -283,6 +311,9 @@ def export(
             own = _of_onnx(name, int8)
             found = np.concatenate(FORMATS[name].run(own, [network.inputs(batch) for batch in batches]))
             written = dataclasses.replace(_figures(name, "int8", own, found, expected), quantization=cost)
+        if options.with_resizing:
+            own, resizing = _resizing(network, own, originals)
+            written = dataclasses.replace(_with_files(written, own), resizing=resizing)
         exported.append(written)
         files |= own
     record = ExportRecord(network.name, network.metadata(), compared_on, tuple(exported))
@@ -316,13 +347,10 @@ def _written_and_run(
 
 def _compared(name: str, dtype: str, files: Files, found: np.ndarray, expected: np.ndarray) -> Exported:
     """Return the record of a format; raise UserError where its runtime and JAX differ."""
-    runtime, deviation = FORMATS[name].runtime, _deviation(expected)
+    runtime = FORMATS[name].runtime
     written = _figures(name, dtype, files, found, expected)
     difference = written.difference
-    # Where two classes are as good as equal, rounding decides between them.
-    allowed = 2 * TOLERANCE[dtype] * deviation
-    chosen = np.take_along_axis(expected, found.argmax(1)[:, None], 1)[:, 0]
-    other = int((expected.max(1) - chosen > allowed).sum())
+    other = _in_other_classes(found, expected, TOLERANCE[dtype])
     if not difference <= TOLERANCE[dtype] or other:  # also if it is not a number
         raise UserError(
             f"{runtime} computes something else from the {name} file: up to {difference:.2g} of the standard "
@@ -330,6 +358,12 @@ def _compared(name: str, dtype: str, files: Files, found: np.ndarray, expected: 
             f"nothing was written"
         )
     return written
+
+
+def _in_other_classes(found: np.ndarray, expected: np.ndarray, tolerance: float) -> int:
+    """Return how many images are in another class. Of classes as good as equal, rounding chooses one."""
+    chosen = np.take_along_axis(expected, found.argmax(1)[:, None], 1)[:, 0]
+    return int((expected.max(1) - chosen > 2 * tolerance * _deviation(expected)).sum())
 
 
 def _deviation(outputs: np.ndarray) -> float:
@@ -340,17 +374,28 @@ def _deviation(outputs: np.ndarray) -> float:
 def _figures(name: str, dtype: str, files: Files, found: np.ndarray, expected: np.ndarray) -> Exported:
     """Return the record of a format, whatever its figures are."""
     runtime = FORMATS[name].runtime
-    return Exported(
+    own = Exported(
         format=name,
         dtype=dtype,
         layout=FORMATS[name].layout,
-        files=tuple(files),
-        sha256=tuple(hashlib.sha256(content).hexdigest() for content in files.values()),
-        bytes=sum(map(len, files.values())),
+        files=(),
+        sha256=(),
+        bytes=0,
         runtime=f"{runtime} {importlib.metadata.version(runtime)}",
         images=len(found),
         difference=float(np.abs(found - expected).max()) / _deviation(expected),
         same_class=int((found.argmax(1) == expected.argmax(1)).sum()),
+    )
+    return _with_files(own, files)
+
+
+def _with_files(own: Exported, files: Files) -> Exported:
+    """Return the record of a format with what its files are."""
+    return dataclasses.replace(
+        own,
+        files=tuple(files),
+        sha256=tuple(hashlib.sha256(content).hexdigest() for content in files.values()),
+        bytes=sum(map(len, files.values())),
     )
 
 
@@ -396,3 +441,25 @@ def _check_loss(name: str, cost: Quantization, options: Options) -> None:
             f"{cost.measured_on}, with the best of {len(cost.tried)} recipes ({cost.tried[0].recipe}), and "
             f"--max_loss={options.max_loss:g}: nothing was written; leave out --quantize, or allow more"
         )
+
+
+def _resizing(network: Exportable, files: Files, originals: Sequence[np.ndarray]) -> tuple[Files, Resizing]:
+    """Return an ONNX file that resizes, compared with one whose images Pillow has resized."""
+    if not network.with_preprocessing:
+        raise UserError("--with_resizing needs --with_preprocessing: what is resized are pixels")
+    fit: Fit = "crop" if network.preprocessing.fit == "crop" else "stretch"
+    read = Reader(network.input_shape, fit)
+    run = FORMATS["onnx"].run
+    resizing = {ONNX: onnx_resizing.with_resizing(files[ONNX], network.input_shape, fit)}
+    found = np.concatenate(run(resizing, [image[None] for image in originals]))
+    resized = [read(Example(image, 0, f"number {i}"))[None] for i, image in enumerate(originals)]
+    expected = np.concatenate(run(files, resized))
+    own = _figures("onnx", "float32", resizing, found, expected)
+    others = _in_other_classes(found, expected, RESIZED)
+    if not own.difference <= RESIZED or others:
+        raise UserError(
+            f"--with_resizing: onnxruntime resizes otherwise than Pillow: outputs differ by up to {own.difference:.2g} "
+            f"of the standard deviation (at most {RESIZED:g} is rounding), {others} of {own.images} images are in "
+            f"another class; nothing was written"
+        )
+    return resizing, Resizing(fit, own.images, own.difference, own.same_class)
