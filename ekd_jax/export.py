@@ -32,16 +32,11 @@ from ekd_jax.runs.exporting import (
     trained_with,
 )
 from ekd_jax.runs.run import load_run
-from ekd_jax.students.formats.export import (
-    DTYPES,
-    FORMATS,
-    Options,
-    Quantization,
-    check_formats,
-    export,
-)
+from ekd_jax.students.formats.export import export
 from ekd_jax.students.formats.exportable import Exportable, exportable_student
-from ekd_jax.students.formats.int8 import QuantizationImages
+from ekd_jax.students.formats.record import Quantization
+from ekd_jax.students.formats.registry import FORMATS, check_formats
+from ekd_jax.students.formats.request import DTYPES, Options, QuantizationImages, Request
 from ekd_jax.students.student import LoadedStudent, check_output, load_student, read_image
 
 FLAGS = flags.FLAGS
@@ -107,7 +102,8 @@ def main() -> None:
     network, student = _network()
     images, before_resizing, where = _images(student)
     of_int8 = _quantization_images(student) if FLAGS.quantize else None
-    record = export(network, FLAGS.format, output, images, where, options, of_int8, before_resizing)
+    asked = Request((network,), images, options, of_int8, before_resizing)
+    record = export(asked, FLAGS.format, output, where)
     for each in record.exported:
         print(
             f"{network.name} as {each.format} -> {', '.join(str(output / file) for file in each.files)}: "

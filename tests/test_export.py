@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 from collections import Counter
 
@@ -20,17 +21,19 @@ from ekd_jax.models.platform import ANY, platform, tracing_for
 from ekd_jax.runs.exporting import exportable_ensemble
 from ekd_jax.runs.run import load_run
 from ekd_jax.students.description import NetworkDescription, Preprocessing, Provenance, StudentDescription
-from ekd_jax.students.formats import export as formats
-from ekd_jax.students.formats.export import FORMATS, Options, export
+from ekd_jax.students.formats import registry
+from ekd_jax.students.formats.export import export
 from ekd_jax.students.formats.exportable import Exportable, exportable_student
 from ekd_jax.students.formats.onnx_file import write_onnx
 from ekd_jax.students.formats.onnx_graph import Graph
+from ekd_jax.students.formats.registry import FORMATS
+from ekd_jax.students.formats.request import Options, Request
 from ekd_jax.students.student import LoadedStudent, write_student
 from ekd_jax.training import single
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
-CLASSES = tuple("abcdefghij")
+CLASSES, PLAIN = tuple("abcdefghij"), Options()
 SLOW = pytest.mark.slow
 # name, size of the images, with preprocessing
 NETWORKS = [
@@ -60,6 +63,12 @@ def statistic(path, new, old):
     return (np.asarray(new) - 0.9 * old) / 0.1 + 1e-3 * (path[-1].key == "var")
 
 
+def needs(module):
+    """Skip a test without a module; to import it as `importorskip` does would start OpenVINO's telemetry."""
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not installed: pip install -e '.[parity]'")
+
+
 @functools.cache
 def calibrated(name, size, width=0.5, **options):
     """Make a student whose running statistics are those of a batch, as if it had been trained."""
@@ -87,11 +96,17 @@ def pictures(network, number=8):
     return np.random.default_rng(1).integers(0, 256, (number, *network.input_shape), dtype=np.uint8)
 
 
+def exported(network, names, output, images=None, options=PLAIN, **more):
+    """Export a network, compared on random pixels if no images are given; return the record."""
+    images = pictures(network) if images is None else images
+    return export(Request((network,), images, options, **more), names, output, "random pixels")
+
+
 @pytest.mark.parametrize(("name", "size", "with_preprocessing"), NETWORKS)
 def test_onnx_runtime_computes_the_same(name, size, with_preprocessing, tmp_path):
     """Logits, or probabilities of the images themselves, for one image and for several."""
     network = dataclasses.replace(calibrated(name, size), with_preprocessing=with_preprocessing)
-    record = export(network, ["onnx"], tmp_path / "out", pictures(network), "random pixels")
+    record = exported(network, ["onnx"], tmp_path / "out")
     (written,) = record.exported
     assert written.images == written.same_class == 8
     assert written.difference < 1e-4
@@ -117,12 +132,12 @@ def test_onnx_runtime_computes_the_same(name, size, with_preprocessing, tmp_path
 def test_padding_of_pytorch(tmp_path):
     """On maps of even size it differs from that of TensorFlow, which is tested above."""
     network = calibrated("efficientnet_b0", 32, padding="even")
-    export(network, ["onnx"], tmp_path / "out", pictures(network), "random pixels")
+    exported(network, ["onnx"], tmp_path / "out")
 
 
 def test_stablehlo_runs_without_this_package(tmp_path):
     network = calibrated("resnet20_a", 16)
-    record = export(network, ["stablehlo"], tmp_path / "out", pictures(network), "random pixels")
+    record = exported(network, ["stablehlo"], tmp_path / "out")
     assert record.exported[0].difference < 1e-5
     program = jax.export.deserialize(bytearray((tmp_path / "out" / "student.stablehlo").read_bytes()))
     assert program.platforms == ("cpu", "cuda", "tpu")
@@ -131,9 +146,9 @@ def test_stablehlo_runs_without_this_package(tmp_path):
 
 
 def test_openvino_computes_the_same(tmp_path):
-    pytest.importorskip("openvino")
+    needs("openvino")
     network = calibrated("shufflenet_v1_cifar", 32)
-    record = export(network, ["openvino"], tmp_path / "out", pictures(network), "random pixels")
+    record = exported(network, ["openvino"], tmp_path / "out")
     assert record.exported[0].files == ("student.xml", "student.bin")
     assert record.exported[0].difference < 1e-4
 
@@ -142,9 +157,7 @@ def test_half_precision(tmp_path):
     network = calibrated("resnet8", 16)
     sizes = {}
     for dtype in ("float32", "float16"):
-        record = export(
-            network, ["onnx"], tmp_path / dtype, pictures(network), "random pixels", Options(dtype)
-        )
+        record = exported(network, ["onnx"], tmp_path / dtype, options=Options(dtype))
         sizes[dtype] = record.exported[0].bytes
     assert 1e-5 < record.exported[0].difference < 1e-2
     assert sizes["float16"] < 0.6 * sizes["float32"]
@@ -158,7 +171,7 @@ def test_the_ensemble_of_a_run(method, tmp_path):
     run = load_run(tmp_path / "run")
     network = exportable_ensemble(run, with_preprocessing=True)
     images = np.random.default_rng(1).integers(0, 256, (9, 8, 8, 1), dtype=np.uint8)
-    export(network, ["onnx"], tmp_path / "out", images, "random pixels")
+    exported(network, ["onnx"], tmp_path / "out", images)
     np.testing.assert_allclose(network.expected(images), run.predict(images)["ensemble"], atol=1e-5)
 
 
@@ -220,7 +233,7 @@ def test_what_onnx_cannot_say_is_one_line(logits, why, tmp_path):
     with pytest.raises(
         UserError, match=f"mine cannot be written as ONNX: .*{why}.*--format=stablehlo"
     ) as error:
-        export(network, ["onnx"], tmp_path / "out", pictures(network), "random pixels")
+        exported(network, ["onnx"], tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -250,7 +263,7 @@ OPERATIONS = {
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_of_other_networks(name, tmp_path):
     network = Exportable(name, OPERATIONS[name], (4, 4, 3), tuple("abc"), Preprocessing((0.5,), (0.3,)), {})
-    record = export(network, ["onnx"], tmp_path / "out", pictures(network), "random pixels")
+    record = exported(network, ["onnx"], tmp_path / "out")
     assert record.exported[0].difference < 1e-5
 
 
@@ -266,10 +279,10 @@ def test_operations_of_other_networks(name, tmp_path):
 def test_a_runtime_that_differs_stops_the_export(change, why, tmp_path, monkeypatch):
     usual = FORMATS["onnx"]
     changed = dataclasses.replace(usual, run=lambda *given: list(map(change, usual.run(*given))))
-    monkeypatch.setitem(formats.FORMATS, "onnx", changed)
+    monkeypatch.setitem(registry.FORMATS, "onnx", changed)
     network = calibrated("resnet8", 8)
     with pytest.raises(UserError, match=f"{why}.*nothing was written"):
-        export(network, ["onnx"], tmp_path / "out", pictures(network), "random pixels")
+        exported(network, ["onnx"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -345,8 +358,8 @@ def test_mistakes_get_one_line_and_nothing_is_written(flags, message, tmp_path):
 
 
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         UserError, match=r"--format=openvino needs the package onnx: pip install 'ekd_jax\[openvino\]'"
     ):
-        formats.check_formats(["openvino"], Options())
+        registry.check_formats(["openvino"], Options())

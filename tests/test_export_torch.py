@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from conftest import command, plain_environment
 from PIL import Image
-from test_export import calibrated, pictures
+from test_export import calibrated, exported
 
 from ekd_jax.common.errors import UserError
 from ekd_jax.models.cost import count_parameters
 from ekd_jax.students.convert import Request, convert
-from ekd_jax.students.formats.export import Options, export
+from ekd_jax.students.formats.request import Options
 from ekd_jax.students.state_dict import read_state_dict
 from ekd_jax.students.student import write_student
 
@@ -96,7 +96,7 @@ def test_the_librarys_network_computes_the_same(
 ):
     network = calibrated(name, size, width, **options)
     choice = Options(library=library, torch_network=made_by)
-    (written,) = export(network, ["torch"], tmp_path / "out", pictures(network), "random", choice).exported
+    (written,) = exported(network, ["torch"], tmp_path / "out", options=choice).exported
     assert written.images == written.same_class == 8
     assert written.difference < 1e-4
     assert written.layout == "NCHW"
@@ -147,9 +147,7 @@ REFUSED = [
 @pytest.mark.parametrize(("choice", "message"), REFUSED)
 def test_what_does_not_fit_is_one_line(efficientnet, choice, message, tmp_path, copied):
     with pytest.raises(UserError, match=message) as error:
-        export(
-            efficientnet, ["torch"], tmp_path / "out", pictures(efficientnet), "random", Options(**choice)
-        )
+        exported(efficientnet, ["torch"], tmp_path / "out", options=Options(**choice))
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 600
     assert not (tmp_path / "out").exists()
@@ -162,9 +160,9 @@ def test_only_plain_students_have_a_state_dict(efficientnet, tmp_path):
         (dataclasses.replace(efficientnet, with_preprocessing=True), "leave out --with_preprocessing"),
     ):
         with pytest.raises(UserError, match=message):
-            export(changed, ["torch"], tmp_path / "out", pictures(efficientnet), "random", choice)
+            exported(changed, ["torch"], tmp_path / "out", options=choice)
     with pytest.raises(UserError, match="--library belongs to --format=torch"):
-        export(efficientnet, ["onnx"], tmp_path / "out", pictures(efficientnet), "random", choice)
+        exported(efficientnet, ["onnx"], tmp_path / "out", options=choice)
 
 
 def test_the_command_and_the_program_that_it_writes(tmp_path, copied):

@@ -6,15 +6,15 @@ import json
 import numpy as np
 import pytest
 from conftest import command, tiny_config
-from test_export import calibrated, pictures
+from test_export import calibrated, exported, needs
 
 from ekd_jax.common.errors import UserError
 from ekd_jax.data.opening import open_data
 from ekd_jax.runs.exporting import quantization_images, trained_with
 from ekd_jax.runs.run import load_run
-from ekd_jax.students.formats.export import Options, export
-from ekd_jax.students.formats.int8 import RECIPES, Labeled, QuantizationImages, Recipe, quantized
+from ekd_jax.students.formats.int8 import RECIPES, Recipe, quantized
 from ekd_jax.students.formats.onnx_file import run_onnx, write_onnx
+from ekd_jax.students.formats.request import Labeled, Options, QuantizationImages
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -42,9 +42,9 @@ def images(network):
 
 @pytest.mark.parametrize("format_", ["onnx", "openvino"])
 def test_what_int8_costs_is_what_the_file_does(network, images, tmp_path, format_):
-    pytest.importorskip(format_)
+    needs(format_)
     options = Options(quantize="int8", max_loss=100)
-    record = export(network, [format_], tmp_path / "out", pictures(network), "random", options, images)
+    record = exported(network, [format_], tmp_path / "out", options=options, quantization=images)
     (written,) = record.exported
     cost = written.quantization
     assert (cost.correct_in_float32, cost.images) == (60, 60)
@@ -69,7 +69,7 @@ def test_what_costs_too_much_is_not_written(network, images, tmp_path):
     with pytest.raises(
         UserError, match=r"costs .* points of top-1, 100.00 -> .* --max_loss=0: nothing was"
     ) as error:
-        export(network, ["onnx"], tmp_path / "out", pictures(network), "random", options, images)
+        exported(network, ["onnx"], tmp_path / "out", options=options, quantization=images)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -161,7 +161,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("options", "names", "message"), MISTAKES)
 def test_mistakes(network, images, options, names, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        export(network, names, tmp_path / "out", pictures(network), "random", Options(**options), images)
+        exported(network, names, tmp_path / "out", options=Options(**options), quantization=images)
     assert not (tmp_path / "out").exists()
 
 

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from conftest import command, fresh_student
 from PIL import Image
-from test_export import calibrated, pictures
+from test_export import calibrated, exported
 
 from ekd_jax.common.errors import UserError
 from ekd_jax.data.dataset import Example
 from ekd_jax.data.decode import Reader
 from ekd_jax.students.description import Preprocessing
 from ekd_jax.students.formats import onnx_resizing
-from ekd_jax.students.formats.export import Options, export
 from ekd_jax.students.formats.onnx_file import run_onnx
 from ekd_jax.students.formats.onnx_resizing import with_resizing
+from ekd_jax.students.formats.request import Options
 from ekd_jax.students.student import LoadedStudent, write_student
 
 onnx = pytest.importorskip("onnx")
@@ -79,9 +79,7 @@ def test_a_file_that_resizes(fit, tmp_path):
         generator.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((40, 31), (16, 90), (9, 9))
     ]
     options = Options(with_resizing=True)
-    record = export(
-        network, ["onnx"], tmp_path / "out", pictures(network), "random", options, originals=originals
-    )
+    record = exported(network, ["onnx"], tmp_path / "out", options=options, originals=originals)
     found = record.exported[0].resizing
     assert (found.fit, found.images) == ("crop" if fit == "crop" else "stretch", 3)
     assert found.difference < 3e-2
@@ -106,16 +104,10 @@ def test_what_resizes_otherwise_is_not_written(tmp_path, monkeypatch):
         preprocessing=Preprocessing((0.4,), (0.2,), "crop"),
     )
     originals = [np.random.default_rng(n).integers(0, 256, (20, 80, 3), dtype=np.uint8) for n in range(4)]
-    arguments = (
-        network,
-        ["onnx"],
-        tmp_path / "out",
-        pictures(network),
-        "random",
-        Options(with_resizing=True),
-    )
-    with pytest.raises(UserError, match="resizes otherwise than Pillow: outputs differ by up to"):
-        export(*arguments, originals=originals)
+    with pytest.raises(UserError, match="resizes otherwise than Pillow: up to .* another class for"):
+        exported(
+            network, ["onnx"], tmp_path / "out", options=Options(with_resizing=True), originals=originals
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -153,11 +145,4 @@ def test_the_command_takes_photos_of_any_size(tmp_path):
 def test_mistakes(names, options, message, tmp_path):
     network = calibrated("resnet8", 16)
     with pytest.raises(UserError, match=message):
-        export(
-            network,
-            names,
-            tmp_path / "out",
-            pictures(network),
-            "random",
-            Options(with_resizing=True, **options),
-        )
+        exported(network, names, tmp_path / "out", options=Options(with_resizing=True, **options))

@@ -16,9 +16,11 @@ from ekd_jax.data.decode import decode, resized
 from ekd_jax.data.opening import Data, open_data, read_example
 from ekd_jax.runs.evaluation import config_of
 from ekd_jax.runs.run import Run, make_predict
-from ekd_jax.students.formats.export import ExportRecord, Options, check_formats, export
+from ekd_jax.students.formats.export import export
 from ekd_jax.students.formats.exportable import Exportable, exportable_student
-from ekd_jax.students.formats.int8 import Labeled, QuantizationImages
+from ekd_jax.students.formats.record import ExportRecord
+from ekd_jax.students.formats.registry import check_formats
+from ekd_jax.students.formats.request import Labeled, Options, QuantizationImages, Request
 from ekd_jax.students.student import LoadedStudent
 
 IMAGES = 50  # on which files are compared with JAX: one, and seven times seven
@@ -75,7 +77,8 @@ def export_student(
     if quantize:
         of_int8 = quantization_images(trained_with(student), student.input_shape, student.class_names)
     own_size = [of_another_size(image, student.input_shape) for image in images] if with_resizing else []
-    return export(network, formats, pathlib.Path(output), images, where, options, of_int8, own_size)
+    asked = Request((network,), images, options, of_int8, own_size)
+    return export(asked, formats, pathlib.Path(output), where)
 
 
 def exportable_ensemble(run: Run, with_preprocessing: bool = False) -> Exportable:

@@ -19,8 +19,8 @@ from ekd_jax.common.progress import Progress
 from ekd_jax.students.formats.exportable import Exportable
 from ekd_jax.students.formats.onnx_file import run_onnx
 from ekd_jax.students.formats.onnx_graph import INPUT
-
-BATCH = 16  # images at a time; the histograms of a batch's activations are in memory together
+from ekd_jax.students.formats.record import Tried
+from ekd_jax.students.formats.request import QuantizationImages, in_batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,48 +52,6 @@ RECIPES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Labeled:
-    """Images and what they show.
-
-    Attributes:
-        images: (N, H, W, C) uint8.
-        labels: (N,) integers.
-        name: what they are, for people: "training images of cifar10".
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    name: str
-
-    def __str__(self) -> str:
-        return f"{len(self.images):,} {self.name}"
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizationImages:
-    """The images that a quantized network is made, chosen and measured with; they do not overlap."""
-
-    calibration: Labeled
-    validation: Labeled
-    test: Labeled
-
-
-@dataclasses.dataclass(frozen=True)
-class Tried:
-    """A recipe on the validation images.
-
-    Attributes:
-        recipe: what was tried, for people.
-        correct: images that it classifies rightly.
-        difference: root of the mean squared difference of its outputs from those in float32.
-    """
-
-    recipe: str
-    correct: int
-    difference: float
-
-
 def best_quantized(
     content: bytes, network: Exportable, images: QuantizationImages
 ) -> tuple[bytes, tuple[Tried, ...]]:
@@ -106,13 +64,13 @@ def best_quantized(
         network: that it is of.
         images: to calibrate and to choose with.
     """
-    validation = [network.inputs(batch) for batch in batches_of(images.validation.images)]
+    validation = [network.inputs(batch) for batch in in_batches(images.validation.images)]
     expected = np.concatenate(run_onnx(content, validation))
     best, tried = b"", []
     progress = Progress("choosing a recipe for int8", len(RECIPES), unit="recipes")
     for recipe in RECIPES:
         made = quantized(
-            content, [network.inputs(b) for b in batches_of(images.calibration.images)], recipe
+            content, [network.inputs(b) for b in in_batches(images.calibration.images)], recipe
         )
         found = np.concatenate(run_onnx(made, validation))
         correct = int((found.argmax(1) == images.validation.labels).sum())
@@ -165,11 +123,6 @@ def quantized(content: bytes, calibration: Sequence[np.ndarray], recipe: Recipe)
     del made.metadata_props[:]
     made.metadata_props.extend(model.metadata_props)
     return bytes(made.SerializeToString())
-
-
-def batches_of(images: np.ndarray) -> list[np.ndarray]:
-    """Return images in batches of `BATCH`, the last of which may be smaller."""
-    return [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
 
 
 class _Batches:

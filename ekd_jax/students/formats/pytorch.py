@@ -15,7 +15,7 @@ import numpy as np
 from ekd_jax.common.errors import UserError, nearest
 from ekd_jax.students.description import NetworkDescription, Preprocessing
 from ekd_jax.students.formats.alone import run_alone
-from ekd_jax.students.formats.exportable import Exportable
+from ekd_jax.students.formats.request import Request
 from ekd_jax.students.torch_arrays import state_dict
 from ekd_jax.students.torch_names import Source, sources
 from ekd_jax.version import __version__
@@ -81,30 +81,23 @@ def fit(network, state):
 '''
 
 
-def check_torch(network: Exportable, library: str, torch_network: str) -> None:
-    """Raise UserError unless a network can be written as a state dict of this library.
-
-    Args:
-        network: what is exported.
-        library: see `write_torch`.
-        torch_network: see `write_torch`.
-    """
-    _builder(network, library, torch_network)
+def check_torch(asked: Request) -> None:
+    """Raise UserError unless a network can be written as a state dict with the names of a library."""
+    _builder(asked)
 
 
-def write_torch(network: Exportable, library: str, torch_network: str = "") -> dict[str, bytes]:
+def write_torch(asked: Request) -> dict[str, bytes]:
     """Return the state dict of a student and the program that loads it, by name.
 
-    Args:
-        network: a student, not an ensemble.
-        library: whose names the arrays get: "torchvision", "timm", "EfficientNet-PyTorch", "RepDistiller", "official".
-        torch_network: what makes the network, "module:function" or "module:function(num_classes=10)"; needed for
-            libraries that are no packages.
+    Its options are `library`, whose names the arrays get: "torchvision", "timm", "EfficientNet-PyTorch",
+    "RepDistiller" or "official"; and `torch_network`, what makes the network of a library that is no package:
+    "module:function" or "module:function(num_classes=10)".
 
     Raises:
         UserError: no library has the network, or it is made otherwise than the student.
     """
-    source, imported, call = _builder(network, library, torch_network)
+    network = asked.network
+    source, imported, call = _builder(asked)
     student = network.student
     assert student is not None
     own, shape = student.description.network, student.input_shape
@@ -143,8 +136,9 @@ def run_torch(files: dict[str, bytes], batches: list[np.ndarray]) -> list[np.nda
     return run_alone(PROGRAM, files, batches, search)
 
 
-def _builder(network: Exportable, library: str, torch_network: str) -> tuple[Source, str, str]:
+def _builder(asked: Request) -> tuple[Source, str, str]:
     """Return the library, what the program imports, and the expression that makes the network."""
+    network, library, torch_network = asked.network, asked.options.library, asked.options.torch_network
     if network.student is None:
         raise UserError(f"--format=torch: a state dict is of one student, not of {network.name}")
     if network.with_preprocessing:
