@@ -15,6 +15,7 @@ from ekd_jax.common.files import replacing, write_bytes
 from ekd_jax.common.records import write_record
 from ekd_jax.students.formats import onnx_file, openvino, stablehlo
 from ekd_jax.students.formats.exportable import Exportable
+from ekd_jax.students.formats.onnx_file import UnwritableError
 from ekd_jax.students.student import check_output
 
 RECORD = "export.json"
@@ -126,11 +127,16 @@ def check_formats(formats: Sequence[str], dtype: str) -> None:
             raise UserError(
                 f"--format={name} has no --dtype={dtype}: {', '.join(FORMATS[name].dtypes)} is what it computes in"
             )
-        for module, extra in FORMATS[name].packages.items():
-            if importlib.util.find_spec(module) is None:
-                raise UserError(
-                    f"--format={name} needs the package {module}: pip install 'ekd_jax[{extra}]'"
-                )
+        if lacks := missing_package(name):
+            raise UserError(f"--format={name} needs {lacks}")
+
+
+def missing_package(name: str) -> str:
+    """Return which package a format lacks, and how to install it; "" if it lacks none."""
+    for module, extra in FORMATS[name].packages.items():
+        if importlib.util.find_spec(module) is None:
+            return f"the package {module}: pip install 'ekd_jax[{extra}]'"
+    return ""
 
 
 def export(
@@ -197,6 +203,8 @@ def _written_and_run(
     try:
         files = FORMATS[name].write(network, dtype)
         return files, np.concatenate(FORMATS[name].run(files, [network.inputs(batch) for batch in batches]))
+    except UnwritableError as error:
+        raise UserError(f"{error}; --format=stablehlo takes every network") from error
     except UserError:
         raise
     except Exception as error:  # runtimes raise kinds of their own

@@ -11,6 +11,10 @@ from ekd_jax.students.formats.onnx_graph import INPUT
 from ekd_jax.students.formats.onnx_writer import Tensor, UnsupportedError, Writer
 
 
+class UnwritableError(UserError):
+    """A network has an operation that ONNX, or this writer, does not know."""
+
+
 def write_onnx(network: Exportable, dtype: str = "float32") -> bytes:
     """Return an ONNX file (opset 17) that computes what the network computes, for any number of images.
 
@@ -21,7 +25,7 @@ def write_onnx(network: Exportable, dtype: str = "float32") -> bytes:
         dtype: "float32" or "float16", in which it computes.
 
     Raises:
-        UserError: the network has an operation that ONNX, or this writer, does not know.
+        UnwritableError: the network has an operation that ONNX, or this writer, does not know.
     """
     program = network.trace()
     rank = len(network.input_shape) + 1
@@ -36,9 +40,7 @@ def write_onnx(network: Exportable, dtype: str = "float32") -> bytes:
         if dtype == "float16":
             last = writer.graph.halve(last)
     except (UnsupportedError, OverflowError) as error:
-        raise UserError(
-            f"{network.name} cannot be written as ONNX: {error}; --format=stablehlo takes every network"
-        ) from error
+        raise UnwritableError(f"{network.name} cannot be written as ONNX: {error}") from error
     return writer.graph.model(
         (last, network.output),
         network.input_type,
