@@ -30,6 +30,7 @@ from ekd_jax.students.timing import (
     SECONDS,
     THREADS,
     Subject,
+    check_threads,
     chosen_runtimes,
     conditions,
     measure,
@@ -70,6 +71,7 @@ def main() -> None:
     """Run the command."""
     if bool(FLAGS.student_dir) == bool(FLAGS.workdir):
         raise UserError("pass --workdir=RUN, or --student_dir=DIR for an extracted student")
+    check_threads(FLAGS.threads)
     output, sizes, runtimes = (
         cli.output_file("output", (".json",)),
         _batch_sizes(),

@@ -33,7 +33,14 @@ from ekd_jax.runs.choosing import (
 )
 from ekd_jax.runs.run import load_run
 from ekd_jax.students.formats.export import FORMATS
-from ekd_jax.students.timing import RUNTIMES, THREADS, chosen_runtimes, conditions, installed_runtimes
+from ekd_jax.students.timing import (
+    RUNTIMES,
+    THREADS,
+    check_threads,
+    chosen_runtimes,
+    conditions,
+    installed_runtimes,
+)
 
 FLAGS = flags.FLAGS
 
@@ -62,6 +69,7 @@ def main() -> None:
     """Run the command."""
     limits = Limits(**{name: FLAGS[name].value for name in Limits.__dataclass_fields__})
     check_limits(limits)
+    check_threads(FLAGS.threads)
     output = pathlib.Path(FLAGS.extract) if FLAGS.extract else None
     if output:
         check_extraction(output, FLAGS.format)

@@ -166,6 +166,8 @@ def measured(
     new = measure(missing, [now], [batch_size], seconds, rounds) if missing else ()
     if new:
         keep(path, new)
+    if len(new) < len(missing):
+        raise UserError(f"not all students can run in {now.runtime}: choose another --runtime")
     return {name: each for name, (each, _) in found.items() if each} | {each.network: each for each in new}
 
 
@@ -210,23 +212,23 @@ def _explained(measurements: Sequence[Measurement]) -> list[str]:
         "ms: median time of a call, from normalized float32 images to logits",
         f"10-90 %: range of the calls; at least {calls:,} calls{several}",
         "load s: loading, compiling and the first call; file MB: what the runtime loads",
-        "peak MB: of the whole process; runtimes without a network: "
-        + ", ".join(f"{runtime} {size / 1e6:,.0f}" for runtime, size in alone.items()),
+        "peak MB: memory of the whole process, in which runtimes without a network take",
+        f"    {', '.join(f'{runtime} {size / 1e6:,.0f}' for runtime, size in alone.items())}",
         *conditions_as_text([m.conditions for m in measurements]),
     ]
 
 
 def conditions_as_text(found: Sequence[Conditions]) -> list[str]:
-    """Return a line for the runtimes on every device."""
+    """Return two lines for each device: versions of the runtimes, and what they run on."""
     lines = []
     for device, cores, threads, cpus in dict.fromkeys(
         (c.device, c.cores, c.threads, c.cpus) for c in found
     ):
-        names = dict.fromkeys(
-            f"{c.runtime} {c.version}" for c in found if (c.device, c.cpus) == (device, cpus)
-        )
+        same = [c for c in found if (c.device, c.cpus) == (device, cpus)]
+        names = dict.fromkeys(f"{c.runtime} {c.version}" for c in same)
+        kept = f"kept on CPU{'s' * (len(cpus) > 1)} {', '.join(map(str, cpus))} of {cores}"
         where = (
-            f"kept on CPU {', '.join(map(str, cpus))} of {cores}" if cpus else "for JAX as many as it likes"
+            kept if cpus else "of JAX as many as it starts: this system keeps no process on certain CPUs"
         )
-        lines.append(f"{', '.join(names)}: {device}, {threads} thread{'s' * (threads > 1)}, {where}")
+        lines += [", ".join(names), f"    {device}, {threads} thread{'s' * (threads > 1)}, {where}"]
     return lines

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from ekd_jax.common.errors import UserError, nearest
+from ekd_jax.common.log import logger
 from ekd_jax.common.machine import cpu_name, usable_cpus
 from ekd_jax.common.progress import Progress
 from ekd_jax.students.formats.export import FORMATS, missing_package
@@ -178,16 +179,24 @@ def chosen_runtimes(asked: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(asked)) or installed_runtimes()
 
 
+def check_threads(threads: int) -> None:
+    """Raise UserError unless there are CPUs for so many threads."""
+    if not 1 <= threads <= _cores():
+        raise UserError(f"--threads={threads} must be from 1 to {_cores()}, the CPUs that can be used here")
+
+
+def _cores() -> int:
+    return len(usable_cpus()) or os.cpu_count() or 1
+
+
 def conditions(runtime: str, threads: int) -> Conditions:
     """Return what a network would be timed with now.
 
     Raises:
         UserError: more threads than CPUs, or JAX does not start.
     """
+    check_threads(threads)
     usable = usable_cpus()
-    cores = len(usable) or os.cpu_count() or 1
-    if not 1 <= threads <= cores:
-        raise UserError(f"--threads={threads} must be from 1 to {cores}, the CPUs that can be used here")
     cpus = tuple(sorted(usable[:threads]))
     job = {"runtime": runtime, "threads": threads, "cpus": cpus}
     facts = _result(job, "jax does not start") if runtime == "jax" else {"platform": "cpu"}
@@ -197,7 +206,7 @@ def conditions(runtime: str, threads: int) -> Conditions:
         ekd_jax=__version__,
         device=cpu_name() if facts["platform"] == "cpu" else facts["device"],
         platform=facts["platform"],
-        cores=cores,
+        cores=_cores(),
         threads=threads,
         cpus=cpus,
     )
@@ -207,14 +216,14 @@ def written(subject: Subject, found: Conditions, batch_size: int) -> dict[str, b
     """Return the files that a runtime is given to run a network.
 
     Raises:
-        UserError: the network cannot be written for this runtime.
+        UnwritableError: the network cannot be written for this runtime.
     """
     try:
         if found.runtime == "jax":
             return {"program": write_program(subject.network, batch_size, found.platform)}
         return FORMATS[RUNTIMES[found.runtime]].write(subject.network, "float32")
     except UnwritableError as error:
-        raise UserError(f"{error}; --runtime=jax takes every network") from error
+        raise UnwritableError(f"{error}; --runtime=jax takes every network") from error
 
 
 def measure(
@@ -227,7 +236,7 @@ def measure(
     """Time every network with every runtime at every batch size.
 
     In every round each of them has a turn, in a process of its own, so that whatever else the machine does is
-    divided among all.
+    divided among all. A network that cannot be written for a runtime is left out there, with a warning.
 
     Args:
         subjects: the networks.
@@ -237,20 +246,28 @@ def measure(
         rounds: how many.
 
     Raises:
-        UserError: a network cannot be written for a runtime, or the runtime fails.
+        UserError: no network can be written for any of the runtimes, or a runtime fails.
     """
-    turns = [(subject, found, size) for subject in subjects for found in runtimes for size in batch_sizes]
+    asked = [(subject, found, size) for subject in subjects for found in runtimes for size in batch_sizes]
     with tempfile.TemporaryDirectory() as name:
-        jobs: list[dict[str, Any]] = []
-        results: list[list[dict[str, Any]]] = [[] for _ in turns]
-        writing = Progress("writing files to be timed", len(turns), unit="files")
-        for number, (subject, found, size) in enumerate(turns):
+        turns, jobs, refused = [], [], {}
+        writing = Progress("writing files to be timed", len(asked), unit="files")
+        for number, (subject, found, size) in enumerate(asked):
             writing.update(number, _named(subject, found, size))
-            folder = pathlib.Path(name) / str(number)
-            folder.mkdir()
+            try:
+                files = written(subject, found, size)
+            except UnwritableError as error:
+                refused[str(error)] = error
+                continue
             shape = (size, *subject.network.input_shape)
-            jobs.append(_job(folder, written(subject, found, size), found, shape))
+            jobs.append(_job(pathlib.Path(name) / str(number), files, found, shape))
+            turns.append((subject, found, size))
         writing.clear()
+        if refused and not turns:
+            raise next(iter(refused.values()))
+        for why in refused:
+            logger.warning(f"warning: left out: {why}")
+        results: list[list[dict[str, Any]]] = [[] for _ in turns]
         timing = Progress("timing", rounds * len(turns), unit="measurements")
         for number in range(rounds):
             for place, turn in enumerate(turns):
@@ -269,6 +286,7 @@ def _job(
     folder: pathlib.Path, files: dict[str, bytes], found: Conditions, shape: tuple[int, ...]
 ) -> dict[str, Any]:
     """Write the files of a network, and return what its process has to do."""
+    folder.mkdir()
     for file, content in files.items():
         (folder / file).write_bytes(content)
     paths = [str(folder / file) for file in files]
