@@ -202,15 +202,14 @@ def _explained(measurements: Sequence[Measurement]) -> list[str]:
     """Return what the columns are, and what was measured with what, in lines of at most 80 characters or so."""
     apart = max(max(m.rounds_ms) / min(m.rounds_ms) - 1 for m in measurements)
     calls, rounds = min(m.calls for m in measurements), len(measurements[0].rounds_ms)
-    several = (
-        f" in {rounds} rounds, whose medians differ by up to {100 * apart:.0f} %" if rounds > 1 else ""
-    )
+    several = f"in {rounds} rounds, whose medians differ by up to {100 * apart:.0f} %"
     alone = {m.conditions.runtime: 0 for m in measurements}
     for own in measurements:
         alone[own.conditions.runtime] = max(alone[own.conditions.runtime], own.runtime_bytes)
     return [
         "ms: median time of a call, from normalized float32 images to logits",
-        f"10-90 %: range of the calls; at least {calls:,} calls{several}",
+        f"10-90 %: range of the calls, of which there are at least {calls:,}"
+        + (f"\n    {several}" if rounds > 1 else ""),
         "load s: loading, compiling and the first call; file MB: what the runtime loads",
         "peak MB: memory of the whole process, in which runtimes without a network take",
         f"    {', '.join(f'{runtime} {size / 1e6:,.0f}' for runtime, size in alone.items())}",

@@ -267,7 +267,7 @@ def as_text(choice: Choice) -> str:
         ]
         rows.append(row)
     accuracy = ["top-1 last", "top-1 best", *(["test top-1"] if held_out else [])] if choice.split else []
-    header = ["student", "width", "parameters", "MACs", "file MB", "ms", *accuracy, "fits"]
+    header = ["student", "width", "parameters", "MACs", "MB", "ms", *accuracy, "fits"]
     lines = [table(rows, header)]
     lines += [f"student {own.student}: {'; '.join(own.misses)}" for own in choice.candidates if own.misses]
     return "\n".join([*lines, "", *_explained(choice)])
@@ -281,8 +281,8 @@ def _explained(choice: Choice) -> list[str]:
             f"top-1: per cent of the {choice.split} set; last: at step {choice.step:,}, which decides"
         )
         if choice.split == "test":
-            lines.append("the winner's is too high by a little, as test images decide; better hold")
-            lines.append("images out for that (data.validation_examples)")
+            lines.append("test images choose here, which favors the winner: hold validation images out")
+            lines.append("with data.validation_examples for an unbiased choice")
         if run.step != choice.step:
             lines.append(f"costs are of the latest checkpoint, of step {run.step:,}")
     else:
@@ -291,11 +291,11 @@ def _explained(choice: Choice) -> list[str]:
     of = f"batch {choice.batch_size:,}, {found.runtime} {found.version}"
     if measurement:
         threads = f"{found.threads} thread{'s' * (found.threads > 1)}"
-        lines.append(f"ms: median of a call, {of}, {threads}, {found.device}")
-        lines.append(f"measured at {measurement.time}")
+        lines.append(f"ms: median of a call, {of}, {threads},")
+        lines.append(f"    {found.device}, measured at {measurement.time}")
     else:
         lines.append("ms: not measured; --max_latency_ms=N or `ekd benchmark` measures it")
-    lines.append(f"file MB: what {found.runtime} loads")
+    lines.append(f"MB: the file that {found.runtime} loads")
     return lines
 
 
