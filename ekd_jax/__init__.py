@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ekd_jax.runs.records import Summary
     from ekd_jax.runs.run import Run, load_run
     from ekd_jax.students.student import LoadedStudent, load_student
+    from ekd_jax.students.timing import benchmark_student
 
 # name -> the module that has it; a namespace is a module itself
 _PLACES = {
@@ -34,6 +35,7 @@ _PLACES = {
     "load_student": "students.student",
     "evaluate_student": "runs.evaluation",
     "export_student": "runs.exporting",
+    "benchmark_student": "students.timing",
     "build_ensemble": "models",
     "list_models": "models",
     "register_network": "models",
@@ -54,6 +56,7 @@ __all__ = [
     "Summary",
     "UserError",
     "__version__",
+    "benchmark_student",
     "build_ensemble",
     "data",
     "default_config",

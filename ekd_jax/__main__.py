@@ -13,6 +13,14 @@ COMMANDS = {
         "ekd_jax.export",
         "Export a student for ONNX Runtime, OpenVINO or JAX alone; compared first.",
     ),
+    "benchmark": (
+        "ekd_jax.benchmark",
+        "Measure latency, throughput and memory of students in each runtime.",
+    ),
+    "choose": (
+        "ekd_jax.choose",
+        "Choose the best student of a run within limits, and extract or export it.",
+    ),
     "evaluate": ("ekd_jax.evaluate", "Evaluate a run or an extracted student on the test set."),
     "predict": ("ekd_jax.predict", "Ask an extracted student what is in an image."),
     "describe": ("ekd_jax.describe", "List the students of a recipe: parameters, multiply-accumulates."),

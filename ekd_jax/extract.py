@@ -14,9 +14,8 @@ from absl import flags
 
 from ekd_jax import cli
 from ekd_jax.common.errors import UserError
-from ekd_jax.common.log import logger
-from ekd_jax.runs.run import Run, load_run
-from ekd_jax.students.student import LoadedStudent, check_output, write_student
+from ekd_jax.runs.run import load_run
+from ekd_jax.students.student import check_output, write_student
 
 FLAGS = flags.FLAGS
 
@@ -46,23 +45,13 @@ def main() -> None:
     run = load_run(FLAGS.workdir, FLAGS.step, FLAGS.best)
     number = run.best_student_within(FLAGS.max_parameters) if FLAGS.student is None else FLAGS.student
     student = run.student(number)
-    own = write_student(
-        output, _with_class_scores(run, student) if FLAGS.per_class else student
-    ).description
+    student = run.with_scores_if_known(student) if FLAGS.per_class else student
+    own = write_student(output, student).description
     accuracy = own.metrics.get("top1")
     print(
         f"student {number} of {FLAGS.workdir} at step {own.provenance.step} -> {output}: "
         f"{own.parameters:,} parameters" + (f", {accuracy:.2f} % top-1" if accuracy is not None else "")
     )
-
-
-def _with_class_scores(run: Run, student: LoadedStudent) -> LoadedStudent:
-    """Return the student with scores by class, or as it is where the test images are not to be had."""
-    try:
-        return run.with_class_scores(student)
-    except UserError as error:
-        logger.warning(f"the model card gets no scores by class: {error}")
-        return student
 
 
 if __name__ == "__main__":

@@ -104,6 +104,8 @@ COMMANDS = (
     "compare",
     "extract",
     "export",
+    "benchmark",
+    "choose",
     "evaluate",
     "predict",
     "describe",

@@ -49,6 +49,11 @@ def human(count: float) -> str:
     return f"{count:.0f}"
 
 
+def three_digits(value: float) -> str:
+    """Return a number with three digits, or with all before the point: "0.150", "12.3", "4,567"."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
+
+
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
     """Return rows as CSV, with quotes where a value needs them."""
     text = io.StringIO()

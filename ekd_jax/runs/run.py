@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
 
 from ekd_jax.common.errors import UserError
+from ekd_jax.common.log import logger
 from ekd_jax.common.records import read_record
 from ekd_jax.config.build import Networks, build_networks, network_options
 from ekd_jax.config.resolve import identity, read_config, settings, steps_in
@@ -228,6 +229,14 @@ class Run:
         """
         places = {name: self.config.data[name] for name in ("data_dir", "manual_dir")}
         return with_class_scores(student, evaluate_student(student, places))
+
+    def with_scores_if_known(self, student: LoadedStudent) -> LoadedStudent:
+        """Return `with_class_scores`, or the student as it is, with a warning, where the test images are missing."""
+        try:
+            return self.with_class_scores(student)
+        except UserError as error:
+            logger.warning(f"the model card gets no scores by class: {error}")
+            return student
 
     def extract(
         self, student: int, output: str | os.PathLike[str], per_class: bool = False

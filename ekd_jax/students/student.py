@@ -181,12 +181,12 @@ def read_image(
         raise UserError(error.why) from error
 
 
-def check_output(output: pathlib.Path) -> None:
-    """Raise UserError unless `output` is new or empty, and can be written."""
+def check_output(output: pathlib.Path, flag: str = "output") -> None:
+    """Raise UserError unless `output`, which a flag names, is new or empty, and can be written."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output={output} exists and is not an empty directory: choose another")
+        raise UserError(f"--{flag}={output} exists and is not an empty directory: choose another")
     if why := why_not_writable(output):
-        raise UserError(f"--output={output}: {why}: choose another")
+        raise UserError(f"--{flag}={output}: {why}: choose another")
 
 
 def write_student(output: pathlib.Path, student: LoadedStudent) -> LoadedStudent:

@@ -12,7 +12,7 @@ TELEMETRY = "openvino_telemetry"
 XML, BIN = "student.xml", "student.bin"
 
 
-def _openvino() -> Any:
+def import_openvino() -> Any:
     """Import OpenVINO without its telemetry, which would start a process and report to its makers."""
     before = sys.modules.get(TELEMETRY)
     sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # as if it were not installed
@@ -26,7 +26,7 @@ def _openvino() -> Any:
 
 def write_openvino(onnx_file: bytes) -> dict[str, bytes]:
     """Return the two files of OpenVINO's representation of an ONNX file, by name."""
-    openvino = _openvino()
+    openvino = import_openvino()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         model = openvino.Core().read_model(onnx_file, b"")
@@ -36,7 +36,7 @@ def write_openvino(onnx_file: bytes) -> dict[str, bytes]:
 
 def run_openvino(files: dict[str, bytes], batches: list[np.ndarray]) -> list[np.ndarray]:
     """Return what OpenVINO computes on batches of images, on a CPU."""
-    openvino = _openvino()
+    openvino = import_openvino()
     core = openvino.Core()
     model = core.read_model(files[XML], files[BIN])
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

@@ -66,14 +66,14 @@ class Request:
 
     Attributes:
         networks: one, or several of equal classes, input and preprocessing.
-        images: (N, H, W, C) uint8, on which files are compared with JAX.
+        images: (N, H, W, C) uint8, on which files are compared with JAX; none to write alone.
         options: what the user chose.
         quantization: images to make and to measure int8 with, which `options.quantize` needs.
         originals: images (H', W', C) uint8 of other sizes, which `options.with_resizing` needs.
     """
 
     networks: tuple[Exportable, ...]
-    images: np.ndarray
+    images: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0, 0, 0), np.uint8))
     options: Options = Options()
     quantization: QuantizationImages | None = None
     originals: Sequence[np.ndarray] = ()

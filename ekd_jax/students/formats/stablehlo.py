@@ -30,6 +30,26 @@ def write_stablehlo(network: Exportable) -> bytes:
     return bytes(program.serialize())
 
 
+def write_program(network: Exportable, batch_size: int, target: str) -> bytes:
+    """Return the program that `jax.jit` makes of a network on one platform, for one number of images.
+
+    Args:
+        network: what is exported.
+        batch_size: number of images.
+        target: platform as `jax.export` names it, such as "cpu" or "cuda"; it need not be there.
+    """
+
+    def result(
+        images: jax.Array,
+    ) -> jax.Array:  # new each time: JAX keeps what it traced, for whatever platform
+        return network.compute(images)
+
+    images = jax.ShapeDtypeStruct((batch_size, *network.input_shape), np.dtype(network.input_type))
+    with tracing_for({"cuda": "gpu", "rocm": "gpu"}.get(target, target)):
+        program = export.export(jax.jit(result), platforms=[target])(images)
+    return bytes(program.serialize())
+
+
 def run_stablehlo(content: bytes, batches: list[np.ndarray]) -> list[np.ndarray]:
     """Return what the program computes on batches of images, on a CPU, in a fresh process.
 
