@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ekd_jax.runs.exporting import export_student
     from ekd_jax.runs.records import Summary
     from ekd_jax.runs.run import Run, load_run
+    from ekd_jax.students.formats.timing import benchmark_student
     from ekd_jax.students.student import LoadedStudent, load_student
-    from ekd_jax.students.timing import benchmark_student
 
 # name -> the module that has it; a namespace is a module itself
 _PLACES = {
@@ -35,7 +35,7 @@ _PLACES = {
     "load_student": "students.student",
     "evaluate_student": "runs.evaluation",
     "export_student": "runs.exporting",
-    "benchmark_student": "students.timing",
+    "benchmark_student": "students.formats.timing",
     "build_ensemble": "models",
     "list_models": "models",
     "register_network": "models",

@@ -22,8 +22,7 @@ from ekd_jax.common.records import as_json, write_record
 from ekd_jax.runs.benchmarking import Benchmark, as_text, keep, subjects
 from ekd_jax.runs.records import BENCHMARK
 from ekd_jax.runs.run import load_run
-from ekd_jax.students.student import load_student
-from ekd_jax.students.timing import (
+from ekd_jax.students.formats.timing import (
     BATCH_SIZES,
     ROUNDS,
     RUNTIMES,
@@ -36,6 +35,7 @@ from ekd_jax.students.timing import (
     measure,
     student_subject,
 )
+from ekd_jax.students.student import load_student
 
 FLAGS = flags.FLAGS
 

@@ -33,7 +33,7 @@ from ekd_jax.runs.choosing import (
 )
 from ekd_jax.runs.run import load_run
 from ekd_jax.students.formats.registry import FORMATS
-from ekd_jax.students.timing import (
+from ekd_jax.students.formats.timing import (
     RUNTIMES,
     THREADS,
     check_threads,

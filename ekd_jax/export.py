@@ -18,7 +18,7 @@ from ml_collections import FrozenConfigDict
 
 from ekd_jax import cli
 from ekd_jax.common.errors import UserError
-from ekd_jax.common.text import table
+from ekd_jax.common.text import table, three_digits
 from ekd_jax.data.decode import decode, read_image_file
 from ekd_jax.data.folder import image_files
 from ekd_jax.runs.evaluation import config_of, with_data
@@ -178,14 +178,14 @@ def _with_places(config: FrozenConfigDict, student: LoadedStudent) -> FrozenConf
 def _as_text(own: Quantization, size: int) -> str:
     """Return what int8 costs as a table."""
     rows = [
-        [
-            "float32",
-            f"{100 * own.correct_in_float32 / own.images:.2f}",
-            f"{own.bytes_in_float32 / 1e3:,.0f}",
-        ],
-        ["int8", f"{100 * own.correct / own.images:.2f}", f"{size / 1e3:,.0f}"],
+        [name, f"{100 * correct / own.images:.2f}", three_digits(milliseconds), f"{bytes_ / 1e3:,.0f}"]
+        for name, correct, milliseconds, bytes_ in (
+            ("float32", own.correct_in_float32, own.latency_ms_in_float32, own.bytes_in_float32),
+            ("int8", own.correct, own.latency_ms, size),
+        )
     ]
-    lines = [table(rows, ["", "top-1 %", "kB"]), f"top-1 on {own.measured_on}"]
+    lines = [table(rows, ["", "top-1 %", "ms", "kB"]), f"top-1 on {own.measured_on}"]
+    lines.append("ms: median of a call with one image, on one thread; both took turns")
     lines.append(f"recipe: {own.tried[0].recipe}; the best of {len(own.tried)} on {own.chosen_on}")
     return "\n".join([*lines, f"calibrated on {own.calibrated_on}"])
 

@@ -23,15 +23,21 @@ from ekd_jax.runs import choosing
 from ekd_jax.runs.benchmarking import as_text, keep, kept_measurement, read_benchmark, subjects
 from ekd_jax.runs.choosing import Limits, choose, extract
 from ekd_jax.runs.run import load_run
-from ekd_jax.students import timing
+from ekd_jax.students.formats import timing
 from ekd_jax.students.formats.exportable import Exportable, exportable_student
 from ekd_jax.students.formats.onnx_file import UnwritableError
 from ekd_jax.students.formats.registry import FORMATS
 from ekd_jax.students.formats.request import Request
 from ekd_jax.students.formats.stablehlo import write_program
+from ekd_jax.students.formats.timing import (
+    Conditions,
+    Subject,
+    benchmark_student,
+    chosen_runtimes,
+    conditions,
+)
+from ekd_jax.students.formats.timing_process import peak_memory
 from ekd_jax.students.student import write_student
-from ekd_jax.students.timing import Conditions, Subject, benchmark_student, chosen_runtimes, conditions
-from ekd_jax.students.timing_process import peak_memory
 from ekd_jax.training import single
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -83,9 +89,7 @@ def test_every_runtime_keeps_to_its_cpus(runtime):
 
 
 def test_only_the_runtime_is_loaded():
-    code = (
-        "import sys, ekd_jax.students.timing_process as t; t.STARTS['onnxruntime'](1); print(*sys.modules)"
-    )
+    code = "import sys, ekd_jax.students.formats.timing_process as t; t.STARTS['onnxruntime'](1); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"jax", "flax", "msgspec", "openvino"} & set(done.stdout.split())
 

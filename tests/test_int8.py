@@ -53,6 +53,7 @@ def test_what_int8_costs_is_what_the_file_does(network, images, tmp_path, format
     assert {each.recipe for each in cost.tried} == {str(recipe) for recipe in RECIPES}
     assert written.dtype == "int8"
     assert 1e-4 < written.difference < 2
+    assert min(cost.latency_ms, cost.latency_ms_in_float32) > 0
     if format_ == "onnx":
         content = (tmp_path / "out" / "student.onnx").read_bytes()
         found = np.concatenate(run_onnx(content, [network.inputs(images.test.images)]))
@@ -142,7 +143,7 @@ def test_the_command_shows_what_it_costs(finished, tmp_path):
     assert done.returncode == 0, done.stderr
     cost = json.loads((tmp_path / "out" / "export.json").read_text())["exported"][0]["quantization"]
     assert cost["measured_on"] == "898 test images of digits"
-    printed = dict(line.split()[:2] for line in done.stdout.splitlines() if len(line.split()) == 3)
+    printed = dict(line.split()[:2] for line in done.stdout.splitlines() if len(line.split()) == 4)
     assert printed["int8"] == f"{100 * cost['correct'] / 898:.2f}"
     assert printed["float32"] == f"{100 * cost['correct_in_float32'] / 898:.2f}"
     assert f"recipe: {cost['tried'][0]['recipe']}; the best of {len(RECIPES)}" in done.stdout

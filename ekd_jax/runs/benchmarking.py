@@ -12,7 +12,7 @@ from ekd_jax.runs.checkpoint import open_checkpoints
 from ekd_jax.runs.exporting import exportable_ensemble
 from ekd_jax.runs.records import A_RUN, BENCHMARK
 from ekd_jax.runs.run import Run
-from ekd_jax.students.timing import (
+from ekd_jax.students.formats.timing import (
     ROUNDS,
     SECONDS,
     Conditions,

@@ -20,8 +20,8 @@ from ekd_jax.students.formats.exportable import exportable_student
 from ekd_jax.students.formats.record import ExportRecord
 from ekd_jax.students.formats.registry import check_formats
 from ekd_jax.students.formats.request import Options, Request
+from ekd_jax.students.formats.timing import Conditions, Measurement, student_subject, written
 from ekd_jax.students.student import LoadedStudent, check_output, write_student
-from ekd_jax.students.timing import Conditions, Measurement, student_subject, written
 
 EXPORTED = "exported"
 

@@ -25,6 +25,7 @@ from ekd_jax.students.formats.record import (
 )
 from ekd_jax.students.formats.registry import FORMATS, ONNX, Files, Format, check_formats
 from ekd_jax.students.formats.request import Request, in_batches
+from ekd_jax.students.formats.timing import THREADS, Subject, conditions, measure
 from ekd_jax.students.student import check_output
 
 RECORD = "export.json"
@@ -166,6 +167,8 @@ class _InInt8:
                 f"({cost.tried[0].recipe}), and --max_loss={asked.options.max_loss:g}: nothing was written; leave out "
                 f"--quantize, or allow more"
             )
+        before, after = self._latencies(form)
+        cost = dataclasses.replace(cost, latency_ms=after, latency_ms_in_float32=before)
         outputs = Comparison(np.concatenate(form.run(own, asked.inputs)), expected)
         return own, dataclasses.replace(
             written,
@@ -174,6 +177,13 @@ class _InInt8:
             same_class=outputs.same_class,
             quantization=cost,
         )
+
+    def _latencies(self, form: Format) -> tuple[float, float]:
+        """Return the median time of a call with one image in float32 and in int8, in milliseconds."""
+        network = self._asked.network
+        subjects = [Subject("float32", network), Subject("int8", network, onnx_file=self._content)]
+        before, after = measure(subjects, [conditions(form.runtime, THREADS)], [1])
+        return before.median_ms, after.median_ms
 
     def _correct(self, form: Format, files: Files) -> int:
         """Return how many test images the format's runtime classifies rightly."""

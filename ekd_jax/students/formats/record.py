@@ -38,6 +38,8 @@ class Quantization:
         correct: how many of these are classified rightly.
         correct_in_float32: how many are in float32.
         bytes_in_float32: size of the files in float32.
+        latency_ms: median time of a call with one image, on one thread; see `timing.Measurement`.
+        latency_ms_in_float32: the same in float32; both took turns.
     """
 
     tried: tuple[Tried, ...]
@@ -48,6 +50,8 @@ class Quantization:
     correct: int
     correct_in_float32: int
     bytes_in_float32: int
+    latency_ms: float = 0.0
+    latency_ms_in_float32: float = 0.0
 
     @property
     def loss(self) -> float:

@@ -32,7 +32,10 @@ from ekd_jax.version import __version__
 # runtime -> the format that it runs. JAX's is traced anew, for this device, as `jax.jit` would do.
 RUNTIMES = {"jax": "stablehlo", "onnxruntime": "onnx", "openvino": "openvino"}
 BATCH_SIZES, THREADS, SECONDS, ROUNDS = (1, 64), 1, 1.0, 3
-START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from ekd_jax.students.timing_process import main"
+START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from ekd_jax.students.formats.timing_process import main"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +44,17 @@ class Subject:
 
     Attributes:
         name: "student_3", "ensemble", or the directory of a student.
-        network: as it is exported, without preprocessing.
+        network: as it is exported.
         step: of the checkpoint.
         weights: SHA-256 of its weights, hexadecimal.
+        onnx_file: an ONNX file to be timed in place of the network's own, such as one in int8.
     """
 
     name: str
     network: Exportable
-    step: int
-    weights: str
+    step: int = 0
+    weights: str = ""
+    onnx_file: bytes = b""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +86,8 @@ class Conditions:
 class Measurement:
     """How fast a network ran in a runtime, at one batch size.
 
-    A call takes normalized float32 images in host memory and gives logits in host memory.
+    A call takes images in host memory, normalized float32 unless the network has its preprocessing inside, and gives
+    logits or probabilities in host memory.
 
     Attributes:
         network, step, weights: as in `Subject`.
@@ -222,7 +228,10 @@ def written(subject: Subject, found: Conditions, batch_size: int) -> dict[str, b
     try:
         if found.runtime == "jax":
             return {"program": write_program(subject.network, batch_size, found.platform)}
-        return FORMATS[RUNTIMES[found.runtime]].write(Request((subject.network,)))
+        kind = FORMATS[RUNTIMES[found.runtime]]
+        if subject.onnx_file and kind.of_onnx:
+            return kind.of_onnx(subject.onnx_file)
+        return kind.write(Request((subject.network,)))
     except UnwritableError as error:
         raise UnwritableError(f"{error}; --runtime=jax takes every network") from error
 
@@ -261,7 +270,8 @@ def measure(
                 refused[str(error)] = error
                 continue
             shape = (size, *subject.network.input_shape)
-            jobs.append(_job(pathlib.Path(name) / str(number), files, found, shape))
+            job = _job(pathlib.Path(name) / str(number), files, found, shape)
+            jobs.append(job | {"dtype": subject.network.input_type})
             turns.append((subject, found, size))
         writing.clear()
         if refused and not turns:

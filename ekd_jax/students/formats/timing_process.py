@@ -48,8 +48,8 @@ class Runtime(NamedTuple):
 def main(job_file: str) -> None:
     """Do what a job says and write the result, both of them JSON files.
 
-    The job has `runtime`, `threads`, `cpus` to stay on, `result`, and, to time a network, `files`, the `shape` of a
-    batch of normalized images, and `seconds`. The result has the runtime's facts, `cpus`, and, of a network,
+    The job has `runtime`, `threads`, `cpus` to stay on, `result`, and, to time a network, `files`, `shape` and `dtype`
+    of a batch of images, and `seconds`. The result has the runtime's facts, `cpus`, and, of a network,
     `load_seconds`, `times` of the calls in seconds, `busy_cpus`, `peak_bytes` and `runtime_bytes`.
     """
     job = json.loads(pathlib.Path(job_file).read_bytes())
@@ -61,17 +61,20 @@ def main(job_file: str) -> None:
     result: dict[str, Any] = dict(runtime.facts)
     result["cpus"] = sorted(os.sched_getaffinity(0)) if job["cpus"] else []
     if job.get("files"):
-        result |= _timed(runtime, job["files"], job["shape"], job["seconds"])
+        result |= _timed(runtime, job)
     pathlib.Path(job["result"]).write_text(json.dumps(result))
 
 
-def _timed(runtime: Runtime, files: Sequence[str], shape: Sequence[int], seconds: float) -> dict[str, Any]:
+def _timed(runtime: Runtime, job: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
-    images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    shape, seconds, generator = job["shape"], job["seconds"], np.random.default_rng(0)
+    images = generator.normal(size=shape).astype(np.float32)
+    if job["dtype"] == "uint8":
+        images = generator.integers(0, 256, shape, dtype=np.uint8)
     runtime_bytes = runtime.peak()
     begin = time.perf_counter()
-    call = runtime.load(files, shape)
+    call = runtime.load(job["files"], shape)
     call(images)
     load_seconds = time.perf_counter() - begin
     _times(call, images, seconds / 2, WARM_UP_CALLS)
