@@ -3,6 +3,10 @@
     python -m ekd_jax.export --student_dir=DIR --format=onnx --output=DIR
     python -m ekd_jax.export --workdir=RUN --student=3 --format=onnx,openvino --with_preprocessing --output=DIR
     python -m ekd_jax.export --workdir=RUN --student=ensemble --format=stablehlo --output=DIR
+    python -m ekd_jax.export --workdir=RUN --student=all --format=html --output=DIR
+
+`html` is one page that runs students side by side in a browser, without a server or a network. It needs a package of
+npm, which becomes part of the page: npm install onnxruntime-web.
 
 Every file is run by its own runtime and compared with JAX before anything is written. `export.json` beside the files
 says what they take and give, and how they compared.
@@ -10,6 +14,7 @@ says what they take and give, and how they compared.
 
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
@@ -19,20 +24,24 @@ from ekd_jax.common.errors import UserError
 from ekd_jax.data.folder import image_files
 from ekd_jax.runs.evaluation import config_of, with_data
 from ekd_jax.runs.exporting import IMAGES, exportable_ensemble, some_test_images
-from ekd_jax.runs.run import load_run
+from ekd_jax.runs.run import Run, load_run
 from ekd_jax.students.formats.export import DTYPES, FORMATS, check_formats, export
 from ekd_jax.students.formats.exportable import Exportable, exportable_student
 from ekd_jax.students.student import LoadedStudent, check_output, load_student, read_image
 
 FLAGS = flags.FLAGS
-ENSEMBLE = "ensemble"
+ENSEMBLE, ALL = "ensemble", "all"
 
 
 def define_flags() -> None:
     """Define the command's own flags."""
     flags.DEFINE_string("student_dir", None, "directory of a student, as extract writes it")
     flags.DEFINE_string("workdir", None, "directory of a run, instead of a student")
-    flags.DEFINE_string("student", None, "of the run: number of the student, from 1, or `ensemble`")
+    flags.DEFINE_list(
+        "student",
+        None,
+        "of the run: number of the student, from 1, or `ensemble`; for html also several, as in 1,3,5, or `all`",
+    )
     flags.DEFINE_integer("step", None, "of the run: step of the checkpoint; the latest if not given")
     flags.DEFINE_boolean("best", False, "of the run: the kept checkpoint in which the student did best")
     flags.DEFINE_list(
@@ -44,6 +53,11 @@ def define_flags() -> None:
         "with_preprocessing",
         False,
         "the files take images as uint8 and give probabilities; without, they take normalized images and give logits",
+    )
+    flags.DEFINE_string(
+        "onnxruntime_web",
+        None,
+        "for html: directory of the npm package onnxruntime-web; node_modules/onnxruntime-web if not given",
     )
     flags.DEFINE_multi_string(
         "verify_with",
@@ -57,20 +71,25 @@ def define_flags() -> None:
 def main() -> None:
     """Run the command."""
     output = pathlib.Path(FLAGS.output)
-    check_formats(FLAGS.format, FLAGS.dtype)
+    several = FLAGS.student is not None and (len(FLAGS.student) > 1 or FLAGS.student == [ALL])
+    if FLAGS.onnxruntime_web is not None and "html" not in FLAGS.format:
+        raise UserError("--onnxruntime_web is for --format=html: leave it out")
+    check_formats(FLAGS.format, FLAGS.dtype, several, FLAGS.with_preprocessing, FLAGS.onnxruntime_web)
     check_output(output)
-    network, student = _network()
+    (network, *beside), student = _networks()
     images, where = _images(student)
-    record = export(network, FLAGS.format, output, images, where, FLAGS.dtype)
+    record = export(
+        network, FLAGS.format, output, images, where, FLAGS.dtype, beside, FLAGS.onnxruntime_web
+    )
     for each in record.exported:
         print(
-            f"{network.name} as {each.format} -> {', '.join(str(output / file) for file in each.files)}: "
+            f"{each.network} as {each.format} -> {', '.join(str(output / file) for file in each.files)}: "
             f"{each.bytes / 1e3:,.0f} kB, {each.same_class} of {each.images} images in the same class by "
             f"{each.runtime}, largest difference {each.difference:.1e} of the deviation"
         )
 
 
-def _network() -> tuple[Exportable, LoadedStudent]:
+def _networks() -> tuple[Sequence[Exportable], LoadedStudent]:
     """Return what is exported, and a student that takes the same images."""
     if (FLAGS.student_dir is None) == (FLAGS.workdir is None):
         raise UserError("pass --student_dir=DIR, or --workdir=RUN with --student=N or --student=ensemble")
@@ -79,17 +98,25 @@ def _network() -> tuple[Exportable, LoadedStudent]:
             if FLAGS[flag].present:
                 raise UserError(f"--{flag} belongs to --workdir, not to --student_dir")
         student = load_student(FLAGS.student_dir)
-        return exportable_student(student, FLAGS.with_preprocessing), student
+        return [exportable_student(student, FLAGS.with_preprocessing)], student
     cli.check_checkpoint_flags()
     run = load_run(FLAGS.workdir, FLAGS.step, FLAGS.best)
-    if FLAGS.student == ENSEMBLE:
-        return exportable_ensemble(run, FLAGS.with_preprocessing), run.student(1)
-    if FLAGS.student is None or not FLAGS.student.isdecimal():
-        raise UserError(
-            f"--student={FLAGS.student or ''} must be the number of a student, from 1, or {ENSEMBLE}"
-        )
-    student = run.student(int(FLAGS.student))
-    return exportable_student(student, FLAGS.with_preprocessing), student
+    asked = FLAGS.student or [""]
+    if asked == [ALL]:
+        asked = [str(student.student) for student in run.description.students]
+    if twice := [name for place, name in enumerate(asked) if name in asked[:place]]:
+        raise UserError(f"--student={','.join(asked)} names {twice[0]} twice")
+    networks = [_of_run(run, name) for name in asked]
+    return networks, run.student(next((int(name) for name in asked if name != ENSEMBLE), 1))
+
+
+def _of_run(run: Run, name: str) -> Exportable:
+    """Return a student of a run by its number, or the ensemble."""
+    if name == ENSEMBLE:
+        return exportable_ensemble(run, FLAGS.with_preprocessing)
+    if not name.isdecimal():
+        raise UserError(f"--student={name} must be the number of a student, from 1, or {ENSEMBLE}")
+    return exportable_student(run.student(int(name)), FLAGS.with_preprocessing)
 
 
 def _images(student: LoadedStudent) -> tuple[np.ndarray, str]:

@@ -29,17 +29,19 @@ def export_student(
     images: np.ndarray | None = None,
     with_preprocessing: bool = False,
     dtype: str = "float32",
+    onnxruntime_web: str | os.PathLike[str] | None = None,
 ) -> ExportRecord:
     """Write a student for other runtimes to a new directory, each file compared with JAX before.
 
     Args:
         student: as `load_student` or `load_run(...).student(n)` returns it.
         output: new directory.
-        formats: "onnx", "stablehlo", "openvino".
+        formats: "onnx", "stablehlo", "openvino", "html".
         images: (N, H, W, C) uint8 to compare on; test images of the student's data set if not given.
         with_preprocessing: the files take images as uint8 and give probabilities; without, they take normalized
             images and give logits.
-        dtype: "float32", or "float16" for ONNX and OpenVINO.
+        dtype: "float32", or "float16" except for StableHLO.
+        onnxruntime_web: directory of that npm package, for "html"; `node_modules/onnxruntime-web` if not given.
 
     Returns:
         The record that is also in `export.json`.
@@ -52,7 +54,9 @@ def export_student(
         config = config_of(student)
         images, where = some_test_images(config, student.input_shape), f"test images of {config.data.name}"
     network = exportable_student(student, with_preprocessing)
-    return export(network, formats, pathlib.Path(output), images, where, dtype)
+    return export(
+        network, formats, pathlib.Path(output), images, where, dtype, onnxruntime_web=onnxruntime_web
+    )
 
 
 def exportable_ensemble(run: Run, with_preprocessing: bool = False) -> Exportable:

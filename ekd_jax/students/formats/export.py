@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import pathlib
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,9 @@ import numpy as np
 from ekd_jax.common.errors import UserError, nearest, reason
 from ekd_jax.common.files import replacing, write_bytes
 from ekd_jax.common.records import write_record
-from ekd_jax.students.formats import onnx_file, openvino, stablehlo
+from ekd_jax.students.formats import html, onnx_file, openvino, stablehlo
 from ekd_jax.students.formats.exportable import Exportable
+from ekd_jax.students.formats.onnxruntime_web import NAME, WebRuntime, find_onnxruntime_web
 from ekd_jax.students.student import check_output
 
 RECORD = "export.json"
@@ -27,22 +30,65 @@ Files = dict[str, bytes]
 
 
 @dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be exported, and what it is compared on.
+
+    Attributes:
+        networks: one, or several of equal classes, input and preprocessing.
+        dtype: in which the files compute.
+        images: (N, H, W, C) uint8.
+        onnxruntime_web: directory of that npm package, for pages; None for the usual one.
+    """
+
+    networks: tuple[Exportable, ...]
+    dtype: str
+    images: np.ndarray
+    onnxruntime_web: str | os.PathLike[str] | None = None
+
+    @property
+    def network(self) -> Exportable:
+        """The first network, or the only one."""
+        return self.networks[0]
+
+    @property
+    def batches(self) -> list[np.ndarray]:
+        """The images, one alone and then `LARGE_BATCH` at a time."""
+        images = self.images
+        return [images[:1], *(images[i : i + LARGE_BATCH] for i in range(1, len(images), LARGE_BATCH))]
+
+    @property
+    def inputs(self) -> list[np.ndarray]:
+        """The batches as a file takes them."""
+        return [self.network.inputs(batch) for batch in self.batches]
+
+    @cached_property
+    def web_runtime(self) -> WebRuntime:
+        """onnxruntime-web, read from its directory; UserError where it is missing."""
+        return find_onnxruntime_web(self.onnxruntime_web)
+
+
+@dataclasses.dataclass(frozen=True)
 class Format:
     """A kind of file.
 
     Attributes:
         packages: what has to be installed, name of the module -> extra of this package.
         runtime: the package that runs it, whose version is recorded.
-        write: (network, dtype) -> the files, by name.
-        run: (the files, batches of inputs) -> what the runtime gives for each.
+        write: what is asked for -> the files, by name.
+        run: (the files, what is asked for) -> what the runtime gives for each batch, (B, K), or (S, B, K) of several
+            networks.
         dtypes: in which it can compute.
+        several: whether its files hold several networks, and prepare images themselves.
+        version: what is asked for -> name and version of what runs it, if it is no Python package.
     """
 
     packages: dict[str, str]
     runtime: str
-    write: Callable[[Exportable, str], Files]
-    run: Callable[[Files, list[np.ndarray]], list[np.ndarray]]
+    write: Callable[[Request], Files]
+    run: Callable[[Files, Request], list[np.ndarray]]
     dtypes: tuple[str, ...] = DTYPES
+    several: bool = False
+    version: Callable[[Request], str] | None = None
 
 
 ONNX, STABLEHLO = "student.onnx", "student.stablehlo"
@@ -50,21 +96,31 @@ FORMATS = {
     "onnx": Format(
         packages={"onnx": "onnx", "onnxruntime": "onnx"},
         runtime="onnxruntime",
-        write=lambda network, dtype: {ONNX: onnx_file.write_onnx(network, dtype)},
-        run=lambda files, batches: onnx_file.run_onnx(files[ONNX], batches),
+        write=lambda asked: {ONNX: onnx_file.write_onnx(asked.network, asked.dtype)},
+        run=lambda files, asked: onnx_file.run_onnx(files[ONNX], asked.inputs),
     ),
     "stablehlo": Format(
         packages={},
         runtime="jax",
-        write=lambda network, dtype: {STABLEHLO: stablehlo.write_stablehlo(network)},
-        run=lambda files, batches: stablehlo.run_stablehlo(files[STABLEHLO], batches),
+        write=lambda asked: {STABLEHLO: stablehlo.write_stablehlo(asked.network)},
+        run=lambda files, asked: stablehlo.run_stablehlo(files[STABLEHLO], asked.inputs),
         dtypes=("float32",),
     ),
     "openvino": Format(
         packages={"onnx": "openvino", "openvino": "openvino"},
         runtime="openvino",
-        write=lambda network, dtype: openvino.write_openvino(onnx_file.write_onnx(network, dtype)),
-        run=openvino.run_openvino,
+        write=lambda asked: openvino.write_openvino(onnx_file.write_onnx(asked.network, asked.dtype)),
+        run=lambda files, asked: openvino.run_openvino(files, asked.inputs),
+    ),
+    "html": Format(
+        packages={"onnx": "onnx", "onnxruntime": "onnx"},
+        runtime=NAME,
+        write=lambda asked: {
+            html.PAGE: html.write_page(asked.networks, asked.dtype, asked.images, asked.web_runtime)
+        },
+        run=lambda files, asked: html.run_page(files[html.PAGE], asked.batches),
+        several=True,
+        version=lambda asked: html.what_runs(asked.web_runtime),
     ),
 }
 
@@ -75,6 +131,7 @@ class Exported:
 
     Attributes:
         format: a key of `FORMATS`.
+        network: which one; a file may hold several.
         dtype: in which it computes.
         files: names of its files.
         sha256: of each file, hexadecimal.
@@ -86,6 +143,7 @@ class Exported:
     """
 
     format: str
+    network: str
     dtype: str
     files: tuple[str, ...]
     sha256: tuple[str, ...]
@@ -102,7 +160,8 @@ class ExportRecord:
 
     Attributes:
         network: what was exported.
-        facts: what each file says about itself: classes, input, output, preprocessing, provenance.
+        facts: what each file says about itself: classes, input, output, preprocessing, provenance; of several networks,
+            what differs is in `networks`.
         compared_on: where the images are from.
         exported: the files.
     """
@@ -113,8 +172,22 @@ class ExportRecord:
     exported: tuple[Exported, ...]
 
 
-def check_formats(formats: Sequence[str], dtype: str) -> None:
-    """Raise UserError unless all formats are known, can compute in `dtype`, and their packages are installed."""
+def check_formats(
+    formats: Sequence[str],
+    dtype: str,
+    several: bool = False,
+    with_preprocessing: bool = False,
+    onnxruntime_web: str | os.PathLike[str] | None = None,
+) -> None:
+    """Raise UserError unless all formats are known, can do what is asked for, and what they need is installed.
+
+    Args:
+        formats: keys of `FORMATS`.
+        dtype: in which the files compute.
+        several: whether there are several networks.
+        with_preprocessing: whether the files take images as uint8 and give probabilities.
+        onnxruntime_web: as in `Request`.
+    """
     if not formats:
         raise UserError(f"--format is empty: name one or several of {', '.join(FORMATS)}")
     if dtype not in DTYPES:
@@ -131,6 +204,15 @@ def check_formats(formats: Sequence[str], dtype: str) -> None:
                 raise UserError(
                     f"--format={name} needs the package {module}: pip install 'ekd_jax[{extra}]'"
                 )
+        if several and not FORMATS[name].several:
+            can = ", ".join(each for each in FORMATS if FORMATS[each].several)
+            raise UserError(f"--format={name} takes one student: name one; --format={can} takes several")
+        if with_preprocessing and FORMATS[name].several:
+            raise UserError(
+                f"--format={name} prepares images itself, and shows probabilities: leave out --with_preprocessing"
+            )
+    if "html" in formats:
+        find_onnxruntime_web(onnxruntime_web)
 
 
 def export(
@@ -140,6 +222,8 @@ def export(
     images: np.ndarray,
     compared_on: str,
     dtype: str = "float32",
+    beside: Sequence[Exportable] = (),
+    onnxruntime_web: str | os.PathLike[str] | None = None,
 ) -> ExportRecord:
     """Write a network in several formats to a new directory, all of them or none, with a record beside them.
 
@@ -153,11 +237,13 @@ def export(
         images: (N, H, W, C) uint8, on which they are compared.
         compared_on: where these are from, for the record.
         dtype: in which the files compute.
+        beside: further networks of the same classes, input and preprocessing, where all formats take several.
+        onnxruntime_web: directory of that npm package, for pages; `node_modules/onnxruntime-web` if not given.
 
     Raises:
         UserError: an unknown format, a package is missing, a runtime differs, or `output` exists.
     """
-    check_formats(formats, dtype)
+    check_formats(formats, dtype, bool(beside), network.with_preprocessing, onnxruntime_web)
     check_output(output)
     if (
         images.dtype != np.uint8
@@ -168,15 +254,19 @@ def export(
         wanted = "x".join(map(str, ("N", *network.input_shape)))
         given = "x".join(map(str, images.shape))
         raise UserError(f"to compare, pass uint8 images {wanted}, at least one, not {images.dtype} {given}")
-    batches = [images[:1], *(images[i : i + LARGE_BATCH] for i in range(1, len(images), LARGE_BATCH))]
-    expected = np.concatenate([network.expected(batch) for batch in batches])
+    asked = Request((network, *beside), dtype, images, onnxruntime_web)
+    expected = [
+        np.concatenate([each.expected(batch) for batch in asked.batches]) for each in asked.networks
+    ]
     files: Files = {}
     exported = []
     for name in dict.fromkeys(formats):
-        own, found = _written_and_run(name, network, dtype, batches)
-        exported.append(_compared(name, dtype, own, found, expected))
+        own, found_SxNxK = _written_and_run(name, asked)
+        for each, found, wanted in zip(asked.networks, found_SxNxK, expected, strict=True):
+            exported.append(_compared(name, each, asked, own, found, wanted))
         files |= own
-    record = ExportRecord(network.name, network.metadata(), compared_on, tuple(exported))
+    names = ", ".join(each.name for each in asked.networks)
+    record = ExportRecord(names, _facts(asked.networks), compared_on, tuple(exported))
     try:
         with replacing(output, sum(map(len, files.values()))) as partial:
             partial.mkdir(parents=True)
@@ -190,24 +280,36 @@ def export(
     return record
 
 
-def _written_and_run(
-    name: str, network: Exportable, dtype: str, batches: list[np.ndarray]
-) -> tuple[Files, np.ndarray]:
-    """Return the files of a format, and what its runtime gives for all images."""
+def _facts(networks: Sequence[Exportable]) -> dict[str, Any]:
+    """Return what a file says about itself; of several networks, what differs by their names."""
+    first, *others = each = [network.metadata() for network in networks]
+    shared = {key: value for key, value in first.items() if all(o.get(key) == value for o in others)}
+    if not others:
+        return first
+    own = [{key: value for key, value in one.items() if key not in shared} for one in each]
+    return {**shared, "networks": {n.name: facts for n, facts in zip(networks, own, strict=True)}}
+
+
+def _written_and_run(name: str, asked: Request) -> tuple[Files, np.ndarray]:
+    """Return the files of a format, and what its runtime gives for each network and all images, (S, N, K)."""
     try:
-        files = FORMATS[name].write(network, dtype)
-        return files, np.concatenate(FORMATS[name].run(files, [network.inputs(batch) for batch in batches]))
+        files = FORMATS[name].write(asked)
+        found = np.concatenate(FORMATS[name].run(files, asked), axis=-2)
     except UserError:
         raise
     except Exception as error:  # runtimes raise kinds of their own
         raise UserError(
-            f"{network.name} as {name} does not run in {FORMATS[name].runtime} ({reason(error)}); nothing was written"
+            f"{asked.network.name} as {name} does not run in {FORMATS[name].runtime} ({reason(error)}); "
+            f"nothing was written"
         ) from error
+    return files, found.reshape(len(asked.networks), *found.shape[-2:])
 
 
-def _compared(name: str, dtype: str, files: Files, found: np.ndarray, expected: np.ndarray) -> Exported:
-    """Return the record of a format; raise UserError where its runtime and JAX differ."""
-    runtime = FORMATS[name].runtime
+def _compared(
+    name: str, network: Exportable, asked: Request, files: Files, found: np.ndarray, expected: np.ndarray
+) -> Exported:
+    """Return the record of a network in a format; raise UserError where its runtime and JAX differ."""
+    runtime, version, dtype = FORMATS[name].runtime, FORMATS[name].version, asked.dtype
     over_images = float(np.sqrt(expected.var(0).mean()))  # a bias that all images share hides differences
     deviation = over_images or float(expected.std()) or 1.0
     difference = float(np.abs(found - expected).max()) / deviation
@@ -223,11 +325,12 @@ def _compared(name: str, dtype: str, files: Files, found: np.ndarray, expected: 
         )
     return Exported(
         format=name,
+        network=network.name,
         dtype=dtype,
         files=tuple(files),
         sha256=tuple(hashlib.sha256(content).hexdigest() for content in files.values()),
         bytes=sum(map(len, files.values())),
-        runtime=f"{runtime} {importlib.metadata.version(runtime)}",
+        runtime=version(asked) if version else f"{runtime} {importlib.metadata.version(runtime)}",
         images=len(found),
         difference=difference,
         same_class=int((found.argmax(1) == expected.argmax(1)).sum()),
