@@ -7,6 +7,9 @@ import numpy as np
 PLAIN = 0.1  # share of the range of pixels that a plain background varies by
 LEAST_BACKGROUND = 1 / 3  # of all pixels
 LEAST_PLAIN = 0.9  # of the images: those whose border is background
+COVERED = 0.8  # of a row or column at the end of a drawing, which is round there, for it to count as a whole one
+BLUR = 0.9  # of the width of a stroke whose outline is blurred; this, and `COVERED`, read most drawings on 8 x 8 pixels
+MOST_STRETCH = 2.0  # a stroke that is nearly straight, such as a 1, would become a blot
 VARYING = 0.2  # deviation of the widths, as a share of their mean, above which proportions are kept
 
 
@@ -20,8 +23,8 @@ class Drawings:
         height: from the top to the bottom of a drawing, with its stroke.
         width: from the left to the right.
         stroke: width of the stroke.
-        keep_proportions: whether a drawing fits into height and width with its own proportions; otherwise, it is
-            stretched to both.
+        most_stretch: by how much the proportions of a drawing may be changed so that it fills both height and width;
+            1 keeps them.
         by_mass: whether the center of a drawing is its center of mass; otherwise, that of its height and width.
         center: y and x of that center.
     """
@@ -31,7 +34,7 @@ class Drawings:
     height: float
     width: float
     stroke: float
-    keep_proportions: bool
+    most_stretch: float
     by_mass: bool
     center: tuple[float, float]
 
@@ -59,7 +62,7 @@ def measure_drawings(images: np.ndarray) -> Drawings | None:
     if plain.mean() < LEAST_BACKGROUND or of_border.mean() < LEAST_PLAIN or not len(ink):
         return None
     rows, columns = ink.max(2), ink.max(1)  # (N, H), (N, W)
-    heights, widths = rows.sum(1), columns.sum(1)  # pixels that are covered in part count in part
+    heights, widths = (np.minimum(each / COVERED, 1).sum(1) for each in (rows, columns))
     boxes = np.stack([_middles(rows), _middles(columns)], 1)
     masses = np.stack([_centers(ink.sum(2)), _centers(ink.sum(1))], 1)
     by_mass = bool(masses.var(0).sum() < boxes.var(0).sum())
@@ -69,8 +72,8 @@ def measure_drawings(images: np.ndarray) -> Drawings | None:
         ink=ink_value,
         height=float(np.percentile(heights, 90) if keep else np.median(heights)),
         width=float(np.percentile(widths, 90) if keep else np.median(widths)),
-        stroke=float(np.median(2 * ink.sum((1, 2)) / _outlines(ink))),  # of a long line: area = width * outline / 2
-        keep_proportions=keep,
+        stroke=BLUR * float(np.median(2 * ink.sum((1, 2)) / _outlines(ink))),  # a line's area: width * outline / 2
+        most_stretch=1.0 if keep else MOST_STRETCH,
         by_mass=by_mass,
         center=tuple(np.median(masses if by_mass else boxes, 0).tolist()),
     )

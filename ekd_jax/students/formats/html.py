@@ -66,7 +66,7 @@ def write_page(
         "runtime_version": html.escape(runtime.version),
         "style": _source("page.css"),
         "packed": "\n".join(
-            f'<script type="application/octet-stream" id="{name}">{_packed(content)}</script>'
+            f'<script type="application/octet-stream" id="packed-{name}">{_packed(content)}</script>'
             for name, content in packed.items()
         ),
         "facts": json.dumps(facts).replace("<", "\\u003c"),  # a class name may end a script
@@ -147,7 +147,7 @@ def facts_of(page: bytes) -> dict[str, Any]:
 
 def unpacked(page: bytes, name: str) -> bytes:
     """Return what a page has under a name: `runtime-script`, `runtime-wasm`, `network-0`, ..., `examples`."""
-    return gzip.decompress(base64.b64decode(_element(page, name)))
+    return gzip.decompress(base64.b64decode(_element(page, f"packed-{name}")))
 
 
 def _element(page: bytes, name: str) -> bytes:
@@ -171,11 +171,11 @@ def _title(network: Exportable) -> str:
 
 
 def _about(networks: Sequence[Exportable]) -> str:
-    one = len(networks) == 1
+    number, classes = len(networks), len(networks[0].class_names)
+    answer = "A network answers, and runs" if number == 1 else f"{number} networks answer side by side, and run"
     return (
-        f"{'One network says' if one else f'{len(networks)} networks say'} which of "
-        f"{len(networks[0].class_names):,} classes an image shows. {'It runs' if one else 'They run'} in this browser: "
-        f"no image leaves the page, and it works without a network."
+        f"Which of {classes:,} classes is in the image? {answer} in this browser: nothing is sent anywhere, and the "
+        f"page works offline."
     )
 
 

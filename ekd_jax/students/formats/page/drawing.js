@@ -1,7 +1,6 @@
 // Drawings as images of the data set: sized, stretched, placed and inked as its own (ekd_jax/students/formats/drawings.py).
 
 const SAMPLES = 8; // along each axis of a pixel
-const MOST_STRETCH = 2; // of the proportions of a drawing, where they are not kept
 
 // Returns an image of strokes, or null where there are none. A stroke is a list of points [x, y], in any unit.
 function render(strokes, form, [height, width]) {
@@ -20,12 +19,12 @@ function render(strokes, form, [height, width]) {
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.fillStyle = "black";
     context.fillRect(0, 0, context.canvas.width, context.canvas.height);
-    context.setTransform(SAMPLES, 0, 0, SAMPLES, 0, 0);
+    context.setTransform(SAMPLES * scaleX, 0, 0, SAMPLES * scaleY, SAMPLES * x, SAMPLES * y);
     context.strokeStyle = "white";
-    context.lineWidth = form.stroke;
+    context.lineWidth = form.stroke / scaleY; // stretched with the drawing
     context.lineCap = context.lineJoin = "round";
     for (const stroke of strokes) {
-      const placed = stroke.map(([px, py]) => [(px - left - wide / 2) * scaleX + x, (py - top - high / 2) * scaleY + y]);
+      const placed = stroke.map(([px, py]) => [px - left - wide / 2, py - top - high / 2]);
       context.beginPath();
       context.moveTo(...placed[0]);
       for (const point of placed) context.lineTo(...point);
@@ -46,12 +45,12 @@ function render(strokes, form, [height, width]) {
 
 // Returns by how much a drawing is scaled along x and y, so that with its stroke it has the data set's size.
 function scales(wide, high, form) {
-  const [targetX, targetY] = [form.width - form.stroke, form.height - form.stroke].map((size) => Math.max(size, 0));
-  const [x, y] = [wide ? targetX / wide : Infinity, high ? targetY / high : Infinity];
-  const least = Math.min(x, y);
+  const [x, y] = [wide ? (form.width - form.stroke) / wide : Infinity, high ? (form.height - form.stroke) / high : Infinity];
+  const least = Math.max(0, Math.min(x, y));
   if (!Number.isFinite(least)) return [1, 1]; // a dot
-  const most = form.keep_proportions ? least : least * MOST_STRETCH;
-  return [Math.min(x, most), Math.min(y, most)];
+  if (form.most_stretch === 1) return [least, least];
+  const scaleY = Math.min(y, least * form.most_stretch);
+  return [Math.min(form.width / (wide + form.stroke / scaleY), scaleY * form.most_stretch), scaleY];
 }
 
 function covered(context, height, width) {

@@ -2,9 +2,11 @@
 
 const facts = JSON.parse(document.getElementById("facts").textContent);
 const [HEIGHT, WIDTH, CHANNELS] = facts.shape;
+const PIXELS = `${HEIGHT} x ${WIDTH} ${CHANNELS === 1 ? "gray pixels" : "pixels"}`;
 const FEW_CLASSES = 10; // are all shown, in their order; of more, the likeliest
 const MOST_SHOWN = 5;
-const [MEASUREMENTS, MEASURED_MS, WARM_UP_MS] = [15, 30, 100]; // of the latency
+const LONG_NAME = 8; // letters: a bar has no room beside it
+const [MEASUREMENTS, MEASURED_MS, WARM_UP_MS] = [11, 20, 100]; // of the latency, per network
 
 const $ = (id) => document.getElementById(id);
 
@@ -23,7 +25,7 @@ function say(error) {
 // ---- the networks
 
 async function unpack(id) {
-  const packed = Uint8Array.from(atob($(id).textContent), (letter) => letter.charCodeAt(0));
+  const packed = Uint8Array.from(atob($(`packed-${id}`).textContent), (letter) => letter.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
@@ -76,27 +78,28 @@ function softmax(values) {
   return powers.map((power) => power / total);
 }
 
-// Returns the median time of a call, in milliseconds. Clocks of browsers are coarse: a measurement is as many calls as
-// take a while.
-async function latency(session, inputs) {
-  const time = async (calls) => {
+// Returns the median time of a call of each network, in milliseconds. Clocks of browsers are coarse: a measurement is as
+// many calls as take a while. Networks take turns, as a browser compiles the runtime better while it runs.
+async function latencies(inputs) {
+  const time = async (session, calls) => {
     const began = performance.now();
     for (let i = 0; i < calls; i++) await logits(session, inputs);
-    return performance.now() - began;
+    return (performance.now() - began) / calls;
   };
-  let [calls, spent] = [0, 0];
-  while (spent < WARM_UP_MS) {
-    spent += await time(++calls);
+  const calls = [];
+  for (const session of sessions) {
+    let [number, each] = [1, 0];
+    while (number * (each = await time(session, number)) < WARM_UP_MS) number *= 2;
+    calls.push(Math.ceil(MEASURED_MS / each));
   }
-  const each = spent / ((calls * (calls + 1)) / 2);
-  calls = Math.max(1, Math.ceil(MEASURED_MS / each));
-  const repeats = each > 10 * MEASURED_MS ? 3 : MEASUREMENTS;
-  const times = [];
-  for (let i = 0; i < repeats; i++) {
-    times.push((await time(calls)) / calls);
-    await new Promise((go) => setTimeout(go)); // the page stays alive
+  const times = sessions.map(() => []);
+  for (let i = 0; i < MEASUREMENTS; i++) {
+    for (const [j, session] of sessions.entries()) {
+      times[j].push(await time(session, calls[j]));
+      await new Promise((go) => setTimeout(go)); // the page stays alive
+    }
   }
-  return times.sort((a, b) => a - b)[(repeats - 1) / 2];
+  return times.map((each) => each.sort((a, b) => a - b)[(MEASUREMENTS - 1) / 2]);
 }
 
 // ---- what is shown
@@ -105,7 +108,7 @@ const cards = facts.students.map((student) => {
   const card = element("article");
   card.append(element("h3", student.name), element("p", student.kind, "kind"));
   const answer = element("p", "", "answer");
-  const bars = element("ol", "", facts.classes.some((name) => name.length > 4) ? "bars long" : "bars");
+  const bars = element("ol", "", facts.classes.some((name) => name.length > LONG_NAME) ? "bars long" : "bars");
   const list = element("dl");
   const row = (name, value, title = "") => {
     const cell = element("dd", value);
@@ -115,7 +118,7 @@ const cards = facts.students.map((student) => {
     return cell;
   };
   if (student.parameters) row("Parameters", student.parameters.toLocaleString("en"));
-  row("Network", `${Math.ceil(student.bytes / 1000).toLocaleString("en")} kB`, "size of the ONNX file");
+  row("Size", `${Math.ceil(student.bytes / 1000).toLocaleString("en")} kB`, "size of the ONNX file");
   if (student.top1 !== null) row(`Top-1, ${student.evaluated_on}`, `${student.top1.toFixed(2)} %`, "as recorded by the run");
   const time = row("Latency here", "...", "median time for one image in this browser, one thread");
   card.append(answer, bars, list);
@@ -123,12 +126,23 @@ const cards = facts.students.map((student) => {
   return { answer, bars, time };
 });
 
+function showNoClasses({ answer, bars }) {
+  answer.replaceChildren();
+  if (facts.classes.length > FEW_CLASSES) bars.replaceChildren();
+  else showBars(bars, facts.classes.map(() => null));
+}
+
+const perCent = (share) => (share === null ? "" : `${(100 * share).toFixed(1)} %`);
+
 function showClasses({ answer, bars }, shares) {
-  let places = facts.classes.map((_, place) => place);
   const first = shares.indexOf(Math.max(...shares));
+  answer.replaceChildren(element("b", facts.classes[first]), element("span", perCent(shares[first])));
+  showBars(bars, shares, first);
+}
+
+function showBars(bars, shares, first = -1) {
+  let places = facts.classes.map((_, place) => place);
   if (places.length > FEW_CLASSES) places = places.sort((a, b) => shares[b] - shares[a]).slice(0, MOST_SHOWN);
-  const per_cent = (share) => `${(100 * share).toFixed(1)} %`;
-  answer.replaceChildren(element("b", facts.classes[first]), element("span", per_cent(shares[first])));
   bars.replaceChildren(
     ...places.map((place) => {
       const line = element("li", "", place === first ? "first" : "");
@@ -137,7 +151,7 @@ function showClasses({ answer, bars }, shares) {
       bar.firstChild.style.width = `${100 * shares[place]}%`;
       const name = element("span", facts.classes[place], "name");
       name.title = facts.classes[place];
-      const share = element("span", per_cent(shares[place]), "share");
+      const share = element("span", perCent(shares[place]), "share");
       line.append(...(bars.classList.contains("long") ? [name, share, bar] : [name, bar, share]));
       return line;
     }),
@@ -160,8 +174,8 @@ let [wanted, running] = [null, null];
 
 async function classify(image, about) {
   paint($("seen"), image);
-  $("seen-text").textContent = `What the networks see: ${HEIGHT} x ${WIDTH} pixels, ${CHANNELS === 1 ? "gray" : "RGB"}${about}`;
-  $("seen").parentElement.hidden = false;
+  $("seen-text").textContent = `What the networks see: ${about}`;
+  $("seen").hidden = false;
   $("problem").hidden = true;
   wanted = normalized(image.data);
   running ??= (async () => {
@@ -195,12 +209,10 @@ function clear() {
   wanted = nothing;
   stage.clearRect(0, 0, stage.canvas.width, stage.canvas.height);
   $("hint").hidden = false;
-  $("seen").parentElement.hidden = true;
+  $("seen").hidden = true;
+  $("seen-text").textContent = "";
   $("problem").hidden = true;
-  for (const { answer, bars } of cards) {
-    answer.replaceChildren();
-    bars.replaceChildren();
-  }
+  cards.forEach(showNoClasses);
 }
 
 // Shows something that canvases can draw in the middle of the stage.
@@ -226,8 +238,8 @@ async function takeFile(blob) {
     }
     canvas.getContext("2d").putImageData(pixels, 0, 0);
     showOnStage(canvas, image.width, image.height, true);
-    const how = image.height === HEIGHT && image.width === WIDTH ? "" : `, ${facts.crop ? "the center" : "resized"}`;
-    await classify(input, `${how}, of ${image.height} x ${image.width}`);
+    const what = facts.crop ? "the center of the image" : "the image";
+    await classify(input, `${what}, ${image.height} x ${image.width} pixels, as ${PIXELS}`);
   } catch (error) {
     clear();
     say(error);
@@ -247,7 +259,7 @@ async function showExamples() {
     paint(canvas, image);
     button.addEventListener("click", () => {
       showOnStage(canvas, WIDTH, HEIGHT, false);
-      classify(image, ", a test image");
+      classify(image, `a test image, ${PIXELS}`);
     });
     $("examples").append(button);
   }
@@ -301,7 +313,8 @@ function makeDrawable() {
     stage.moveTo(...line.at(-2) ?? line.at(-1));
     stage.lineTo(...line.at(-1));
     stage.stroke();
-    classify(render(strokes, facts.drawings, facts.shape), ", your drawing in the form of the data set");
+    const image = render(strokes, facts.drawings, facts.shape);
+    classify(image, `your drawing as ${PIXELS}, scaled and centered like the test images`);
   };
   canvas.addEventListener("pointerdown", (event) => {
     if (pen !== null || event.button > 0) return;
@@ -334,20 +347,17 @@ $("hint").textContent = facts.drawings ? `Draw here, or ${ways}` : ways[0].toUpp
 if (facts.drawings) makeDrawable();
 if (facts.drawings) {
   $("notes").textContent =
-    "A drawing is sized, centered and inked as the test images are. They were written with a pen by people who did not " +
-    "know of this page: with a mouse, results are worse than top-1 says.";
+    "A drawing is scaled, centered and inked like the test images. It is none of them, though: expect more mistakes " +
+    "than top-1 says.";
 }
 clear();
 showExamples().catch(say);
 
 const ready = start();
 const measured = ready.then(async () => {
-  const inputs = normalized(new Uint8Array(HEIGHT * WIDTH * CHANNELS));
-  for (const [i, session] of sessions.entries()) {
-    $("status").textContent = `Measuring the latency of ${facts.students[i].name} ...`;
-    const ms = await latency(session, inputs);
-    cards[i].time.textContent = `${ms.toPrecision(ms < 100 ? 2 : 3)} ms`;
-  }
+  $("status").textContent = "Ready. The latency is being measured ...";
+  const times = await latencies(normalized(new Uint8Array(HEIGHT * WIDTH * CHANNELS)));
+  times.forEach((ms, i) => (cards[i].time.textContent = `${ms.toPrecision(ms < 100 ? 2 : 3)} ms`));
   $("status").textContent = "";
 });
 measured.catch((error) => {
@@ -359,6 +369,7 @@ measured.catch((error) => {
 globalThis.ekd = {
   ready,
   measured,
+  settled: async () => running, // all that was drawn or chosen has been classified
   facts,
   decode,
   fit: (image, options = facts) => fit(image, options),
