@@ -22,7 +22,7 @@ def line(*corners: tuple[float, float]) -> Stroke:
     """Return a stroke along straight lines, with points at even distances."""
     points = np.array(corners, float)
     far = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(points, axis=0).T))])
-    at = np.linspace(0, far[-1], max(3, int(far[-1] * 30)))
+    at = np.linspace(0, far[-1], max(3, int(far[-1] * 15)))
     return np.stack([np.interp(at, far, points[:, axis]) for axis in (0, 1)], 1)
 
 
@@ -38,7 +38,8 @@ def joined(*parts: Stroke) -> Stroke:
 
 
 WAYS: dict[int, list[list[Stroke]]] = {
-    0: [[arc(0.5, 0.5, 0.32, 0.5, -90, -450)], [arc(0.5, 0.5, 0.4, 0.48, -60, -430)], [arc(0.5, 0.5, 0.24, 0.5, -100, 265)]],
+    0: [[arc(0.5, 0.5, 0.32, 0.5, -90, -450)], [arc(0.5, 0.5, 0.4, 0.48, -60, -430)],
+        [arc(0.5, 0.5, 0.24, 0.5, -100, 265)]],
     1: [[line((0.5, 0), (0.5, 1))], [line((0.28, 0.25), (0.52, 0), (0.52, 1))],
         [line((0.3, 0.22), (0.5, 0), (0.5, 1)), line((0.25, 1), (0.75, 1))]],
     2: [[joined(arc(0.5, 0.28, 0.34, 0.28, -170, 35), line((0.78, 0.45), (0.15, 1), (0.88, 1)))],
@@ -56,11 +57,14 @@ WAYS: dict[int, list[list[Stroke]]] = {
     6: [[joined(arc(0.75, 0.62, 0.6, 0.62, -100, -180), arc(0.48, 0.7, 0.33, 0.3, -180, -540))],
         [joined(line((0.62, 0), (0.25, 0.5)), arc(0.5, 0.7, 0.32, 0.3, -160, -520))],
         [joined(line((0.3, 0), (0.18, 0.6)), arc(0.48, 0.72, 0.3, 0.28, -180, -560))]],
-    7: [[line((0.12, 0), (0.88, 0), (0.4, 1))], [line((0.15, 0.03), (0.85, 0), (0.35, 1)), line((0.35, 0.5), (0.8, 0.5))],
+    7: [[line((0.12, 0), (0.88, 0), (0.4, 1))],
+        [line((0.15, 0.03), (0.85, 0), (0.35, 1)), line((0.35, 0.5), (0.8, 0.5))],
         [joined(line((0.12, 0.05), (0.85, 0.02)), line((0.85, 0.02), (0.55, 0.5), (0.48, 1)))]],
-    8: [[joined(arc(0.5, 0.25, 0.28, 0.25, -40, -270), arc(0.5, 0.74, 0.33, 0.26, -90, 270), arc(0.5, 0.25, 0.28, 0.25, 90, -40))],
+    8: [[joined(arc(0.5, 0.25, 0.28, 0.25, -40, -270), arc(0.5, 0.74, 0.33, 0.26, -90, 270),
+                arc(0.5, 0.25, 0.28, 0.25, 90, -40))],
         [arc(0.5, 0.25, 0.27, 0.25, -90, -450), arc(0.5, 0.75, 0.33, 0.25, -90, -450)],
-        [line((0.75, 0.1), (0.45, 0.02), (0.28, 0.2), (0.72, 0.75), (0.55, 0.98), (0.28, 0.85), (0.38, 0.6), (0.75, 0.1))]],
+        [line((0.75, 0.1), (0.45, 0.02), (0.28, 0.2), (0.72, 0.75), (0.55, 0.98),
+              (0.28, 0.85), (0.38, 0.6), (0.75, 0.1))]],
     9: [[joined(arc(0.5, 0.28, 0.3, 0.28, -20, -340), line((0.8, 0.25), (0.75, 1)))],
         [joined(arc(0.48, 0.28, 0.3, 0.28, -10, -350), arc(0.35, 0.3, 0.44, 0.7, 0, 110))],
         [joined(arc(0.5, 0.26, 0.32, 0.26, 0, -360), line((0.82, 0.26), (0.62, 1)))]],
@@ -78,8 +82,12 @@ def write(digit: int, draws: np.random.Generator) -> list[Stroke]:
         x, y = stroke.T
         far = np.linspace(0, 1, len(x))
         for _ in range(2):  # a hand is unsteady, but not from point to point
-            x = x + draws.normal(0, 0.02) * np.sin(2 * np.pi * (far * draws.uniform(0.5, 2.5) + draws.random()))
-            y = y + draws.normal(0, 0.02) * np.sin(2 * np.pi * (far * draws.uniform(0.5, 2.5) + draws.random()))
+            x = x + draws.normal(0, 0.02) * np.sin(
+                2 * np.pi * (far * draws.uniform(0.5, 2.5) + draws.random())
+            )
+            y = y + draws.normal(0, 0.02) * np.sin(
+                2 * np.pi * (far * draws.uniform(0.5, 2.5) + draws.random())
+            )
         x, y = (x - 0.5) * wide + (0.5 - y) * slant, y - 0.5
         x, y = x - turned * y, y + turned * x
         written.append(np.stack([left + size * (x + 0.45), top + size * (y + 0.5)], 1).clip(0.02, 0.98))
@@ -97,13 +105,17 @@ def draw(page: Chromium, strokes: list[Stroke]) -> None:
         places = stroke * width + (left, top)
         kinds = ["mousePressed", *["mouseMoved"] * (len(places) - 1), "mouseReleased"]
         for kind, (x, y) in zip(kinds, [*places, places[-1]], strict=True):
-            page.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+            page.send(
+                "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1
+            )
     page.evaluate("ekd.settled()")
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--page", type=pathlib.Path, required=True, help="a page that `ekd export` wrote")
     parser.add_argument("--each", type=int, default=12, help="drawings of each digit")
     parser.add_argument("--seed", type=int, default=0, help="of the drawings")
@@ -122,10 +134,16 @@ def main() -> None:
         for digit in range(10):
             for _ in range(asked.each):
                 draw(page, write(digit, draws))
-                answers = page.evaluate("[...document.querySelectorAll('.answer b')].map(b => b.textContent)")
+                answers = page.evaluate(
+                    "[...document.querySelectorAll('.answer b')].map(b => b.textContent)"
+                )
                 for student, answer in zip(facts["students"], answers, strict=True):
                     right[student["name"], digit] += answer == facts["classes"][digit]
-    print(f"{'read rightly':<14}" + "".join(f"{digit:>5}" for digit in range(10)) + f"  all of {10 * asked.each}")
+    print(
+        f"{'read rightly':<14}"
+        + "".join(f"{digit:>5}" for digit in range(10))
+        + f"  all of {10 * asked.each}"
+    )
     for student in facts["students"]:
         each = [right[student["name"], digit] for digit in range(10)]
         print(f"{student['name']:<14}" + "".join(f"{number:>5}" for number in each) + f"  {sum(each):>6}")

@@ -14,7 +14,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
+NAMES = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+    "microsoft-edge",
+)
 ON_MACS = ("Google Chrome", "Chromium", "Microsoft Edge")
 FLAGS = (
     "--headless=new",
@@ -27,7 +34,12 @@ FLAGS = (
 )
 SECONDS = 120.0  # for an answer; a large network on a slow machine takes some of it
 # Chromium reads commands from its file 3 and writes answers to its file 4.
-START = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+START = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.dup2(int(sys.argv[2]), 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class BrowserError(Exception):
@@ -124,7 +136,10 @@ def chromium(path: str) -> Iterator[Chromium]:
     Raises:
         BrowserError: it does not start.
     """
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, contextlib.ExitStack() as files:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+        contextlib.ExitStack() as files,
+    ):
         ours_in, theirs_out = map(_moved, os.pipe())
         theirs_in, ours_out = map(_moved, os.pipe())
         for file in (ours_in, ours_out):

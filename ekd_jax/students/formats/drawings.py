@@ -7,7 +7,9 @@ import numpy as np
 PLAIN = 0.1  # share of the range of pixels that a plain background varies by
 LEAST_BACKGROUND = 1 / 3  # of all pixels
 LEAST_PLAIN = 0.9  # of the images: those whose border is background
-COVERED = 0.8  # of a row or column at the end of a drawing, which is round there, for it to count as a whole one
+COVERED = (
+    0.8  # of a row or column at the end of a drawing, which is round there, for it to count as a whole one
+)
 BLUR = 0.9  # of the width of a stroke whose outline is blurred; this, and `COVERED`, read most drawings on 8 x 8 pixels
 MOST_STRETCH = 2.0  # a stroke that is nearly straight, such as a 1, would become a blot
 VARYING = 0.2  # deviation of the widths, as a share of their mean, above which proportions are kept
@@ -72,7 +74,8 @@ def measure_drawings(images: np.ndarray) -> Drawings | None:
         ink=ink_value,
         height=float(np.percentile(heights, 90) if keep else np.median(heights)),
         width=float(np.percentile(widths, 90) if keep else np.median(widths)),
-        stroke=BLUR * float(np.median(2 * ink.sum((1, 2)) / _outlines(ink))),  # a line's area: width * outline / 2
+        stroke=BLUR
+        * float(np.median(2 * ink.sum((1, 2)) / _outlines(ink))),  # a line's area: width * outline / 2
         most_stretch=1.0 if keep else MOST_STRETCH,
         by_mass=by_mass,
         center=tuple(np.median(masses if by_mass else boxes, 0).tolist()),
@@ -95,4 +98,6 @@ def _middles(profiles: np.ndarray) -> np.ndarray:
 def _outlines(ink: np.ndarray) -> np.ndarray:
     """Return the lengths (N,) of the outlines of drawings (N, H, W): the sum of what changes between pixels."""
     framed = np.pad(ink, ((0, 0), (1, 1), (1, 1)))
-    return np.asarray(np.hypot(np.diff(framed, axis=1)[:, :, 1:], np.diff(framed, axis=2)[:, 1:]).sum((1, 2)))
+    return np.asarray(
+        np.hypot(np.diff(framed, axis=1)[:, :, 1:], np.diff(framed, axis=2)[:, 1:]).sum((1, 2))
+    )

@@ -262,8 +262,8 @@ def export(
     exported = []
     for name in dict.fromkeys(formats):
         own, found_SxNxK = _written_and_run(name, asked)
-        for each, found, wanted in zip(asked.networks, found_SxNxK, expected, strict=True):
-            exported.append(_compared(name, each, asked, own, found, wanted))
+        for each, found, logits in zip(asked.networks, found_SxNxK, expected, strict=True):
+            exported.append(_compared(name, each, asked, own, found, logits))
         files |= own
     names = ", ".join(each.name for each in asked.networks)
     record = ExportRecord(names, _facts(asked.networks), compared_on, tuple(exported))

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ekd_jax.common.records import as_json
 from ekd_jax.students.formats.chromium import BrowserError, chromium, find_chromium
@@ -50,6 +51,7 @@ def write_page(
         "mean": first.preprocessing.mean,
         "std": first.preprocessing.std,
         "crop": first.preprocessing.fit == "crop",  # as `read_image` has it
+        "adaptive": resizing_is_adaptive(),
         "drawings": as_json(drawings) if drawings else None,
         "students": [_student(*each) for each in zip(networks, files, strict=True)],
     }
@@ -104,7 +106,7 @@ def what_runs(runtime: WebRuntime) -> str:
     browser = working_browser()
     if browser is None:
         version = importlib.metadata.version("onnxruntime")
-        return f"onnxruntime {version} in Python, as no Chromium was found to open the page with {NAME} {runtime.version}"
+        return f"onnxruntime {version} in Python (no Chromium was found to open the page with {NAME} {runtime.version})"
     return f"{NAME} {runtime.version} in {browser.version}"
 
 
@@ -125,7 +127,10 @@ def working_browser() -> Browser | None:
     try:
         with chromium(path) as opened:
             return Browser(path, opened.version)
-    except (BrowserError, OSError):  # a wrapper of a package that is not there, a container without its rights
+    except (
+        BrowserError,
+        OSError,
+    ):  # a wrapper of a package that is not there, a container without its rights
         return None
 
 
@@ -150,6 +155,13 @@ def unpacked(page: bytes, name: str) -> bytes:
     return gzip.decompress(base64.b64decode(_element(page, f"packed-{name}")))
 
 
+def resizing_is_adaptive() -> bool:
+    """Return whether Pillow, when it resizes, begins with the columns of some images: versions round differently."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 9), dtype=np.uint8))
+    rows_first = image.resize((8, 90), Image.Resampling.BILINEAR).resize((8, 40), Image.Resampling.BILINEAR)
+    return rows_first.tobytes() != image.resize((8, 40), Image.Resampling.BILINEAR).tobytes()
+
+
 def _element(page: bytes, name: str) -> bytes:
     start = page.index(b">", page.index(f' id="{name}">'.encode())) + 1
     return page[start : page.index(b"</script>", start)]
@@ -172,7 +184,9 @@ def _title(network: Exportable) -> str:
 
 def _about(networks: Sequence[Exportable]) -> str:
     number, classes = len(networks), len(networks[0].class_names)
-    answer = "A network answers, and runs" if number == 1 else f"{number} networks answer side by side, and run"
+    answer = (
+        "A network answers, and runs" if number == 1 else f"{number} networks answer side by side, and run"
+    )
     return (
         f"Which of {classes:,} classes is in the image? {answer} in this browser: nothing is sent anywhere, and the "
         f"page works offline."

@@ -27,6 +27,7 @@ function render(strokes, form, [height, width]) {
       const placed = stroke.map(([px, py]) => [px - left - wide / 2, py - top - high / 2]);
       context.beginPath();
       context.moveTo(...placed[0]);
+      context.lineTo(placed[0][0] + 1e-3, placed[0][1]); // a dot is a line, too
       for (const point of placed) context.lineTo(...point);
       context.stroke();
     }

@@ -110,9 +110,13 @@ function resizeAlong({ height, width, channels, data }, size, vertical) {
   return { height: newHeight, width: newWidth, channels, data: resized };
 }
 
-function resize(image, height, width) {
-  if (image.width !== width) image = resizeAlong(image, width, false);
-  if (image.height !== height) image = resizeAlong(image, height, true);
+function resize(image, height, width, adaptive) {
+  // Pillow 13 begins with the columns of an image that becomes smaller along them above all; before, it never did.
+  const columnsFirst = adaptive && image.height > height && image.height - height > 2 * (image.width - width);
+  for (const vertical of [columnsFirst, !columnsFirst]) {
+    const size = vertical ? height : width;
+    if ((vertical ? image.height : image.width) !== size) image = resizeAlong(image, size, vertical);
+  }
   return image;
 }
 
@@ -124,13 +128,13 @@ function round(value) {
 }
 
 // Cuts out the center after the short side became 256/224 of the result's.
-function centerCrop(image, height, width) {
+function centerCrop(image, height, width, adaptive) {
   const { height: h, width: w, channels } = image;
   const short = round(Math.min(height, width) * (256 / 224));
   const [newHeight, newWidth] =
     h <= w ? [short, Math.trunc((short * w) / h)] : [Math.trunc((short * h) / w), short];
   if (newHeight * newWidth > MAX_PIXELS) throw new Problem("the image is too long and narrow: cut out a part of it");
-  const all = resize(image, newHeight, newWidth);
+  const all = resize(image, newHeight, newWidth, adaptive);
   const [top, left] = [round((newHeight - height) / 2), round((newWidth - width) / 2)];
   const data = new Uint8Array(height * width * channels);
   for (let y = 0; y < height; y++) {
@@ -143,7 +147,7 @@ function centerCrop(image, height, width) {
 const MAX_PIXELS = 178956970; // as in Python
 
 // Brings RGB pixels to the input of the networks, as `read_image` does in Python.
-function fit(image, { shape: [height, width, channels], crop }) {
+function fit(image, { shape: [height, width, channels], crop, adaptive }) {
   if (channels === 1) image = gray(image);
-  return crop ? centerCrop(image, height, width) : resize(image, height, width);
+  return (crop ? centerCrop : resize)(image, height, width, adaptive);
 }

@@ -310,8 +310,9 @@ function makeDrawable() {
     stage.lineWidth = (facts.drawings.stroke / Math.max(HEIGHT, WIDTH)) * canvas.width * 0.7;
     stage.strokeStyle = "#1c1d20";
     stage.beginPath();
-    stage.moveTo(...line.at(-2) ?? line.at(-1));
-    stage.lineTo(...line.at(-1));
+    const [x, y] = line.at(-1);
+    stage.moveTo(...(line.at(-2) ?? [x - 0.1, y])); // a dot is a line, too
+    stage.lineTo(x, y);
     stage.stroke();
     const image = render(strokes, facts.drawings, facts.shape);
     classify(image, `your drawing as ${PIXELS}, scaled and centered like the test images`);
@@ -372,7 +373,7 @@ globalThis.ekd = {
   settled: async () => running, // all that was drawn or chosen has been classified
   facts,
   decode,
-  fit: (image, options = facts) => fit(image, options),
+  fit: (image, options = {}) => fit(image, { ...facts, ...options }),
   render: (strokes, form = facts.drawings, shape = facts.shape) => render(strokes, form, shape),
   // The logits of images, pixels in base64 after each other: a list per network.
   async logits(pixels) {
