@@ -4,6 +4,10 @@
     python -m ekd_jax.export --workdir=RUN --student=3 --format=onnx,openvino --with_preprocessing --output=DIR
     python -m ekd_jax.export --workdir=RUN --student=ensemble --format=stablehlo --output=DIR
     python -m ekd_jax.export --student_dir=DIR --format=torch --library=torchvision --output=DIR
+    python -m ekd_jax.export --workdir=RUN --student=all --format=html --output=DIR
+
+`html` is one page that runs students side by side in a browser, without a server or a network. It needs a package of
+npm, which becomes part of the page: npm install onnxruntime-web.
 
 Every file is run by its own runtime and compared with JAX before anything is written. `export.json` beside the files
 says what they take and give, and how they compared.
@@ -31,7 +35,7 @@ from ekd_jax.runs.exporting import (
     some_test_images,
     trained_with,
 )
-from ekd_jax.runs.run import load_run
+from ekd_jax.runs.run import Run, load_run
 from ekd_jax.students.formats.export import export
 from ekd_jax.students.formats.exportable import Exportable, exportable_student
 from ekd_jax.students.formats.record import Quantization
@@ -40,14 +44,18 @@ from ekd_jax.students.formats.request import DTYPES, Options, QuantizationImages
 from ekd_jax.students.student import LoadedStudent, check_output, load_student, read_image
 
 FLAGS = flags.FLAGS
-ENSEMBLE = "ensemble"
+ENSEMBLE, ALL = "ensemble", "all"
 
 
 def define_flags() -> None:
     """Define the command's own flags."""
     flags.DEFINE_string("student_dir", None, "directory of a student, as extract writes it")
     flags.DEFINE_string("workdir", None, "directory of a run, instead of a student")
-    flags.DEFINE_string("student", None, "of the run: number of the student, from 1, or `ensemble`")
+    flags.DEFINE_list(
+        "student",
+        None,
+        "of the run: number of the student, from 1, or `ensemble`; for html also several, as in 1,3,5, or `all`",
+    )
     flags.DEFINE_integer("step", None, "of the run: step of the checkpoint; the latest if not given")
     flags.DEFINE_boolean("best", False, "of the run: the kept checkpoint in which the student did best")
     flags.DEFINE_list(
@@ -73,6 +81,11 @@ def define_flags() -> None:
         "",
         "of torch: MODULE:FUNCTION(ARGUMENTS) that makes the network in your copy of a library that is no package",
     )
+    flags.DEFINE_string(
+        "onnxruntime_web",
+        None,
+        "of html: directory of the npm package onnxruntime-web; node_modules/onnxruntime-web if not given",
+    )
     flags.DEFINE_string("quantize", "", "int8: compute in 8-bit integers, calibrated on training images")
     flags.DEFINE_float("max_loss", 1.0, "with --quantize: how many points of top-1 that may cost")
     flags.DEFINE_multi_string(
@@ -94,19 +107,21 @@ def main() -> None:
         FLAGS.quantize,
         FLAGS.max_loss,
         FLAGS.with_resizing,
+        FLAGS.onnxruntime_web,
     )
     if FLAGS["max_loss"].present and not FLAGS.quantize:
         raise UserError("--max_loss belongs to --quantize")
-    check_formats(FLAGS.format, options)
+    several = FLAGS.student is not None and (len(FLAGS.student) > 1 or FLAGS.student == [ALL])
+    check_formats(FLAGS.format, options, several, FLAGS.with_preprocessing)
     check_output(output)
-    network, student = _network()
+    networks, student = _networks()
     images, before_resizing, where = _images(student)
     of_int8 = _quantization_images(student) if FLAGS.quantize else None
-    asked = Request((network,), images, options, of_int8, before_resizing)
+    asked = Request(networks, images, options, of_int8, before_resizing)
     record = export(asked, FLAGS.format, output, where)
     for each in record.exported:
         print(
-            f"{network.name} as {each.format} -> {', '.join(str(output / file) for file in each.files)}: "
+            f"{each.network} as {each.format} -> {', '.join(str(output / file) for file in each.files)}: "
             f"{each.bytes / 1e3:,.0f} kB, {each.same_class} of {each.images} images in the same class by "
             f"{each.runtime}, largest difference {each.difference:.1e} of the deviation"
         )
@@ -119,9 +134,8 @@ def main() -> None:
             print(_as_text(each.quantization, each.bytes))
 
 
-def _network() -> tuple[Exportable, LoadedStudent]:
+def _networks() -> tuple[tuple[Exportable, ...], LoadedStudent]:
     """Return what is exported, and a student that takes the same images."""
-    inside = FLAGS.with_preprocessing or FLAGS.with_resizing
     if (FLAGS.student_dir is None) == (FLAGS.workdir is None):
         raise UserError("pass --student_dir=DIR, or --workdir=RUN with --student=N or --student=ensemble")
     if FLAGS.student_dir is not None:
@@ -129,17 +143,30 @@ def _network() -> tuple[Exportable, LoadedStudent]:
             if FLAGS[flag].present:
                 raise UserError(f"--{flag} belongs to --workdir, not to --student_dir")
         student = load_student(FLAGS.student_dir)
-        return exportable_student(student, inside), student
+        return (exportable_student(student, _inside()),), student
     cli.check_checkpoint_flags()
     run = load_run(FLAGS.workdir, FLAGS.step, FLAGS.best)
-    if FLAGS.student == ENSEMBLE:
-        return exportable_ensemble(run, inside), run.student(1)
-    if FLAGS.student is None or not FLAGS.student.isdecimal():
-        raise UserError(
-            f"--student={FLAGS.student or ''} must be the number of a student, from 1, or {ENSEMBLE}"
-        )
-    student = run.student(int(FLAGS.student))
-    return exportable_student(student, inside), student
+    asked = FLAGS.student or [""]
+    if asked == [ALL]:
+        asked = [str(student.student) for student in run.description.students]
+    if twice := [name for place, name in enumerate(asked) if name in asked[:place]]:
+        raise UserError(f"--student={','.join(asked)} names {twice[0]} twice")
+    networks = tuple(_of_run(run, name) for name in asked)
+    return networks, run.student(next((int(name) for name in asked if name != ENSEMBLE), 1))
+
+
+def _of_run(run: Run, name: str) -> Exportable:
+    """Return a student of a run by its number, or the ensemble."""
+    if name == ENSEMBLE:
+        return exportable_ensemble(run, _inside())
+    if not name.isdecimal():
+        raise UserError(f"--student={name} must be the number of a student, from 1, or {ENSEMBLE}")
+    return exportable_student(run.student(int(name)), _inside())
+
+
+def _inside() -> bool:
+    """Return whether the files prepare images themselves."""
+    return bool(FLAGS.with_preprocessing or FLAGS.with_resizing)
 
 
 def _images(student: LoadedStudent) -> tuple[np.ndarray, list[np.ndarray], str]:

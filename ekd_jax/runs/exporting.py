@@ -41,23 +41,25 @@ def export_student(
     quantize: str = "",
     max_loss: float = 1.0,
     with_resizing: bool = False,
+    onnxruntime_web: str | os.PathLike[str] | None = None,
 ) -> ExportRecord:
     """Write a student for other runtimes to a new directory, each file compared with JAX before.
 
     Args:
         student: as `load_student` or `load_run(...).student(n)` returns it.
         output: new directory.
-        formats: "onnx", "stablehlo", "openvino", "torch".
+        formats: "onnx", "stablehlo", "openvino", "torch", "html".
         images: (N, H, W, C) uint8 to compare on; test images of the student's data set if not given.
         with_preprocessing: the files take images as uint8 and give probabilities; without, they take normalized
             images and give logits.
-        dtype: "float32", or "float16" for ONNX and OpenVINO.
+        dtype: "float32", or "float16" for ONNX, OpenVINO and pages.
         library: of "torch", whose names the arrays get: "torchvision", "timm", "RepDistiller", ...
         torch_network: of "torch", what makes the network where the library is no package:
             "module:function(arguments)".
         quantize: "int8" for ONNX and OpenVINO; the student's data must be there.
         max_loss: how many points of top-1 that may cost.
         with_resizing: with preprocessing, for images of any size; ONNX alone.
+        onnxruntime_web: directory of that npm package, for "html"; `node_modules/onnxruntime-web` if not given.
 
     Returns:
         The record that is also in `export.json`.
@@ -71,8 +73,8 @@ def export_student(
         config = config_of(student)
         images, where = some_test_images(config, student.input_shape), f"test images of {config.data.name}"
     network = exportable_student(student, with_preprocessing or with_resizing)
-    options = Options(dtype, library, torch_network, quantize, max_loss, with_resizing)
-    check_formats(formats, options)
+    options = Options(dtype, library, torch_network, quantize, max_loss, with_resizing, onnxruntime_web)
+    check_formats(formats, options, with_preprocessing=with_preprocessing)
     of_int8 = None
     if quantize:
         of_int8 = quantization_images(trained_with(student), student.input_shape, student.class_names)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from ekd_jax.common.records import write_record
 from ekd_jax.data.dataset import Example
 from ekd_jax.data.decode import Fit, Reader
 from ekd_jax.students.formats import int8, onnx_file, onnx_resizing
+from ekd_jax.students.formats.exportable import Exportable
 from ekd_jax.students.formats.record import (
     RESIZED,
     TOLERANCE,
@@ -47,26 +49,32 @@ def export(asked: Request, formats: Sequence[str], output: pathlib.Path, compare
         UserError: an unknown format, a package is missing, a format cannot hold the network, a runtime differs, int8
             costs too much, or `output` exists.
     """
-    check_formats(formats, asked.options)
+    check_formats(formats, asked.options, len(asked.networks) > 1, asked.network.with_preprocessing)
     check_output(output)
     for name in formats:
         FORMATS[name].check(asked)
     _check_images(asked)
-    expected = np.concatenate([asked.network.expected(batch) for batch in asked.batches])
+    expected_SxNxK = [
+        np.concatenate([each.expected(batch) for batch in asked.batches]) for each in asked.networks
+    ]
     in_int8 = _InInt8(asked) if asked.options.quantize else None
     files: Files = {}
-    exported = []
+    exported: list[Exported] = []
     for name in dict.fromkeys(formats):
-        own, found = _written_and_run(name, asked)
-        written = _compared(name, asked, Comparison(found, expected))
+        own, found_SxNxK = _written_and_run(name, asked)
+        written = [
+            _compared(name, network, asked, Comparison(found, expected))
+            for network, found, expected in zip(asked.networks, found_SxNxK, expected_SxNxK, strict=True)
+        ]
         if in_int8:
-            own, written = in_int8.in_place_of(name, own, written, expected)
+            own, written[0] = in_int8.in_place_of(name, own, written[0], expected_SxNxK[0])
         if asked.options.with_resizing:
             own, resizing = _with_resizing(asked, own)
-            written = dataclasses.replace(written, resizing=resizing)
-        exported.append(written.with_files(own))
+            written[0] = dataclasses.replace(written[0], resizing=resizing)
+        exported += [each.with_files(own) for each in written]
         files |= own
-    record = ExportRecord(asked.network.name, asked.network.metadata(), compared_on, tuple(exported))
+    names = ", ".join(each.name for each in asked.networks)
+    record = ExportRecord(names, _facts(asked.networks), compared_on, tuple(exported))
     try:
         with replacing(output, sum(map(len, files.values()))) as partial:
             partial.mkdir(parents=True)
@@ -87,33 +95,45 @@ def _check_images(asked: Request) -> None:
         raise UserError(f"to compare, pass uint8 images {wanted}, at least one, not {images.dtype} {given}")
 
 
+def _facts(networks: Sequence[Exportable]) -> dict[str, Any]:
+    """Return what a file says about itself; of several networks, what differs by their names."""
+    first, *others = each = [network.metadata() for network in networks]
+    if not others:
+        return first
+    shared = {key: value for key, value in first.items() if all(o.get(key) == value for o in others)}
+    own = [{key: value for key, value in one.items() if key not in shared} for one in each]
+    return {**shared, "networks": {n.name: facts for n, facts in zip(networks, own, strict=True)}}
+
+
 def _written_and_run(name: str, asked: Request) -> tuple[Files, np.ndarray]:
-    """Return the files of a format, and what its runtime gives for all images, (N, K)."""
+    """Return the files of a format, and what its runtime gives for each network and all images, (S, N, K)."""
+    form = FORMATS[name]
     try:
-        files = FORMATS[name].write(asked)
-        return files, np.concatenate(FORMATS[name].run(files, asked.inputs))
+        files = form.write(asked)
+        found = np.concatenate(form.run(files, asked.batches if form.several else asked.inputs), axis=-2)
+        return files, found.reshape(len(asked.networks), *found.shape[-2:])
     except onnx_file.UnwritableError as error:
         raise UserError(f"{error}; --format=stablehlo takes every network") from error
     except UserError:
         raise
     except Exception as error:  # runtimes raise kinds of their own
         raise UserError(
-            f"{asked.network.name} as {name} does not run in {FORMATS[name].runtime} ({reason(error)}); "
+            f"{asked.network.name} as {name} does not run in {form.runtime} ({reason(error)}); "
             f"nothing was written"
         ) from error
 
 
-def _compared(name: str, asked: Request, outputs: Comparison) -> Exported:
-    """Return the record of a format; raise UserError where its runtime and JAX differ."""
-    runtime, dtype = FORMATS[name].runtime, asked.options.dtype
+def _compared(name: str, network: Exportable, asked: Request, outputs: Comparison) -> Exported:
+    """Return the record of a network in a format; raise UserError where its runtime and JAX differ."""
+    runtime, version, dtype = FORMATS[name].runtime, FORMATS[name].version, asked.options.dtype
     if problem := outputs.problem(TOLERANCE[dtype]):
         raise UserError(f"{runtime} computes something else from the {name} file: {problem}")
     return Exported(
         format=name,
-        network=asked.network.name,
+        network=network.name,
         dtype=dtype,
         layout=FORMATS[name].layout,
-        runtime=f"{runtime} {importlib.metadata.version(runtime)}",
+        runtime=version(asked) if version else f"{runtime} {importlib.metadata.version(runtime)}",
         images=len(outputs.found),
         difference=outputs.difference,
         same_class=outputs.same_class,

@@ -127,6 +127,8 @@ def exportable_student(student: LoadedStudent, with_preprocessing: bool = False)
             "parameters": str(own.parameters),
             "multiply_accumulates": str(own.macs),
             "provenance": as_json(own.provenance),
+            "evaluated_on": own.evaluated_on,
+            "metrics": own.metrics,
         },
         with_preprocessing=with_preprocessing,
         student=student,

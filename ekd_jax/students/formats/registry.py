@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ekd_jax.common.errors import UserError, nearest
-from ekd_jax.students.formats import onnx_file, openvino, pytorch, stablehlo
+from ekd_jax.students.formats import html, onnx_file, openvino, pytorch, stablehlo
+from ekd_jax.students.formats.onnxruntime_web import NAME, find_onnxruntime_web
 from ekd_jax.students.formats.request import DTYPES, Options, Request
 
 QUANTIZED = ("int8",)
@@ -22,11 +23,14 @@ class Format:
         packages: what has to be installed, name of the module -> extra of this package.
         runtime: the package that runs it, whose version is recorded.
         write: what is asked for -> the files, by name.
-        run: (the files, batches of inputs, channels last) -> what the runtime gives for each.
+        run: (the files, batches of inputs, channels last) -> what the runtime gives for each, (B, K), or (S, B, K) of
+            several networks.
         check: raises UserError if what is asked for cannot be written.
         dtypes: in which it can compute.
         layout: of images; "NHWC" or "NCHW".
         of_onnx: makes the files of an ONNX file, if that is how they are made.
+        several: whether its files hold several networks, and prepare images (B, H, W, C) uint8 themselves.
+        version: what is asked for -> name and version of what runs it, if it is no Python package.
     """
 
     packages: dict[str, str]
@@ -37,6 +41,8 @@ class Format:
     dtypes: tuple[str, ...] = DTYPES
     layout: str = "NHWC"
     of_onnx: Callable[[bytes], Files] | None = None
+    several: bool = False
+    version: Callable[[Request], str] | None = None
 
 
 ONNX, STABLEHLO = "student.onnx", "student.stablehlo"
@@ -73,11 +79,30 @@ FORMATS = {
         dtypes=("float32",),
         layout="NCHW",
     ),
+    "html": Format(
+        packages={"onnx": "onnx", "onnxruntime": "onnx"},
+        runtime=NAME,
+        write=lambda asked: {
+            html.PAGE: html.write_page(asked.networks, asked.options.dtype, asked.images, asked.web_runtime)
+        },
+        run=lambda files, batches: html.run_page(files[html.PAGE], batches),
+        several=True,
+        version=lambda asked: html.what_runs(asked.web_runtime),
+    ),
 }
 
 
-def check_formats(formats: Sequence[str], options: Options) -> None:
-    """Raise UserError unless all formats are known, have these options, and their packages are installed."""
+def check_formats(
+    formats: Sequence[str], options: Options, several: bool = False, with_preprocessing: bool = False
+) -> None:
+    """Raise UserError unless all formats are known, can do what is asked for, and what they need is installed.
+
+    Args:
+        formats: keys of `FORMATS`.
+        options: what the user chose.
+        several: whether there are several networks.
+        with_preprocessing: whether the files take images as uint8 and give probabilities.
+    """
     dtype = options.dtype
     if not formats:
         raise UserError(f"--format is empty: name one or several of {', '.join(FORMATS)}")
@@ -92,9 +117,20 @@ def check_formats(formats: Sequence[str], options: Options) -> None:
             )
         if lacks := missing_package(name):
             raise UserError(f"--format={name} needs {lacks}")
+        if several and not FORMATS[name].several:
+            can = ", ".join(each for each in FORMATS if FORMATS[each].several)
+            raise UserError(f"--format={name} takes one student: name one; --format={can} takes several")
+        if with_preprocessing and FORMATS[name].several:
+            raise UserError(
+                f"--format={name} prepares images itself, and shows probabilities: leave out --with_preprocessing"
+            )
     for flag in ("library", "torch_network"):
         if getattr(options, flag) and "torch" not in formats:
             raise UserError(f"--{flag} belongs to --format=torch")
+    if options.onnxruntime_web is not None and "html" not in formats:
+        raise UserError("--onnxruntime_web belongs to --format=html")
+    if "html" in formats:
+        find_onnxruntime_web(options.onnxruntime_web)
     if options.quantize:
         _check_quantize(formats, options)
     if options.with_resizing and (list(formats) != ["onnx"] or dtype != DTYPES[0]):

@@ -1,11 +1,14 @@
 """What is to be exported: networks, what the user chose, and the images that files are compared and made with."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
 from ekd_jax.students.formats.exportable import Exportable
+from ekd_jax.students.formats.onnxruntime_web import WebRuntime, find_onnxruntime_web
 
 DTYPES = ("float32", "float16")
 LARGE_BATCH = 7  # images that a runtime is given at once, after one alone
@@ -23,6 +26,7 @@ class Options:
         quantize: "int8", or "" to compute in `dtype`.
         max_loss: how many points of top-1 that may cost.
         with_resizing: the file takes images of any size.
+        onnxruntime_web: directory of that npm package, for pages; None for the usual one.
     """
 
     dtype: str = DTYPES[0]
@@ -31,6 +35,7 @@ class Options:
     quantize: str = ""
     max_loss: float = 1.0
     with_resizing: bool = False
+    onnxruntime_web: str | os.PathLike[str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +92,11 @@ class Request:
     def batches(self) -> list[np.ndarray]:
         """The images, one alone and then `LARGE_BATCH` at a time."""
         return [self.images[:1], *in_batches(self.images[1:], LARGE_BATCH)]
+
+    @cached_property
+    def web_runtime(self) -> WebRuntime:
+        """onnxruntime-web, read from its directory; UserError where it is missing."""
+        return find_onnxruntime_web(self.options.onnxruntime_web)
 
     @property
     def inputs(self) -> list[np.ndarray]:
