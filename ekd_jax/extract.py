@@ -50,7 +50,7 @@ def main() -> None:
     accuracy = own.metrics.get("top1")
     print(
         f"student {number} of {FLAGS.workdir} at step {own.provenance.step} -> {output}: "
-        f"{own.parameters:,} parameters" + (f", {accuracy:.2f} % top-1" if accuracy is not None else "")
+        f"{own.parameters:,} parameters" + (f", {accuracy:.2f} % top-1 ({own.evaluated_on})" if accuracy is not None else "")
     )
 
 

@@ -164,10 +164,12 @@ def test_half_precision(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", ["oem", pytest.param("one", marks=SLOW), pytest.param("okddip", marks=SLOW)]
+    "method",
+    ["oem", *(pytest.param(name, marks=SLOW) for name in ("one", "okddip", "snapshot", "kdcl", "pcl"))],
 )
 def test_the_ensemble_of_a_run(method, tmp_path):
-    single.run(tiny_config(method, train__epochs=1), tmp_path / "run", one_device())
+    cycles = {"method__cycles": 1} if method == "snapshot" else {}
+    single.run(tiny_config(method, train__epochs=1, **cycles), tmp_path / "run", one_device())
     run = load_run(tmp_path / "run")
     network = exportable_ensemble(run, with_preprocessing=True)
     images = np.random.default_rng(1).integers(0, 256, (9, 8, 8, 1), dtype=np.uint8)
@@ -253,6 +255,8 @@ OPERATIONS = {
     "GELU": lambda x: nn.gelu(x, approximate=False).sum((1, 2)),
     "tanh of GELU": lambda x: nn.gelu(x).max((1, 2)),
     "hard swish": lambda x: nn.hard_swish(x).mean((1, 2)),
+    "logarithm of a sum": lambda x: jax.nn.logsumexp(x, (1, 2)),
+    "finite": lambda x: jnp.isfinite(1 / jnp.maximum(x, 0)).astype(jnp.float32).mean((1, 2)),
     "powers": lambda x: (abs(x) ** 1.5 + x**3).mean((1, 2)),
     "attention": attention,
     "a sum that is read twice": lambda x: (lambda total: total * 2 + total)(x.sum((1, 2))),

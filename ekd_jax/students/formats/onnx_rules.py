@@ -37,6 +37,7 @@ UNARY = {
     "sqrt": "Sqrt",
     "abs": "Abs",
     "floor": "Floor",
+    "sign": "Sign",
 }
 
 
@@ -81,6 +82,12 @@ COMPARISONS = {"gt": "Greater", "ge": "GreaterOrEqual", "lt": "Less", "le": "Les
 @rule(*COMPARISONS)
 def _compare(writer: Writer, equation: Any, a: Value, b: Value) -> Tensor:
     return writer.elementwise(COMPARISONS[equation.primitive.name], a, b)
+
+
+@rule("is_finite")
+def _is_finite(writer: Writer, equation: Any, x: Tensor) -> Tensor:
+    # Infinity minus infinity is no number, and no number equals 0. ONNX's IsInf knows fewer types.
+    return writer.elementwise("Equal", writer.elementwise("Sub", x, x), np.array(0, np.float32))
 
 
 @rule("select_n")
