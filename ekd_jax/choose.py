@@ -4,9 +4,9 @@
     python -m ekd_jax.choose --workdir=RUN --max_megabytes=0.2 --extract=DIR [--format=onnx,openvino]
 
 Prints the students that fit, best first by the top-1 that the run recorded at its last evaluation, on the validation
-set if it held images out, and then the others, and why they do not fit. If latency is limited, it is measured, unless
-measurements that still hold are kept with the run. --extract writes the first one to DIR, as `extract` does, and with
---format files for other runtimes to DIR/exported, as `export` does. If no student fits, the exit code is 2.
+set if it held images out, and then the others, and why they do not fit. What was never measured is measured first, and
+kept with the run. --extract writes the first one to DIR, as `extract` does, and with --format files for other runtimes
+to DIR/exported, as `export` does. If no student fits, the exit code is 2.
 
 The ensemble is not among them: it is no student that can be extracted. `benchmark` measures it, too.
 """

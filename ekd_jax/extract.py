@@ -47,10 +47,10 @@ def main() -> None:
     student = run.student(number)
     student = run.with_scores_if_known(student) if FLAGS.per_class else student
     own = write_student(output, student).description
-    accuracy = own.metrics.get("top1")
+    accuracy = f", {own.metrics['top1']:.2f} % top-1 ({own.evaluated_on})" if own.metrics else ""
     print(
         f"student {number} of {FLAGS.workdir} at step {own.provenance.step} -> {output}: "
-        f"{own.parameters:,} parameters" + (f", {accuracy:.2f} % top-1 ({own.evaluated_on})" if accuracy is not None else "")
+        f"{own.parameters:,} parameters{accuracy}"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ekd_jax.common.errors import UserError
 from ekd_jax.common.files import replacing
 from ekd_jax.common.text import human, table, three_digits
-from ekd_jax.runs.benchmarking import kept_measurement, measured, pinned, read_benchmark
+from ekd_jax.runs.benchmarking import measured, pinned
 from ekd_jax.runs.describe import width_label
 from ekd_jax.runs.exporting import some_test_images
 from ekd_jax.runs.metrics import read_metrics
@@ -20,7 +20,7 @@ from ekd_jax.students.formats.exportable import exportable_student
 from ekd_jax.students.formats.record import ExportRecord
 from ekd_jax.students.formats.registry import check_formats
 from ekd_jax.students.formats.request import Options, Request
-from ekd_jax.students.formats.timing import Conditions, Measurement, student_subject, written
+from ekd_jax.students.formats.timing import Conditions, Measurement, student_subject
 from ekd_jax.students.student import LoadedStudent, check_output, write_student
 
 EXPORTED = "exported"
@@ -69,7 +69,7 @@ class Candidate:
         width: its width, with the name of its network if that is not the run's.
         parameters, macs: as in `StudentInfo`.
         file_bytes: size of the file that the runtime loads.
-        latency_ms: median time of a call; None if it was not measured.
+        latency_ms: median time of a call.
         accuracy: None if the run was not evaluated.
         misses: a sentence for each limit that it misses, the worst first; empty if it fits.
         excess: by how much it misses the worst one, as a share of that limit; 0 if it fits.
@@ -80,7 +80,7 @@ class Candidate:
     parameters: int
     macs: int
     file_bytes: int
-    latency_ms: float | None
+    latency_ms: float
     accuracy: Accuracy | None
     misses: tuple[str, ...] = ()
     excess: float = 0.0
@@ -97,7 +97,7 @@ class Choice:
         step: of that evaluation.
         conditions: what latencies are of.
         batch_size: images in a call.
-        measurement: of any of the students; None if none was measured.
+        measurement: of the student that was measured first.
     """
 
     run: Run
@@ -106,7 +106,7 @@ class Choice:
     step: int
     conditions: Conditions
     batch_size: int
-    measurement: Measurement | None
+    measurement: Measurement
 
     @property
     def fitting(self) -> list[Candidate]:
@@ -142,7 +142,7 @@ def check_limits(limits: Limits) -> None:
 def choose(run: Run, limits: Limits, conditions: Conditions, batch_size: int = 1) -> Choice:
     """Compare the students of a run with limits.
 
-    Latency is measured if there is a limit on it, unless measurements that still hold are kept with the run.
+    Students are measured first, unless measurements that still hold are kept with the run.
 
     Args:
         run: its latest checkpoint is read, or that of `step`; it may still be training.
@@ -161,23 +161,17 @@ def choose(run: Run, limits: Limits, conditions: Conditions, batch_size: int = 1
         raise UserError(f"--min_top1={limits.min_top1:g}: the run in {run.path} was not evaluated yet")
     infos = run.description.students
     networks = [student_subject(run.student(s.student), f"student_{s.student}") for s in infos]
-    if limits.max_latency_ms is not None:
-        found = measured(run.path, networks, conditions, batch_size)
-    else:
-        kept = read_benchmark(run.path)
-        pairs = [(each.name, kept_measurement(kept, each, conditions, batch_size)[0]) for each in networks]
-        found = {name: own for name, own in pairs if own}
+    found = measured(run.path, networks, conditions, batch_size)
     candidates = []
     for info, network in zip(infos, networks, strict=True):
-        own = found.get(network.name)
-        files = {} if own else written(network, conditions, batch_size)
+        own = found[network.name]
         candidate = Candidate(
             student=info.student,
             width=width_label(info, run.description.model),
             parameters=info.parameters,
             macs=info.macs,
-            file_bytes=own.file_bytes if own else sum(map(len, files.values())),
-            latency_ms=own.median_ms if own else None,
+            file_bytes=own.file_bytes,
+            latency_ms=own.median_ms,
             accuracy=accuracies.get(info.student),
         )
         candidates.append(compared(candidate, limits))
@@ -188,7 +182,7 @@ def choose(run: Run, limits: Limits, conditions: Conditions, batch_size: int = 1
         step=step,
         conditions=conditions,
         batch_size=batch_size,
-        measurement=next(iter(found.values()), None),
+        measurement=min(found.values(), key=lambda each: each.time),
     )
 
 
@@ -222,7 +216,7 @@ def recorded_accuracies(run: Run) -> tuple[dict[int, Accuracy], str, int]:
 def compared(own: Candidate, limits: Limits) -> Candidate:
     """Return a student with the limits that it misses."""
     costs = [
-        ("max_latency_ms", own.latency_ms, f"its {three_digits(own.latency_ms or 0)} ms are"),
+        ("max_latency_ms", own.latency_ms, f"its {three_digits(own.latency_ms)} ms are"),
         ("max_parameters", own.parameters, f"its {own.parameters:,} parameters are"),
         ("max_megabytes", own.file_bytes / 1e6, f"its {own.file_bytes:,} bytes are"),
         ("max_macs", own.macs, f"its {own.macs:,} multiply-accumulates are"),
@@ -263,7 +257,7 @@ def as_text(choice: Choice) -> str:
             f"{own.parameters:,}",
             human(own.macs),
             three_digits(own.file_bytes / 1e6),
-            "" if own.latency_ms is None else three_digits(own.latency_ms),
+            three_digits(own.latency_ms),
             *(f"{value:.2f}" for value in ((ranked.last, ranked.best) if ranked else ())),
             *([f"{ranked.test:.2f}"] if held_out and ranked else []),
             "no" if own.misses else "yes",
@@ -290,14 +284,11 @@ def _explained(choice: Choice) -> list[str]:
             lines.append(f"costs are of the latest checkpoint, of step {run.step:,}")
     else:
         lines.append("this run was not evaluated yet: the largest student is first")
-    measurement = choice.measurement
-    of = f"batch {choice.batch_size:,}, {found.runtime} {found.version}"
-    if measurement:
-        threads = f"{found.threads} thread{'s' * (found.threads > 1)}"
-        lines.append(f"ms: median of a call, {of}, {threads},")
-        lines.append(f"    {found.device}, measured at {measurement.time}")
-    else:
-        lines.append("ms: not measured; --max_latency_ms=N or `ekd benchmark` measures it")
+    threads = f"{found.threads} thread{'s' * (found.threads > 1)}"
+    lines.append(
+        f"ms: median of a call, batch {choice.batch_size:,}, {found.runtime} {found.version}, {threads},"
+    )
+    lines.append(f"    {found.device}, measured at {choice.measurement.time}")
     lines.append(f"MB: the file that {found.runtime} loads")
     return lines
 

@@ -120,9 +120,9 @@ def _results(own: StudentDescription) -> str:
             for name, c in shown_classes
         ]
         few = f" (the {CLASSES_SHOWN} worst of {len(own.by_class):,}; `student.json` has all)"
-        images = sum(scores.images for scores in own.by_class.values())
-        right = sum(scores.images * scores.recall for scores in own.by_class.values()) / images
-        text += f"\n\nBy class, of {images:,} test images, of which {right:.2f} % are right"
+        tested = sum(scores.images for scores in own.by_class.values())
+        right = sum(scores.images * scores.recall for scores in own.by_class.values()) / tested
+        text += f"\n\nBy class, of {tested:,} test images, of which {right:.2f} % are right"
         text += f"{few * (len(own.by_class) > CLASSES_SHOWN)}:\n\n"
         text += _table(["class", "images", "recall %", "precision %", "F1 %"], rows)
     else:
