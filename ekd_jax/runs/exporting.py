@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,13 +36,7 @@ def export_student(
     formats: Sequence[str] = ("onnx",),
     images: np.ndarray | None = None,
     with_preprocessing: bool = False,
-    dtype: str = "float32",
-    library: str = "",
-    torch_network: str = "",
-    quantize: str = "",
-    max_loss: float = 1.0,
-    with_resizing: bool = False,
-    onnxruntime_web: str | os.PathLike[str] | None = None,
+    **options: Any,
 ) -> ExportRecord:
     """Write a student for other runtimes to a new directory, each file compared with JAX before.
 
@@ -52,14 +47,8 @@ def export_student(
         images: (N, H, W, C) uint8 to compare on; test images of the student's data set if not given.
         with_preprocessing: the files take images as uint8 and give probabilities; without, they take normalized
             images and give logits.
-        dtype: "float32", or "float16" for ONNX, OpenVINO and pages.
-        library: of "torch", whose names the arrays get: "torchvision", "timm", "RepDistiller", ...
-        torch_network: of "torch", what makes the network where the library is no package:
-            "module:function(arguments)".
-        quantize: "int8" for ONNX and OpenVINO; the student's data must be there.
-        max_loss: how many points of top-1 that may cost.
-        with_resizing: with preprocessing, for images of any size; ONNX alone.
-        onnxruntime_web: directory of that npm package, for "html"; `node_modules/onnxruntime-web` if not given.
+        **options: fields of `Options`: `dtype`, `quantize` and `max_loss`, `with_resizing`; of "torch" `library` and
+            `torch_network`; of "html" `onnxruntime_web`.
 
     Returns:
         The record that is also in `export.json`.
@@ -72,14 +61,16 @@ def export_student(
     if images is None:
         config = config_of(student)
         images, where = some_test_images(config, student.input_shape), f"test images of {config.data.name}"
-    network = exportable_student(student, with_preprocessing or with_resizing)
-    options = Options(dtype, library, torch_network, quantize, max_loss, with_resizing, onnxruntime_web)
-    check_formats(formats, options, with_preprocessing=with_preprocessing)
+    chosen = Options(**options)
+    network = exportable_student(student, with_preprocessing or chosen.with_resizing)
+    check_formats(formats, chosen, with_preprocessing=with_preprocessing)
     of_int8 = None
-    if quantize:
+    if chosen.quantize:
         of_int8 = quantization_images(trained_with(student), student.input_shape, student.class_names)
-    own_size = [of_another_size(image, student.input_shape) for image in images] if with_resizing else []
-    asked = Request((network,), images, options, of_int8, own_size)
+    others = (
+        [of_another_size(image, student.input_shape) for image in images] if chosen.with_resizing else []
+    )
+    asked = Request((network,), images, chosen, of_int8, others)
     return export(asked, formats, pathlib.Path(output), where)
 
 

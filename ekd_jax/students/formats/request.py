@@ -20,12 +20,13 @@ class Options:
     """What a user chooses about the files.
 
     Attributes:
-        dtype: in which they compute, one of `DTYPES`.
-        library: of a PyTorch state dict, see `pytorch.write_torch`.
-        torch_network: of a PyTorch state dict, see `pytorch.write_torch`.
-        quantize: "int8", or "" to compute in `dtype`.
+        dtype: in which they compute, one of `DTYPES`; "float16" for ONNX, OpenVINO and pages.
+        library: of a PyTorch state dict, whose names the arrays get: "torchvision", "timm", "EfficientNet-PyTorch",
+            "RepDistiller" or "official".
+        torch_network: what makes the network where that library is no package: "module:function(arguments)".
+        quantize: "int8" for ONNX and OpenVINO, or "" to compute in `dtype`.
         max_loss: how many points of top-1 that may cost.
-        with_resizing: the file takes images of any size.
+        with_resizing: the file takes images of any size; for ONNX, with preprocessing inside.
         onnxruntime_web: directory of that npm package, for pages; None for the usual one.
     """
 
