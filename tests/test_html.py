@@ -38,7 +38,8 @@ needs_runtime = pytest.mark.skipif(
     not (RUNTIME / WASM).is_file(), reason=f"{RUNTIME} is missing: npm install onnxruntime-web"
 )
 needs_browser = pytest.mark.skipif(
-    html.working_browser() is None, reason="no Chromium that starts: apt-get install chromium"
+    (RUNTIME / WASM).is_file() and html.working_browser() is None,
+    reason="no Chromium that starts: apt-get install chromium",
 )
 COLOR = (6, 6, 3)
 

@@ -346,11 +346,12 @@ function makeDrawable() {
 const ways = "choose, drop or paste an image";
 $("hint").textContent = facts.drawings ? `Draw here, or ${ways}` : ways[0].toUpperCase() + ways.slice(1);
 if (facts.drawings) makeDrawable();
-if (facts.drawings) {
-  $("notes").textContent =
-    "A drawing is scaled, centered and inked like the test images. It is none of them, though: expect more mistakes " +
-    "than top-1 says.";
-}
+$("notes").textContent =
+  "Top-1 is what the run recorded. Latency here is the median time for one image in this browser, on one thread." +
+  (facts.drawings
+    ? " A drawing is scaled, centered and inked like the test images. It is none of them, though: expect more mistakes " +
+      "than top-1 says."
+    : "");
 clear();
 showExamples().catch(say);
 
