@@ -67,6 +67,13 @@ def test_the_same_call_again_only_reports(run, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_run_is_read_without_a_word(finished):
+    """Orbax warns that what is read is read only."""
+    code = f"import ekd_jax; ekd_jax.load_run({str(finished[0])!r}).student(1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_nothing_is_left_behind_after_an_exception(tmp_path):
     """No lock, no thread, no handler: the next call in the same process works."""
     before, handlers = {t.name for t in threading.enumerate()}, list(logging.getLogger("ekd_jax").handlers)

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -63,15 +64,16 @@ class Checkpoints:
         self.directory = workdir.absolute() / FOLDER
         self._read_only = read_only
         self._kept = _LatestAndBest()
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._kept,
-                read_only=read_only,
-                cleanup_tmp_directories=not read_only,  # of a run that was killed while saving
-            ),
-            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()},
-        )
+        with _without_warnings() if read_only else contextlib.nullcontext():
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self._kept,
+                    read_only=read_only,
+                    cleanup_tmp_directories=not read_only,  # of a run that was killed while saving
+                ),
+                item_handlers={"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()},
+            )
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, in order."""
@@ -281,6 +283,17 @@ class Checkpoints:
             raise UserError(
                 f"checkpoint {self.directory / str(step)} is damaged ({reason(error)}){hint}"
             ) from error
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep Orbax from warning, three times, that what is opened to be read is read only."""
+    before = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.logging.set_verbosity(before)
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
