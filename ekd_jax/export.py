@@ -18,7 +18,6 @@ import sys
 
 import numpy as np
 from absl import flags
-from ml_collections import FrozenConfigDict
 
 from ekd_jax import cli
 from ekd_jax.common.errors import UserError
@@ -45,6 +44,7 @@ from ekd_jax.students.student import LoadedStudent, check_output, load_student, 
 
 FLAGS = flags.FLAGS
 ENSEMBLE, ALL = "ensemble", "all"
+Places = dict[str, str | None]  # knobs that say where data is
 
 
 def define_flags() -> None:
@@ -93,8 +93,10 @@ def define_flags() -> None:
         None,
         "image file or directory to compare on; test images if not given; may be repeated",
     )
-    flags.DEFINE_string("data_dir", None, "directory of prepared data sets, for the test images")
-    flags.DEFINE_string("manual_dir", None, "directory of archives or class folders, for the test images")
+    flags.DEFINE_string(
+        "data_dir", None, "directory of prepared data sets, if they are not where the run had them"
+    )
+    flags.DEFINE_string("manual_dir", None, "directory of archives, if they are not where the run had them")
 
 
 def main() -> None:
@@ -114,9 +116,9 @@ def main() -> None:
     several = FLAGS.student is not None and (len(FLAGS.student) > 1 or FLAGS.student == [ALL])
     check_formats(FLAGS.format, options, several, FLAGS.with_preprocessing)
     check_output(output)
-    networks, student = _networks()
-    images, before_resizing, where = _images(student)
-    of_int8 = _quantization_images(student) if FLAGS.quantize else None
+    networks, student, places = _networks()
+    images, before_resizing, where = _images(student, places)
+    of_int8 = _quantization_images(student, places) if FLAGS.quantize else None
     asked = Request(networks, images, options, of_int8, before_resizing)
     record = export(asked, FLAGS.format, output, where)
     for each in record.exported:
@@ -134,8 +136,9 @@ def main() -> None:
             print(_as_text(each.quantization, each.bytes))
 
 
-def _networks() -> tuple[tuple[Exportable, ...], LoadedStudent]:
-    """Return what is exported, and a student that takes the same images."""
+def _networks() -> tuple[tuple[Exportable, ...], LoadedStudent, Places]:
+    """Return what is exported, a student that takes the same images, and where its data is."""
+    places = {"data_dir": FLAGS.data_dir, "manual_dir": FLAGS.manual_dir}
     if (FLAGS.student_dir is None) == (FLAGS.workdir is None):
         raise UserError("pass --student_dir=DIR, or --workdir=RUN with --student=N or --student=ensemble")
     if FLAGS.student_dir is not None:
@@ -143,7 +146,7 @@ def _networks() -> tuple[tuple[Exportable, ...], LoadedStudent]:
             if FLAGS[flag].present:
                 raise UserError(f"--{flag} belongs to --workdir, not to --student_dir")
         student = load_student(FLAGS.student_dir)
-        return (exportable_student(student, _inside()),), student
+        return (exportable_student(student, _inside()),), student, places
     cli.check_checkpoint_flags()
     run = load_run(FLAGS.workdir, FLAGS.step, FLAGS.best)
     asked = FLAGS.student or [""]
@@ -152,7 +155,8 @@ def _networks() -> tuple[tuple[Exportable, ...], LoadedStudent]:
     if twice := [name for place, name in enumerate(asked) if name in asked[:place]]:
         raise UserError(f"--student={','.join(asked)} names {twice[0]} twice")
     networks = tuple(_of_run(run, name) for name in asked)
-    return networks, run.student(next((int(name) for name in asked if name != ENSEMBLE), 1))
+    places = {name: given or run.config.data[name] for name, given in places.items()}
+    return networks, run.student(next((int(name) for name in asked if name != ENSEMBLE), 1)), places
 
 
 def _of_run(run: Run, name: str) -> Exportable:
@@ -169,7 +173,7 @@ def _inside() -> bool:
     return bool(FLAGS.with_preprocessing or FLAGS.with_resizing)
 
 
-def _images(student: LoadedStudent) -> tuple[np.ndarray, list[np.ndarray], str]:
+def _images(student: LoadedStudent, places: Places) -> tuple[np.ndarray, list[np.ndarray], str]:
     """Return the images to compare on, (N, H, W, C) uint8, the same before resizing, and where they are from."""
     shape = student.input_shape
     if FLAGS.verify_with:
@@ -178,7 +182,7 @@ def _images(student: LoadedStudent) -> tuple[np.ndarray, list[np.ndarray], str]:
         images = np.concatenate([read_image(file, student) for file in chosen])
         before = [decode(read_image_file(file), shape[2]) for file in chosen] if FLAGS.with_resizing else []
         return images, [of_another_size(image, shape) for image in before], ", ".join(FLAGS.verify_with)
-    config = _with_places(config_of(student), student)
+    config = with_data(config_of(student), places, shape)
     if not config.data.name:
         raise UserError(
             "it is not known on which images this student was tested: pass --verify_with=DIRECTORY"
@@ -190,16 +194,10 @@ def _images(student: LoadedStudent) -> tuple[np.ndarray, list[np.ndarray], str]:
         raise UserError(f"{error}; or compare on images of yours with --verify_with=DIRECTORY") from error
 
 
-def _quantization_images(student: LoadedStudent) -> QuantizationImages:
+def _quantization_images(student: LoadedStudent, places: Places) -> QuantizationImages:
     """Return the images that int8 is made and measured with."""
-    config = _with_places(trained_with(student), student)
+    config = with_data(trained_with(student), places, student.input_shape)
     return quantization_images(config, student.input_shape, student.class_names)
-
-
-def _with_places(config: FrozenConfigDict, student: LoadedStudent) -> FrozenConfigDict:
-    """Return a configuration with the data where flags say that it is."""
-    places = {"data_dir": FLAGS.data_dir, "manual_dir": FLAGS.manual_dir}
-    return with_data(config, places, student.input_shape)
 
 
 def _as_text(own: Quantization, size: int) -> str:

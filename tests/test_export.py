@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import shutil
 from collections import Counter
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import command, fresh_student, one_device, tiny_config
 from jax import lax
+from PIL import Image
 
 import ekd_jax
 from ekd_jax import models
@@ -318,6 +320,28 @@ def test_from_python(tmp_path):
 def test_images_that_do_not_fit_are_refused(images, tmp_path):
     with pytest.raises(UserError, match="pass uint8 images Nx8x8x1, at least one, not"):
         ekd_jax.export_student(fresh_student(("a", "b")), tmp_path / "out", images=images)
+
+
+def test_the_data_of_a_run_is_where_the_run_had_it(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    config = json.loads((run / "config.json").read_text())
+    classes = json.loads((run / "students.json").read_text())["class_names"]
+    for number, name in enumerate(sorted(classes)):
+        for split in ("train", "test"):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            pixels = np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / split / name / "1.png")
+    config["data"] |= {
+        "name": "folder",
+        "data_dir": str(tmp_path / "photos"),
+        "fit": "stretch",
+        "image_size": 8,
+    }
+    (run / "config.json").write_text(json.dumps(config))
+    done = command("export", f"--workdir={run}", "--student=2", "--format=onnx", f"--output={tmp_path}/out")
+    assert done.returncode == 0, done.stderr
+    assert "10 of 10 images in the same class" in done.stdout
 
 
 def test_the_command(tmp_path):

@@ -6,6 +6,7 @@ does fits one that pads evenly, name by name. So the network itself is run, by t
 
 import ast
 import importlib
+import importlib.util
 import io
 import os
 import re
