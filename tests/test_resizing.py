@@ -137,7 +137,7 @@ def test_the_command_takes_photos_of_any_size(tmp_path):
     ("names", "options", "message"),
     [
         (["stablehlo"], {}, "--with_resizing is for --format=onnx alone"),
-        (["onnx", "openvino"], {}, "--with_resizing is for --format=onnx alone"),
+        (["onnx", "stablehlo"], {}, "--with_resizing is for --format=onnx alone"),
         (["onnx"], {"dtype": "float16"}, "--with_resizing is for --format=onnx alone, in float32"),
         (["onnx"], {}, "--with_resizing needs --with_preprocessing"),
     ],
