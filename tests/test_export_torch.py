@@ -1,6 +1,7 @@
 """State dicts of students are run in the real networks of torchvision and timm, and in a user's copy of others."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -21,9 +22,9 @@ from ekd_jax.students.formats.request import Options
 from ekd_jax.students.state_dict import read_state_dict
 from ekd_jax.students.student import write_student
 
-torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[parity]'")
-pytest.importorskip("torchvision", reason="torchvision is not installed: pip install -e '.[parity]'")
-pytest.importorskip("timm", reason="timm is not installed: pip install -e '.[parity]'")
+for package in ("torch", "torchvision", "timm"):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: pip install -e '.[parity]'", allow_module_level=True)
 SLOW = pytest.mark.slow
 # name, size of the images, width, options, library, what makes the network if the library is no package
 NETWORKS = [
@@ -82,10 +83,25 @@ def vgg8():
 """
 
 
+# A registry may have PyTorch for CPUs alone, and torchvision only for GPUs: its operators for boxes then do not load,
+# and torchvision cannot be imported. No classifier uses them.
+WITHOUT_OPERATORS = """
+import glob, importlib.util, torch
+(folder,) = importlib.util.find_spec("torchvision").submodule_search_locations
+try:
+    for file in glob.glob(f"{folder}/_C*.so"):
+        torch.ops.load_library(file)
+except OSError:
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+"""
+
+
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
     """Put a user's copy of libraries that are no packages where Python finds it; see test_parity.py."""
     (tmp_path / "copied.py").write_text(COPIED)
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_OPERATORS)
     tests = str(pathlib.Path(__file__).parent)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), tests]))
 

@@ -343,7 +343,9 @@ def small_disk(tmp_path):
     """A disk of its own with 1.5 MB, less than the checkpoints of a run and the reserve that is kept."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)], check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)], check=False
+    )
     if mounted.returncode:
         pytest.skip("only root may mount a small disk")
     yield folder
