@@ -20,7 +20,7 @@ import platform
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -48,6 +48,7 @@ from ekd_jax.runs.records import (
 )
 
 CHOOSE_EXAMPLES = ("name", "extra", "test_split", "validation_examples", "train_examples", "corrupt")
+LOOK_SECONDS = 0.1
 PACKAGES = (
     *("ekd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets"),
     *("grain", "pillow", "simplejpeg", "opencv-python-headless"),
@@ -67,7 +68,7 @@ def locked(path: pathlib.Path) -> Iterator[None]:
         return
     with open(path / ".lock", "w") as file:
         try:
-            has_locks = lock(file)
+            has_locks = _lock_patiently(file)
         except BlockingIOError as error:
             raise UserError(
                 f"{path} is in use by another process: wait for it, or choose another --workdir"
@@ -78,6 +79,15 @@ def locked(path: pathlib.Path) -> Iterator[None]:
                 f"directory, and two runs would damage it; make sure that there is only one"
             )
         yield
+
+
+def _lock_patiently(file: IO[Any]) -> bool:
+    """Lock a file as `lock` does; tried twice, because `ekd status` may look at the lock for an instant."""
+    try:
+        return lock(file)
+    except BlockingIOError:
+        time.sleep(LOOK_SECONDS)
+        return lock(file)
 
 
 def check(path: pathlib.Path, config: FrozenConfigDict, permit: Permit | None = None) -> Changes:

@@ -26,7 +26,7 @@ from ekd_jax.data.classes import listed
 from ekd_jax.data.feed import EvaluationSet, Feed, evaluation_set, training_feed
 from ekd_jax.runs.checkpoint import Checkpoints
 from ekd_jax.runs.evaluation import Results, make_evaluator, measure, results
-from ekd_jax.runs.metrics import MetricWriter
+from ekd_jax.runs.metrics import MEMORY, MetricWriter
 from ekd_jax.runs.run import make_predict
 from ekd_jax.runs.state import TrainState
 from ekd_jax.training.autotune import choose_execution
@@ -294,8 +294,9 @@ class Loop:
             means["skipped"] = float(skipped)
         means["images/s"] = round(steps * self.setup.config.train.batch_size / log.window, 1)
         means["input_wait"] = round(100 * log.waited / log.window, 2)
+        means[MEMORY] = round(parallel.peak_memory() / 1e6, 1)
         record.writer.write(self.step, self.setup.epochs(self.step), "train", means)
-        record.progress.line(train_line(self.setup, self.step, means, record.progress))
+        record.progress.record(train_line(self.setup, self.step, means, record.progress))
         log.tally, log.recorded = parallel.replicate(self.setup.mesh, self.nothing), self.step
         log.skipped += skipped
         log.window = log.waited = 0.0
@@ -335,7 +336,7 @@ class Loop:
         epoch, record = setup.epochs(self.step), self.record
         for name, each in found.items():
             record.writer.write(self.step, epoch, name, each)
-            record.progress.line(evaluation_line(name, epoch, each, setup.names))
+            record.progress.record(evaluation_line(name, epoch, each, setup.names))
         if early:
             log.stopped = self.step
             record.progress.line(early_stop_line(early))

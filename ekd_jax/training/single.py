@@ -30,6 +30,7 @@ from ekd_jax.runs.records import A_RUN, CONFIG, SUMMARY, Summary
 from ekd_jax.runs.state import InitialWeights, TrainState, init_state, start_from
 from ekd_jax.runs.teachers import load_teacher
 from ekd_jax.training.interrupt import Interrupt
+from ekd_jax.training.live import live_table
 from ekd_jax.training.loop import NotFiniteError, Record, after_not_finite, open_loop
 from ekd_jax.training.optimizer import make_schedule, rate_factor, rate_in_words
 from ekd_jax.training.report import Log, summarize
@@ -215,7 +216,8 @@ def _train_from(
             workdir.write_description(path, setup.description)
         writer = MetricWriter(path if parallel.is_main() else None, step, log.evaluated)
         stack.callback(writer.close)
-        progress = Progress("training", setup.steps, step)
+        table = live_table(setup, path, writer.latest, checkpoints)
+        progress = Progress("training", setup.steps, step, table=table)
         stack.callback(progress.clear)
         record = Record(path, checkpoints, writer, progress, interrupt)
         _announce(setup, step, progress)
