@@ -207,10 +207,10 @@ def test_means_deviations_and_differences(tmp_path):
     # two of one label, one of another: no deviation of one, and how many there are is said of each
     found = comparison_table.compare([runs[0], runs[1], runs[3]])
     assert found.labels["more"].students[0].std is None
-    assert found.labels["more"].students[0].difference == 1
+    assert found.labels["more"].students[0].difference == 2, "to the baseline's run of the same seed"
     text = comparison_table.as_text(found)
     assert "baseline (n = 2)" in text
-    assert "more (n = 1)      92.00 (+1.00)" in text
+    assert "more (n = 1)      92.00 (+2.00)" in text
     text = comparison_table.as_text(comparison_table.compare(runs[:1]))
     assert text.startswith("n = 1")
     assert "+-" not in text

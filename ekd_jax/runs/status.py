@@ -18,6 +18,7 @@ from ekd_jax.methods.base import EARLIER
 from ekd_jax.runs.checkpoint import saved_steps
 from ekd_jax.runs.metrics import MEMORY, METRICS, Latest, read_metrics
 from ekd_jax.runs.records import CONFIG, STUDENTS, SUMMARY
+from ekd_jax.runs.workdir import is_run
 
 RUNNING, STOPPED, COMPLETE, NOT_STARTED = "running", "stopped", "complete", "not started"
 GRACE_SECONDS, LOOK_SECONDS = 20.0, 1.0
@@ -99,9 +100,9 @@ def read_status(path: pathlib.Path) -> RunStatus:
     Raises:
         UserError: there is no run.
     """
-    if _is_run(path):
+    if is_run(path):
         return _status(path)
-    runs = [run for pattern in ("*", "*/*") for run in sorted(path.glob(pattern)) if _is_run(run)]
+    runs = [run for pattern in ("*", "*/*") for run in sorted(path.glob(pattern)) if is_run(run)]
     runs = [run for run in runs if EARLIER not in run.relative_to(path).parts]
     if not runs:
         what = "there is no such directory" if not path.exists() else f"it has no {CONFIG}"
@@ -119,12 +120,8 @@ def _in_order(path: pathlib.Path) -> tuple[str, int]:
     return name[: len(name) - digits], int(name[-digits:]) if digits else -1
 
 
-def _is_run(path: pathlib.Path) -> bool:
-    return (path / CONFIG).is_file() or (path / EARLIER).is_dir()
-
-
 def _status(path: pathlib.Path) -> RunStatus:
-    parts = tuple(_status(run) for run in sorted((path / EARLIER).glob("*")) if _is_run(run))
+    parts = tuple(_status(run) for run in sorted((path / EARLIER).glob("*")) if is_run(run))
     config, students, summary = (_read(path / name) for name in (CONFIG, STUDENTS, SUMMARY))
     train, data = (_section(config, name) for name in ("train", "data"))
     latest = Latest()

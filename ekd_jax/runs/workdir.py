@@ -90,6 +90,33 @@ def _lock_patiently(file: IO[Any]) -> bool:
         return lock(file)
 
 
+def seed_directory(path: pathlib.Path, seed: int) -> pathlib.Path:
+    """Return the directory of one seed's run in a directory of several."""
+    return path / f"seed{seed}"
+
+
+def seed_runs(path: pathlib.Path) -> dict[int, pathlib.Path]:
+    """Return seed -> directory of every run in a directory of several, in order; empty if it is none."""
+    names = [run.name.removeprefix("seed") for run in path.glob("seed*") if is_run(run)]
+    seeds = sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+    return {seed: seed_directory(path, seed) for seed in seeds}
+
+
+def is_run(path: pathlib.Path) -> bool:
+    """Return whether a directory is that of a run that was started, or whose plan was."""
+    return (path / CONFIG).is_file() or (path / EARLIER).is_dir()
+
+
+def check_one_run(path: pathlib.Path) -> None:
+    """Raise UserError if a directory holds the runs of several seeds instead of a run."""
+    if not is_run(path) and (runs := seed_runs(path)):
+        seeds = ", ".join(map(str, runs))
+        first = next(iter(runs.values()))
+        raise UserError(
+            f"{path} holds runs of the seeds {seeds}: name the directory of one, such as {first}"
+        )
+
+
 def check(path: pathlib.Path, config: FrozenConfigDict, permit: Permit | None = None) -> Changes:
     """Check that a run of `config` may start or resume in `path`; nothing is changed.
 
@@ -113,6 +140,7 @@ def check(path: pathlib.Path, config: FrozenConfigDict, permit: Permit | None = 
             f"--workdir={path}: {existing} is not writable: choose another, or change its permissions"
         )
     if not (path / CONFIG).exists():
+        check_one_run(path)
         others = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
         if any(n not in (".lock", EARLIER) and not n.startswith(f".{CONFIG}.") for n in others):
             raise UserError(
