@@ -30,6 +30,7 @@ from ekd_jax.runs.history import Permit, can_change
 from ekd_jax.training import plans, seeds
 from ekd_jax.training.comparison_table import as_text
 from ekd_jax.training.dry_run import dry_run
+from ekd_jax.training.profile import MOST
 from ekd_jax.training.replay import replay
 from ekd_jax.training.report import summary_table
 
@@ -50,6 +51,13 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("from_run", None, "a run of which --workdir becomes a copy that goes on by itself")
     flags.DEFINE_integer("replay_step", None, "find the first array of this step that is not finite", 1)
+    flags.DEFINE_integer(
+        "profile",
+        None,
+        "trace so many steps, after some to warm up, into RUN/profile",
+        lower_bound=1,
+        upper_bound=MOST,
+    )
     flags.DEFINE_boolean(
         "deterministic",
         False,
@@ -75,7 +83,7 @@ def main() -> None:
             stack.enter_context(contextlib.redirect_stdout(nothing))
             stack.enter_context(contextlib.redirect_stderr(nothing))
         permit = _permit()
-        _check_seeds(config)
+        _check_flags(config)
         if FLAGS.dry_run:
             print(dry_run(config, path, permit))
             return
@@ -90,13 +98,15 @@ def main() -> None:
                 f"everything is in {path}, a directory for each seed; the table is in {path / seeds.MARKDOWN}"
             )
             return
-        print(summary_table(plans.run(config, path, permit=permit)))
+        print(summary_table(plans.run(config, path, permit=permit, profile=FLAGS.profile or 0)))
         print(f"everything is in {path}; extract a student with python -m ekd_jax.extract --workdir={path}")
 
 
-def _check_seeds(config: FrozenConfigDict) -> None:
-    """Raise UserError for a flag that is for one run, if there are several seeds."""
-    for flag in ("replay_step", "from_run"):
+def _check_flags(config: FrozenConfigDict) -> None:
+    """Raise UserError for a flag that is for one run, if there are several seeds, or for one that trains."""
+    if FLAGS.profile and (other := [f for f in ("dry_run", "replay_step") if FLAGS[f].value]):
+        raise UserError(f"--profile traces training, and --{other[0]} trains nothing: pass one of them")
+    for flag in ("replay_step", "from_run", "profile"):
         if config.seeds and FLAGS[flag].value:
             raise UserError(
                 f"--{flag} is for one run, not for config.seeds={config.seeds}: ask for one seed, as in "

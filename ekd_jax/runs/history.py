@@ -23,7 +23,7 @@ from ekd_jax.runs.checkpoint import DAMAGED, FOLDER, open_checkpoints, saved_ste
 from ekd_jax.runs.records import A_RUN, BENCHMARK, CONFIG, ENVIRONMENT, HISTORY, SUMMARY
 from ekd_jax.runs.state import TrainState
 
-LEFT_BEHIND = (".lock", FOLDER, DAMAGED, SUMMARY, ENVIRONMENT, BENCHMARK)  # by a branch
+LEFT_BEHIND = (".lock", FOLDER, DAMAGED, SUMMARY, ENVIRONMENT, BENCHMARK, "profile")  # by a branch
 REWIND = "rewind"
 Changes = Mapping[str, tuple[Any, Any]]
 

@@ -33,6 +33,7 @@ from ekd_jax.training.interrupt import Interrupt
 from ekd_jax.training.live import live_table
 from ekd_jax.training.loop import NotFiniteError, Record, after_not_finite, open_loop
 from ekd_jax.training.optimizer import make_schedule, rate_factor, rate_in_words
+from ekd_jax.training.profile import FOLDER, Profile
 from ekd_jax.training.report import Log, summarize
 from ekd_jax.training.setup import (
     Setup,
@@ -50,6 +51,7 @@ def run(
     mesh: Mesh | None = None,
     source: Source | None = None,
     permit: Permit | None = None,
+    profile: int = 0,
 ) -> Summary:
     """Train, or resume training, in the directory `path`.
 
@@ -60,6 +62,7 @@ def run(
         mesh: devices to train on; all if not given.
         source: the data set itself, if it is in memory.
         permit: what of the configuration may be another one than the run was started with; nothing if not given.
+        profile: how many steps are traced by JAX's profiler, into the directory.
 
     Returns:
         The summary of the complete run.
@@ -74,11 +77,16 @@ def run(
     changes = workdir.check(path, config, permit)
     workdir.check_same_everywhere(path, config)
     if (path / SUMMARY).exists() and not changes:
+        if profile:
+            raise UserError(
+                f"--profile={profile}: the run in {path} is complete, there is no step to trace"
+            )
         logger.info(f"{path} holds the complete run: nothing to train")
         return workdir.read_summary(path)
     setup = prepare(config, mesh, path, source)
     workdir.check_description(path, config, setup.description)
-    state = first_state(setup, path)
+    state, trace = first_state(setup, path), Profile(profile, path / FOLDER)
+    trace.plan(max(saved_steps(path), default=0), setup.steps)
     if changes:
         history.check(path, setup.steps, state, changes)
     try:
@@ -91,7 +99,7 @@ def run(
                 checkpoints, interrupt = Checkpoints(path), Interrupt()
                 stack.callback(checkpoints.close)
                 stack.callback(interrupt.restore)
-                return _train(setup, path, state, checkpoints, interrupt)
+                return _train(setup, path, state, checkpoints, interrupt, trace)
     except OSError as error:
         raise UserError(f"{_what_failed(path, error)}; what was saved before is intact") from error
 
@@ -160,14 +168,19 @@ def resumed(
 
 
 def _train(
-    setup: Setup, path: pathlib.Path, first: TrainState, checkpoints: Checkpoints, interrupt: Interrupt
+    setup: Setup,
+    path: pathlib.Path,
+    first: TrainState,
+    checkpoints: Checkpoints,
+    interrupt: Interrupt,
+    profile: Profile,
 ) -> Summary:
     """Train in a locked directory until the run is complete; rewind it as often as it may be."""
     limit = setup.config.train.nonfinite_limit
     while True:
         rewinds = history.rewinds(path)
         try:
-            log = _train_from(slowed(setup, rewinds), path, first, checkpoints, interrupt)
+            log = _train_from(slowed(setup, rewinds), path, first, checkpoints, interrupt, profile)
             break
         except NotFiniteError as error:
             checkpoints.wait()
@@ -202,6 +215,7 @@ def _train_from(
     state: TrainState,
     checkpoints: Checkpoints,
     interrupt: Interrupt,
+    profile: Profile,
 ) -> Log:
     """Train from the newest checkpoint, or from `state` without one, and return the log of the complete run.
 
@@ -219,7 +233,8 @@ def _train_from(
         table = live_table(setup, path, writer.latest, checkpoints)
         progress = Progress("training", setup.steps, step, table=table)
         stack.callback(progress.clear)
-        record = Record(path, checkpoints, writer, progress, interrupt)
+        stack.callback(profile.close)
+        record = Record(path, checkpoints, writer, progress, interrupt, profile)
         _announce(setup, step, progress)
         with open_loop(setup, state, log, record) as loop:
             loop.train()
