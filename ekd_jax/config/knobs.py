@@ -41,6 +41,7 @@ def _are_seeds(values: Sequence[int]) -> bool:
     return len(set(values)) == len(values) and all(value >= 0 for value in values)
 
 
+TRACKERS = ("wandb", "trackio")
 EPOCHS = Rule(lambda value: 0 < value <= 1e6, "be above 0 and at most 1,000,000")
 SHRINKS = Rule(lambda value: 0 < value <= 1, "be above 0 and at most 1")
 RATE = Rule(lambda value: value == -1 or 0 <= value < 1, "be -1, or at least 0 and below 1")
@@ -341,6 +342,12 @@ KNOBS: dict[str, Knob] = {
     ),
     "train.rewind_factor": Knob(
         0.5, "The learning rate is multiplied by it each time the run is rewound.", SHRINKS
+    ),
+    "train.tracker": Knob(
+        "",
+        "Also log every record to Weights & Biases or trackio (docs/training.md). Empty: to neither.",
+        one_of(("", *TRACKERS)),
+        changes_result=False,
     ),
     "train.log_every_steps": Knob(
         100, "Steps that one training record averages.", POSITIVE, changes_result=False

@@ -1,4 +1,4 @@
-"""The metrics of a run: one record per line of `metrics.jsonl`, and the same for TensorBoard."""
+"""The metrics of a run: one record per line of `metrics.jsonl`, and the same for TensorBoard and a tracker."""
 
 import contextlib
 import json
@@ -16,6 +16,7 @@ from tensorboardX.summary import scalar
 from ekd_jax.common.errors import UserError, reason
 from ekd_jax.common.files import read_bytes, write_bytes
 from ekd_jax.common.log import logger, once
+from ekd_jax.runs.tracking import Tracker
 
 METRICS = "metrics.jsonl"
 MEMORY = "memory_mb"
@@ -71,13 +72,16 @@ class MetricWriter:
         step: the step that the run resumes from. Records of later steps, left by a run that was killed after
             its last checkpoint, are dropped: they will be written again.
         evaluated: the step of the last evaluation; later ones are dropped, too.
+        tracker: gets every record besides.
 
     Attributes:
         latest: what the records say, those before the run resumed included.
     """
 
-    def __init__(self, workdir: pathlib.Path | None, step: int, evaluated: int):
-        self.latest = Latest()
+    def __init__(
+        self, workdir: pathlib.Path | None, step: int, evaluated: int, tracker: Tracker | None = None
+    ):
+        self.latest, self._tracker = Latest(), tracker
         self._file: Any = None
         self._board: Any = None
         if workdir is None:
@@ -100,14 +104,19 @@ class MetricWriter:
         self.latest.add(record)
         self._file.write(_as_line(record))
         self._file.flush()
-        self._board.write(step, {f"{split}/{name}": value for name, value in values.items()})
+        named = {f"{split}/{name}": value for name, value in values.items()}
+        self._board.write(step, named)
+        if self._tracker is not None:
+            self._tracker.write(step, named)
 
     def close(self) -> None:
-        """Close both files."""
+        """Close the files, and finish the tracker."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # it was said when the record was written
                 self._file.close()
             self._board.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 class _Board:

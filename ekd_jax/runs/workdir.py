@@ -7,6 +7,7 @@ students.json     the students, class names and input shape
 metrics.jsonl     one record per line      tensorboard/   the same
 checkpoints/      the two latest, the best  summary.json  written when the run is complete
 damaged/          checkpoints that could not be read
+tracker.json      the name of the run in Weights & Biases or trackio, if `train.tracker` asks for one
 benchmark.json    how fast its students run, if `benchmark` or `choose` measured it
 profile/          traces of steps, for XProf and Perfetto (`--profile`)
 earlier/          the runs that a method's plan trains first, one directory each

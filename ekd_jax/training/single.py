@@ -19,7 +19,7 @@ from ekd_jax.common.log import logger
 from ekd_jax.common.progress import Progress
 from ekd_jax.common.records import write_record
 from ekd_jax.config.build import build_method
-from ekd_jax.config.resolve import read_config, steps_in
+from ekd_jax.config.resolve import read_config, steps_in, to_dict
 from ekd_jax.data.dataset import Source
 from ekd_jax.data.opening import facts
 from ekd_jax.runs import history, workdir
@@ -29,6 +29,7 @@ from ekd_jax.runs.metrics import MetricWriter
 from ekd_jax.runs.records import A_RUN, CONFIG, SUMMARY, Summary
 from ekd_jax.runs.state import InitialWeights, TrainState, init_state, start_from
 from ekd_jax.runs.teachers import load_teacher
+from ekd_jax.runs.tracking import Tracker, check_tracker
 from ekd_jax.training.interrupt import Interrupt
 from ekd_jax.training.live import live_table
 from ekd_jax.training.loop import NotFiniteError, Record, after_not_finite, open_loop
@@ -71,6 +72,7 @@ def run(
         UserError: the directory holds something else, the data is missing, the loss is not finite.
         Interrupted: a signal came; a checkpoint was saved.
     """
+    check_tracker(config.train.tracker)
     mesh = mesh or parallel.make_mesh(fsdp=config.train.fsdp)
     known = facts(config, source)
     check_batches(config, mesh, known.train_examples if known else None)
@@ -228,7 +230,7 @@ def _train_from(
     with contextlib.ExitStack() as stack:
         if parallel.is_main():
             workdir.write_description(path, setup.description)
-        writer = MetricWriter(path if parallel.is_main() else None, step, log.evaluated)
+        writer = _writer(setup, path, step, log)
         stack.callback(writer.close)
         table = live_table(setup, path, writer.latest, checkpoints)
         progress = Progress("training", setup.steps, step, table=table)
@@ -245,6 +247,15 @@ def _train_from(
             interrupt.signal,
         )
     return log
+
+
+def _writer(setup: Setup, path: pathlib.Path, step: int, log: Log) -> MetricWriter:
+    """Open the records of a run that goes on from a step; process 0 writes for all."""
+    if not parallel.is_main():
+        return MetricWriter(None, step, log.evaluated)
+    name = setup.config.train.tracker
+    tracker = Tracker(name, path, to_dict(setup.config)) if name else None
+    return MetricWriter(path, step, log.evaluated, tracker)
 
 
 def _announce(setup: Setup, step: int, progress: Progress) -> None:
