@@ -8,6 +8,7 @@ this machine.
 import contextlib
 import importlib
 import importlib.util
+import io
 import netrc
 import os
 import pathlib
@@ -74,7 +75,8 @@ class Tracker:
     @contextlib.contextmanager
     def _not_essential(self) -> Iterator[None]:
         try:
-            yield
+            with contextlib.redirect_stdout(io.StringIO()):  # trackio prints, where our results go
+                yield
         except Exception as error:  # another's code, and a network
             self._run = None
             logger.warning(f"{self._name} fails ({reason(error)}): training goes on without it")
