@@ -122,6 +122,19 @@ def test_several_runs_are_one_line_each(run, tmp_path):
         read_status(tmp_path / "all" / "a" / "seed9" / "checkpoints")
 
 
+def test_a_plan_shows_the_run_that_was_reached(run, tmp_path):
+    plan = tmp_path / "plan"
+    shutil.copytree(run, plan / "earlier" / "member1")
+    (plan / "earlier" / "member1" / "summary.json").unlink()
+    status = read_status(plan)
+    assert (status.state, status.place) == ("stopped", "earlier run 1, member1")
+    assert "earlier run 1, member1: resnet8, oem, digits, seed 0" in as_text(status)
+    assert "student 2" in draw(status, 80)
+    shutil.copytree(run, plan, dirs_exist_ok=True)
+    status = read_status(plan)
+    assert (status.state, status.place) == ("complete", "run 2 of 2")
+
+
 def test_the_columns_that_fit(finished):
     status = read_status(finished[0])
     for width in (30, 50, 80, 120):

@@ -1,7 +1,6 @@
 """The status of a run, drawn for a terminal by Rich: a bar, and a table of students x metrics."""
 
 import io
-import pathlib
 
 from rich.console import Console, Group, RenderableType
 from rich.progress_bar import ProgressBar
@@ -25,9 +24,8 @@ def draw(status: RunStatus, width: int, height: int | None = None, doing: str = 
         height: lines of the terminal; what does not fit is cut off. None: everything.
         doing: what is done at the moment, such as "compiling".
     """
-    several = bool(status.parts) and not status.model
-    lines = overview(status).splitlines() if several else _lines(status, width - 1, doing)
-    if several:
+    lines = overview(status).splitlines() if status.several else _lines(status, width - 1, doing)
+    if status.several:
         lines = [line[: width - 1] for line in lines]
     return "\n".join(lines[: height - 1] if height else lines)
 
@@ -42,8 +40,7 @@ def _lines(status: RunStatus, width: int, doing: str) -> list[str]:
 
 
 def _picture(status: RunStatus, width: int, doing: str) -> RenderableType:
-    run, several = status.current, len(status.parts) + 1
-    place = "" if several == 1 else f"{pathlib.Path(run.path).name}, run {_number(status)} of {several}: "
+    run, place = status.current, f"{status.place}: " if status.place else ""
     head = Text(" " * MARGIN + place + title(run), style="bold", no_wrap=True, overflow="ellipsis")
     state = Text(f"  {doing or status.state}", style=STYLES.get(status.state, "bold yellow"))
     done = ProgressBar(total=run.steps or 1, completed=run.step, width=max(10, min(40, width // 2)))
@@ -54,11 +51,6 @@ def _picture(status: RunStatus, width: int, doing: str) -> RenderableType:
     if run.predictors:
         parts += [Text(), _table(run, width)]
     return Group(*parts)
-
-
-def _number(status: RunStatus) -> int:
-    runs = [*status.parts, status]
-    return 1 + next(i for i, run in enumerate(runs) if run.path == status.current.path)
 
 
 def _facts(run: RunStatus, width: int) -> str:

@@ -86,11 +86,27 @@ class RunStatus:
     parts: tuple["RunStatus", ...] = ()
 
     @property
+    def several(self) -> bool:
+        """Whether this is a directory of several runs, not a run or a plan."""
+        earlier = pathlib.Path(self.path, EARLIER)
+        return any(pathlib.Path(part.path).parent != earlier for part in self.parts)
+
+    @property
+    def place(self) -> str:
+        """Which run of a plan `current` is, in words; "" without a plan."""
+        run, number = self.current, len(self.parts) + 1
+        if number == 1:
+            return ""
+        if run is self:
+            return f"run {number} of {number}"
+        return f"earlier run {1 + self.parts.index(run)}, {pathlib.Path(run.path).name}"
+
+    @property
     def current(self) -> "RunStatus":
         """The run of a plan that trains now, or else the one that was reached last."""
         if self.state in (COMPLETE, RUNNING) and not any(part.state == RUNNING for part in self.parts):
             return self
-        started = [run for run in (*self.parts, self) if run.state != NOT_STARTED]
+        started = [run for run in (*self.parts, self) if run.model or run.step]
         return next((run for run in started if run.state == RUNNING), started[-1] if started else self)
 
 
@@ -142,7 +158,7 @@ def _status(path: pathlib.Path) -> RunStatus:
         state, step = COMPLETE, summary.get("steps") or step
         steps = step
     else:
-        state = STOPPED if config else NOT_STARTED
+        state = STOPPED if config or parts else NOT_STARTED
     speed = _number(latest.train.get("images/s"))
     left = None
     if locked and speed and steps and batch:
@@ -298,13 +314,11 @@ def fitting(header: list[str], rows: list[list[str]], width: int, gap: int = 2) 
 
 def as_text(status: RunStatus, width: int = 1000) -> str:
     """Return a status as plain text, no wider than asked for where columns can be left out."""
-    if status.parts and not status.model:
+    if status.several:
         return overview(status)
-    lines = [f"{status.path}: {status.state}", title(status), facts(status)]
-    for number, part in enumerate(status.parts, 1):
-        about = f"run {number} of {len(status.parts) + 1}, {pathlib.Path(part.path).name}: {part.state}"
-        lines.insert(number, about if part.state == COMPLETE else f"{about}, {facts(part)}")
     shown = status.current
+    place = f"{status.place}: " if status.place else ""
+    lines = [f"{status.path}: {status.state}", place + title(shown), facts(shown)]
     if shown.predictors:
         header, rows = columns(shown)
         kept = fitting(header, rows, width)
@@ -338,14 +352,14 @@ def overview(status: RunStatus) -> str:
 
 def one_line(status: RunStatus) -> str:
     """Return a status in one line, for a log."""
-    if status.parts and not status.model:
+    if status.several:
         done = sum(part.state == COMPLETE for part in status.parts)
         running = [one_line(part) for part in status.parts if part.state == RUNNING]
         return "; ".join([f"{status.state}, {done} of {len(status.parts)} runs complete", *running])
     shown = status.current
-    name = "" if shown is status else f" {pathlib.Path(shown.path).name}"
     top1 = " ".join(f"{row.top1:.2f}" for row in shown.predictors if row.top1 is not None)
-    return f"{status.state}{name}, {facts(shown)}" + (f", {shown.watched} top-1 {top1}" if top1 else "")
+    top1 = top1 and f"{shown.watched} top-1 {top1}"
+    return ", ".join(filter(None, (status.state, status.place, facts(shown), top1)))
 
 
 # --- while it runs -----------------------------------------------------------------------------------

@@ -125,6 +125,10 @@ def _checked(asked: Any) -> dict[str, Any]:
             raise UserError(f"unknown part {name!r} of a comparison{nearest(name, PARTS)}")
     if not isinstance(parts["seeds"], int) or parts["seeds"] < 1:
         raise UserError(f"seeds={parts['seeds']!r} of the comparison must be a number, at least 1")
+    if parts["common"].get("seeds"):
+        raise UserError(
+            "common.seeds of the comparison: how many seeds there are is its part 'seeds': leave it out"
+        )
     if not parts["methods"]:
         raise UserError("methods of the comparison is empty: give it a label")
     for label in parts["methods"]:
