@@ -21,7 +21,7 @@ from ekd_jax.runs.records import CONFIG, STUDENTS, SUMMARY
 from ekd_jax.runs.workdir import is_run
 
 RUNNING, STOPPED, COMPLETE, NOT_STARTED = "running", "stopped", "complete", "not started"
-GRACE_SECONDS, LOOK_SECONDS = 20.0, 1.0
+GRACE_SECONDS, LOOK_SECONDS = 20.0, 2.0
 MOST_PARTS = 200  # runs in a directory that are listed
 
 

@@ -58,9 +58,7 @@ class Profile:
         """Begin or end the trace, if that is due at this step; all devices have finished it."""
         if step == self._first:
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = (
-                0  # calls of Python functions hide what matters, and fill the file
-            )
+            options.python_tracer_level = 0  # calls of Python functions would fill the file
             self.active = True
             if parallel.is_main():
                 with self._not_essential():
