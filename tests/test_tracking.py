@@ -1,6 +1,7 @@
 """Trackers: the same records, offline; one that is missing or fails."""
 
 import importlib.util
+import sys
 import types
 
 import pytest
@@ -31,7 +32,7 @@ def test_a_tracker_that_fails_ends_nothing_and_is_said_once(fails, tmp_path, mon
     run = types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
     module = types.SimpleNamespace(init=lambda **_: run)
     setattr(module if fails == "init" else run, fails, failing)
-    monkeypatch.setitem(__import__("sys").modules, "trackio", module)
+    monkeypatch.setitem(sys.modules, "trackio", module)
     writer = MetricWriter(tmp_path, 0, 0, Tracker("trackio", tmp_path, {}))
     for step in (1, 2):
         writer.write(step, 0.5, "train", {"loss": 1.0})
