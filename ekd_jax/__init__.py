@@ -10,7 +10,7 @@ from ekd_jax.version import __version__
 
 if TYPE_CHECKING:
     from ekd_jax import data, methods, models
-    from ekd_jax.api import load_recipe, train
+    from ekd_jax.api import load_recipe, train, train_seeds
     from ekd_jax.common.errors import Interrupted, UserError
     from ekd_jax.config.knobs import default_config
     from ekd_jax.data import from_arrays, list_datasets, register_dataset
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # name -> the module that has it; a namespace is a module itself
 _PLACES = {
     "train": "api",
+    "train_seeds": "api",
     "load_recipe": "api",
     "default_config": "config.knobs",
     "Summary": "runs.records",
@@ -76,6 +77,7 @@ __all__ = [
     "register_method",
     "register_network",
     "train",
+    "train_seeds",
 ]
 
 

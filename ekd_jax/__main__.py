@@ -7,6 +7,7 @@ from collections.abc import Sequence
 # command -> its module, and what it does
 COMMANDS = {
     "train": ("ekd_jax.main", "Train a family of students, or resume training."),
+    "status": ("ekd_jax.status", "Show how far a run is, how good and how fast, also from elsewhere."),
     "compare": ("ekd_jax.compare", "Compare methods on the same network, data, epochs and seeds."),
     "extract": ("ekd_jax.extract", "Extract one student of a run, as a directory that stands alone."),
     "export": (

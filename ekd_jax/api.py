@@ -20,9 +20,10 @@ from ekd_jax.config.resolve import resolve
 from ekd_jax.data.dataset import Source
 from ekd_jax.runs.history import Permit, branch
 from ekd_jax.runs.records import Summary
-from ekd_jax.training import plans
+from ekd_jax.training import plans, seeds
+from ekd_jax.training.comparison_table import Row
 
-__all__ = ["default_config", "load_recipe", "train"]
+__all__ = ["default_config", "load_recipe", "train", "train_seeds"]
 
 
 def load_recipe(file: str | os.PathLike[str], argument: str | None = None) -> ConfigDict:
@@ -54,6 +55,15 @@ def load_recipe(file: str | os.PathLike[str], argument: str | None = None) -> Co
     return config
 
 
+def _resolved(
+    config: Mapping[str, Any] | ConfigDict | FrozenConfigDict, data: Source | None
+) -> FrozenConfigDict:
+    asked = ConfigDict(config).to_dict()
+    if data is not None:
+        asked.setdefault("data", {})["name"] = data.name
+    return resolve(asked)
+
+
 def train(
     config: Mapping[str, Any] | ConfigDict | FrozenConfigDict,
     workdir: str | os.PathLike[str],
@@ -79,12 +89,35 @@ def train(
         UserError: the configuration, the directory or the data is not possible; the loss is not finite.
         Interrupted: a signal came; a checkpoint was saved.
     """
-    asked = ConfigDict(config).to_dict()
-    if data is not None:
-        asked.setdefault("data", {})["name"] = data.name
-    complete = resolve(asked)
+    complete = _resolved(config, data)
+    if complete.seeds:
+        raise UserError(f"seeds={complete.seeds}: train_seeds trains several seeds, train one")
     with shown() if verbose else contextlib.nullcontext():
         path, permit = pathlib.Path(workdir), Permit("extend") if extend or from_run else None
         if from_run:
             branch(pathlib.Path(from_run), path)
         return plans.run(complete, path, source=data, permit=permit)
+
+
+def train_seeds(
+    config: Mapping[str, Any] | ConfigDict | FrozenConfigDict,
+    workdir: str | os.PathLike[str],
+    data: Source | None = None,
+    verbose: bool = True,
+) -> Row:
+    """Train, or resume, a run for each seed of `config.seeds`, and return mean and standard deviation over seeds.
+
+    Each run is in a directory of its own, `workdir/seed<N>`. For the arguments see `train`.
+
+    Returns:
+        The statistics of all complete runs in `workdir`.
+
+    Raises:
+        UserError, Interrupted: as `train`.
+    """
+    complete = _resolved(config, data)
+    if not complete.seeds:
+        raise UserError("seeds is empty: give some, as in config.seeds = (0, 1, 2)")
+    with shown() if verbose else contextlib.nullcontext():
+        (row,) = seeds.run(complete, pathlib.Path(workdir), source=data).labels.values()
+    return row

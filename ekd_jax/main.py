@@ -4,6 +4,8 @@
 
 Run the same command again to resume after an interruption. `--dry_run` prints what would happen.
 
+`--config.seeds="(0,1,2)"` trains a run for each seed and prints mean and standard deviation (docs/training.md).
+
 A run may go on with other knobs: --resume_with=optimizer.learning_rate=0.01 changes one, --extend all that
 --config and its knobs ask for, as in --extend --config.train.epochs=400. --from_run=RUN --workdir=NEW does the same
 in a copy of a run (docs/reliability.md).
@@ -25,8 +27,10 @@ from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
 from ekd_jax.runs import history
 from ekd_jax.runs.history import Permit, can_change
-from ekd_jax.training import plans
+from ekd_jax.training import plans, seeds
+from ekd_jax.training.comparison_table import as_text
 from ekd_jax.training.dry_run import dry_run
+from ekd_jax.training.profile import MOST
 from ekd_jax.training.replay import replay
 from ekd_jax.training.report import summary_table
 
@@ -47,6 +51,13 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("from_run", None, "a run of which --workdir becomes a copy that goes on by itself")
     flags.DEFINE_integer("replay_step", None, "find the first array of this step that is not finite", 1)
+    flags.DEFINE_integer(
+        "profile",
+        None,
+        "trace so many steps, after some to warm up, into RUN/profile",
+        lower_bound=1,
+        upper_bound=MOST,
+    )
     flags.DEFINE_boolean(
         "deterministic",
         False,
@@ -72,6 +83,7 @@ def main() -> None:
             stack.enter_context(contextlib.redirect_stdout(nothing))
             stack.enter_context(contextlib.redirect_stderr(nothing))
         permit = _permit()
+        _check_flags(config)
         if FLAGS.dry_run:
             print(dry_run(config, path, permit))
             return
@@ -80,8 +92,26 @@ def main() -> None:
             return
         if FLAGS.from_run:
             history.branch(pathlib.Path(FLAGS.from_run), path)
-        print(summary_table(plans.run(config, path, permit=permit)))
+        if config.seeds:
+            print(as_text(seeds.run(config, path, permit=permit)))
+            print(
+                f"everything is in {path}, a directory for each seed; the table is in {path / seeds.MARKDOWN}"
+            )
+            return
+        print(summary_table(plans.run(config, path, permit=permit, profile=FLAGS.profile or 0)))
         print(f"everything is in {path}; extract a student with python -m ekd_jax.extract --workdir={path}")
+
+
+def _check_flags(config: FrozenConfigDict) -> None:
+    """Raise UserError for a flag that is for one run, if there are several seeds, or for one that trains."""
+    if FLAGS.profile and (other := [f for f in ("dry_run", "replay_step") if FLAGS[f].value]):
+        raise UserError(f"--profile traces training, and --{other[0]} trains nothing: pass one of them")
+    for flag in ("replay_step", "from_run", "profile"):
+        if config.seeds and FLAGS[flag].value:
+            raise UserError(
+                f"--{flag} is for one run, not for config.seeds={config.seeds}: ask for one seed, as in "
+                f"--config.seeds='()' --config.seed={config.seeds[0]}, and name its --workdir"
+            )
 
 
 def _deterministic(config: FrozenConfigDict) -> FrozenConfigDict:

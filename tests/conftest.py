@@ -101,6 +101,7 @@ def one_device():
 # two seconds of imports.
 COMMANDS = (
     "main",
+    "status",
     "compare",
     "extract",
     "export",

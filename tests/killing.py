@@ -14,7 +14,7 @@ from conftest import ROOT, latest_state, one_device, tiny_config
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from ekd_jax.config.resolve import to_dict
-from ekd_jax.runs.metrics import read_metrics
+from ekd_jax.runs.metrics import MEASURED, read_metrics
 from ekd_jax.training import single
 
 SMALL = {
@@ -94,9 +94,7 @@ def start(config, path):
 def state_of(path):
     """Everything in the latest checkpoint, by name, and the records without times."""
     tree = latest_state(path)
-    records = [
-        {k: v for k, v in r.items() if k not in ("images/s", "input_wait")} for r in read_metrics(path)
-    ]
+    records = [{k: v for k, v in r.items() if k not in MEASURED} for r in read_metrics(path)]
     return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}, records
 
 

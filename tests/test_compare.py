@@ -200,17 +200,18 @@ def test_means_deviations_and_differences(tmp_path):
         "1.0k 400 400",
     ]  # fmt: skip
     markdown = comparison_table.as_markdown(found, "the command").splitlines()
-    assert markdown[-1] == ("| other | 82.00 ± 2.83 (-9.00) |  |  | 80.00 ± 0.00 (-11.00) | 1.0k |")
-    assert {line.count("|") for line in markdown if line.startswith("|")} == {7}
+    assert "| other | 82.00 ± 2.83 (-9.00) |  |  | 80.00 ± 0.00 (-11.00) | 1.0k |" in markdown
+    assert markdown[-1] == "| other | -9.00 [-21.71, +3.71] |  |  | -11.00 [-11.00, -11.00] |"
+    assert [line.count("|") for line in markdown if line.startswith("|")] == [7] * 5 + [6] * 4
     assert "the command" in markdown
 
     # two of one label, one of another: no deviation of one, and how many there are is said of each
     found = comparison_table.compare([runs[0], runs[1], runs[3]])
     assert found.labels["more"].students[0].std is None
-    assert found.labels["more"].students[0].difference == 1
+    assert found.labels["more"].students[0].difference == 2, "to the baseline's run of the same seed"
     text = comparison_table.as_text(found)
     assert "baseline (n = 2)" in text
-    assert "more (n = 1)      92.00 (+1.00)" in text
+    assert "more (n = 1)      92.00 (+2.00)" in text
     text = comparison_table.as_text(comparison_table.compare(runs[:1]))
     assert text.startswith("n = 1")
     assert "+-" not in text

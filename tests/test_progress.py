@@ -34,6 +34,7 @@ def clock(monkeypatch):
 
 def test_a_terminal_shows_one_line_that_renews_itself(clock, monkeypatch):
     monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda: os.terminal_size((60, 20)))
     with log.shown():
         reading = Progress("reading", 2000, unit="images")
@@ -48,6 +49,38 @@ def test_a_terminal_shows_one_line_that_renews_itself(clock, monkeypatch):
         reading.finish()
     last = sys.stderr.getvalue().split("\r")[-1]
     assert last == "reading: 1,024 of 2,000 images\n"
+
+
+def test_a_dumb_terminal_has_plain_lines(clock, monkeypatch):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.setenv("TERM", "dumb")
+    with log.shown():
+        reading = Progress("reading", 100, table=lambda *_: "a table")
+        for _ in range(70):
+            clock.now += 1
+            reading.update(reading.done + 1, "text")
+        reading.record("a record")
+    lines = sys.stderr.getvalue().splitlines()
+    assert lines == ["reading: 60 of 100 steps, text, 0:00:40 left", "a record"]
+
+
+def test_a_table_renews_itself_below_lines_that_are_logged(clock, monkeypatch):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with log.shown():
+        task = Progress("task", 1000, table=lambda own, doing, columns, lines: f"{doing} {own.done}")
+        task.update(0, "compiling")
+        for _ in range(100):
+            clock.now += 0.01
+            task.update(task.done + 1, "running")
+        task.record("not shown")
+        log.logger.warning("a warning")
+        task.clear()
+    shown = sys.stderr.getvalue()
+    assert shown.startswith("compiling 0\x1b[K\n\x1b[J")
+    assert shown.count("running") == 4, "four times a second"
+    assert shown.endswith("\x1b[1F\x1b[Ja warning\n"), "it is wiped before a line, and once"
+    assert "not shown" not in shown
 
 
 def test_a_log_has_a_line_a_minute(clock, caplog):

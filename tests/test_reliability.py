@@ -22,7 +22,7 @@ from ekd_jax.common.errors import Interrupted, UserError
 from ekd_jax.runs import history
 from ekd_jax.runs.checkpoint import Checkpoints, open_checkpoints, saved_steps
 from ekd_jax.runs.history import Permit, read_history
-from ekd_jax.runs.metrics import METRICS, read_metrics
+from ekd_jax.runs.metrics import MEASURED, METRICS, read_metrics
 from ekd_jax.runs.run import load_run
 from ekd_jax.runs.state import TrainState
 from ekd_jax.training import loop, single
@@ -514,7 +514,7 @@ def test_a_signal_at_an_evaluation_owes_it(finished, tmp_path, monkeypatch):
     assert_same_state(path, finished[0])
 
     def without_times(record):
-        return {k: v for k, v in record.items() if k not in ("images/s", "input_wait")}
+        return {k: v for k, v in record.items() if k not in MEASURED}
 
     assert [*map(without_times, read_metrics(path))] == [*map(without_times, read_metrics(finished[0]))]
     assert [s.top1_best for s in summary.students] == [s.top1_best for s in finished[1].students]

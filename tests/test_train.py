@@ -26,7 +26,7 @@ from ekd_jax.data.resident import ResidentEvaluation
 from ekd_jax.runs import workdir
 from ekd_jax.runs.checkpoint import open_checkpoints
 from ekd_jax.runs.evaluation import make_evaluator, measure, results
-from ekd_jax.runs.metrics import METRICS, MetricWriter, read_metrics
+from ekd_jax.runs.metrics import MEASURED, METRICS, MetricWriter, read_metrics
 from ekd_jax.runs.run import load_run
 from ekd_jax.runs.state import init_variables
 from ekd_jax.training import single
@@ -50,8 +50,7 @@ def assert_equal_runs(a, b):
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
     timeless = [
-        [{k: v for k, v in r.items() if k not in ("images/s", "input_wait")} for r in read_metrics(p)]
-        for p in (a, b)
+        [{k: v for k, v in r.items() if k not in MEASURED} for r in read_metrics(p)] for p in (a, b)
     ]
     assert timeless[0] == timeless[1]
 
@@ -65,7 +64,7 @@ def test_what_a_run_writes(finished):
         assert record["epoch"] == pytest.approx(record["step"] * 32 / 200, abs=1e-4)
         wanted = {f"{n}/{m}" for n in NAMES for m in ("top1", "top5", "nll")}
         if record["split"] == "train":
-            wanted = {f"{n}/top1" for n in NAMES} | {"loss", "images/s", "input_wait"}
+            wanted = {f"{n}/top1" for n in NAMES} | {"loss", *MEASURED}
             wanted |= {f"student_{i}/loss_{t}" for i in (1, 2) for t in ("ce", "intermediate", "kd")}
         assert wanted <= record.keys()
     assert json.loads(json.dumps(as_json(summary))) == json.loads((path / "summary.json").read_text())

@@ -148,6 +148,23 @@ def lock(file: IO[Any], wait: bool = False) -> bool:
     return True
 
 
+def is_locked(path: pathlib.Path) -> bool | None:
+    """Return whether a process holds the lock of a file, as `lock` takes it; None if that cannot be told.
+
+    It is tried for an instant with a lock that readers share; nothing is written.
+    """
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+
+
 def read_bytes(path: str | os.PathLike[str], limit: int = 2**63) -> bytes:
     """Read a regular file. Anything else, such as a pipe or a device, is refused and never waited for.
 

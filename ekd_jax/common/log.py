@@ -3,10 +3,25 @@
 import contextlib
 import functools
 import logging
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TextIO
 
 logger = logging.getLogger("ekd_jax")
+_wiping: list[
+    Callable[[], None]
+] = []  # what a line that is logged must wipe from the terminal first; at most one
+
+
+def wiped_before_lines(wipe: Callable[[], None] | None) -> None:
+    """Say how to wipe what a terminal shows at its end, so that lines can be logged above it; None: nothing."""
+    _wiping[:] = [wipe] if wipe else []
+
+
+def _wipe() -> None:
+    for wipe in [*_wiping]:
+        wipe()
 
 
 @functools.cache
@@ -19,6 +34,7 @@ class _Stderr(logging.Handler):
     """Writes to the standard error stream of the moment, so that redirection works."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        _wipe()
         to_stderr(self.format(record) + "\n")
 
 
@@ -33,9 +49,15 @@ def to_stderr(text: str) -> None:
         pass
 
 
+def renews_itself(stream: TextIO) -> bool:
+    """Return whether lines on a stream can be written over: it is a terminal that is not dumb."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
 def on_terminal() -> bool:
-    """Return whether the package's lines are shown on standard error, and that is a terminal."""
-    return sys.stderr.isatty() and any(isinstance(handler, _Stderr) for handler in logger.handlers)
+    """Return whether the package's lines are shown on standard error, and can be written over there."""
+    shown_there = any(isinstance(handler, _Stderr) for handler in logger.handlers)
+    return shown_there and renews_itself(sys.stderr)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import math
 import os
+import resource
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -295,6 +296,17 @@ def device_memory(mesh: Mesh) -> int:
     limit = (device.memory_stats() or {}).get("bytes_limit")
     limit = limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(mesh.local_devices)
     return int(gathered(np.float32(limit)).min()) if several() else limit
+
+
+def peak_memory() -> int:
+    """Return the most bytes that a device of this process has taken so far; on CPUs, the process itself.
+
+    No device is waited for.
+    """
+    devices = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    known = [int(peak) for peak in devices if peak]
+    unit = 1 if sys.platform == "darwin" else 1024  # of what the system says about a process
+    return max(known, default=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def check_divisible(name: str, batch_size: int, parts: int, what: str) -> None:

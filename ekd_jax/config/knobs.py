@@ -37,12 +37,24 @@ def _are_class_weights(texts: Sequence[str]) -> bool:
     return tuple(texts) == ("balanced",) or all(map(is_weight, texts))
 
 
+def _are_seeds(values: Sequence[int]) -> bool:
+    return len(set(values)) == len(values) and all(value >= 0 for value in values)
+
+
+TRACKERS = ("wandb", "trackio")
 EPOCHS = Rule(lambda value: 0 < value <= 1e6, "be above 0 and at most 1,000,000")
 SHRINKS = Rule(lambda value: 0 < value <= 1, "be above 0 and at most 1")
 RATE = Rule(lambda value: value == -1 or 0 <= value < 1, "be -1, or at least 0 and below 1")
 
 KNOBS: dict[str, Knob] = {
     "seed": Knob(0, "Random seed of initial values, order of examples and augmentation.", NOT_NEGATIVE),
+    "seeds": Knob(
+        (),
+        "Several seeds, such as (0, 1, 2), whose runs are trained one after the other, each in a directory of its "
+        "own; more may be added later. Empty: only `seed` (docs/training.md).",
+        Rule(_are_seeds, "be different whole numbers, none negative"),
+        changes_result=False,
+    ),
     "imports": Knob(
         (),
         "Modules of yours to import before anything is looked up; they register networks, methods and data "
@@ -330,6 +342,12 @@ KNOBS: dict[str, Knob] = {
     ),
     "train.rewind_factor": Knob(
         0.5, "The learning rate is multiplied by it each time the run is rewound.", SHRINKS
+    ),
+    "train.tracker": Knob(
+        "",
+        "Also log every record to Weights & Biases or trackio (docs/training.md). Empty: to neither.",
+        one_of(("", *TRACKERS)),
+        changes_result=False,
     ),
     "train.log_every_steps": Knob(
         100, "Steps that one training record averages.", POSITIVE, changes_result=False

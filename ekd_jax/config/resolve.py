@@ -154,6 +154,8 @@ def _coerce(path: str, value: Any, like: Any) -> Any:
         value = _as_tuples(value)
         parse_students(value)
         return value
+    if path == "seeds" and isinstance(value, list | tuple):
+        return tuple(_coerce("seeds", seed, 0) for seed in value)
     if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(like, tuple):

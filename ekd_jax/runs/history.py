@@ -20,10 +20,20 @@ from ekd_jax.common.log import logger
 from ekd_jax.common.records import as_json, as_record, read_json
 from ekd_jax.config.resolve import to_dict
 from ekd_jax.runs.checkpoint import DAMAGED, FOLDER, open_checkpoints, saved_steps
-from ekd_jax.runs.records import A_RUN, BENCHMARK, CONFIG, ENVIRONMENT, HISTORY, SUMMARY
+from ekd_jax.runs.records import A_RUN, BENCHMARK, CONFIG, ENVIRONMENT, HISTORY, SUMMARY, TRACKER
 from ekd_jax.runs.state import TrainState
 
-LEFT_BEHIND = (".lock", FOLDER, DAMAGED, SUMMARY, ENVIRONMENT, BENCHMARK)  # by a branch
+LEFT_BEHIND = (
+    ".lock",
+    FOLDER,
+    DAMAGED,
+    SUMMARY,
+    ENVIRONMENT,
+    BENCHMARK,
+    TRACKER,
+    "wandb",
+    "profile",
+)  # by a branch
 REWIND = "rewind"
 Changes = Mapping[str, tuple[Any, Any]]
 

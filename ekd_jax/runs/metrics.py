@@ -1,4 +1,4 @@
-"""The metrics of a run: one record per line of `metrics.jsonl`, and the same for TensorBoard."""
+"""The metrics of a run: one record per line of `metrics.jsonl`, and the same for TensorBoard and a tracker."""
 
 import contextlib
 import json
@@ -16,8 +16,52 @@ from tensorboardX.summary import scalar
 from ekd_jax.common.errors import UserError, reason
 from ekd_jax.common.files import read_bytes, write_bytes
 from ekd_jax.common.log import logger, once
+from ekd_jax.runs.tracking import Tracker
 
 METRICS = "metrics.jsonl"
+MEMORY = "memory_mb"
+MEASURED = ("images/s", "input_wait", MEMORY)  # what differs between two runs that compute the same
+Record = dict[str, Any]
+
+
+class Latest:
+    """The latest records of a run, and its best evaluations.
+
+    Attributes:
+        train: the latest training record; empty before the first.
+        evaluations: split -> the latest evaluation.
+        step, epoch: how far the records go.
+    """
+
+    def __init__(self) -> None:
+        self.train: Record = {}
+        self.evaluations: dict[str, Record] = {}
+        self._best: dict[str, dict[str, tuple[float, float]]] = {}
+        self.step, self.epoch = 0, 0.0
+
+    @property
+    def watched(self) -> str:
+        """The set that is evaluated while training; the test set, too, at the end, if that is another one."""
+        return "validation" if "validation" in self.evaluations else "test"
+
+    @property
+    def best(self) -> dict[str, tuple[float, float]]:
+        """Name of a predictor -> its best top-1 on the watched set, and the epoch of it."""
+        return self._best.get(self.watched, {})
+
+    def add(self, record: Record) -> None:
+        """Take note of the next record."""
+        if record["step"] >= self.step:
+            self.step, self.epoch = record["step"], record["epoch"]
+        if record["split"] == "train":
+            self.train = record
+            return
+        self.evaluations[record["split"]] = record
+        best = self._best.setdefault(record["split"], {})
+        for key, value in record.items():
+            name = key.removesuffix("/top1")
+            if name != key and isinstance(value, int | float) and value > best.get(name, (-1.0,))[0]:
+                best[name] = (float(value), record["epoch"])
 
 
 class MetricWriter:
@@ -28,9 +72,16 @@ class MetricWriter:
         step: the step that the run resumes from. Records of later steps, left by a run that was killed after
             its last checkpoint, are dropped: they will be written again.
         evaluated: the step of the last evaluation; later ones are dropped, too.
+        tracker: gets every record besides.
+
+    Attributes:
+        latest: what the records say, those before the run resumed included.
     """
 
-    def __init__(self, workdir: pathlib.Path | None, step: int, evaluated: int):
+    def __init__(
+        self, workdir: pathlib.Path | None, step: int, evaluated: int, tracker: Tracker | None = None
+    ):
+        self.latest, self._tracker = Latest(), tracker
         self._file: Any = None
         self._board: Any = None
         if workdir is None:
@@ -39,6 +90,8 @@ class MetricWriter:
         records = read_metrics(workdir) if self.path.exists() else []
         last = {"train": step}  # of each split
         kept = [record for record in records if record["step"] <= last.get(record["split"], evaluated)]
+        for record in kept:
+            self.latest.add(record)
         write_bytes(self.path, "".join(map(_as_line, kept)).encode())
         self._file = open(self.path, "a", encoding="utf-8")
         self._board = _Board(workdir / "tensorboard", step)
@@ -48,16 +101,22 @@ class MetricWriter:
         if self._file is None:
             return
         record = {"step": step, "epoch": round(epoch, 4), "split": split, **values}
+        self.latest.add(record)
         self._file.write(_as_line(record))
         self._file.flush()
-        self._board.write(step, {f"{split}/{name}": value for name, value in values.items()})
+        named = {f"{split}/{name}": value for name, value in values.items()}
+        self._board.write(step, named)
+        if self._tracker is not None:
+            self._tracker.write(step, named)
 
     def close(self) -> None:
-        """Close both files."""
+        """Close the files, and finish the tracker."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # it was said when the record was written
                 self._file.close()
             self._board.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 class _Board:
@@ -105,8 +164,8 @@ class _Board:
             )
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Return all records of a run's metrics.jsonl; damaged lines are left out, with a warning.
+def read_metrics(workdir: pathlib.Path, quiet: bool = False) -> list[Record]:
+    """Return all records of a run's metrics.jsonl; damaged lines are left out, with a warning unless `quiet`.
 
     Raises:
         UserError: the file is missing or cannot be read.
@@ -122,7 +181,7 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
         b"\n"
     ):  # a record that is being written, or was when the run was killed
         damaged -= _as_record(lines[-1]) is None
-    if damaged:
+    if damaged and not quiet:
         once(logging.WARNING, f"{path}: {damaged:,} of {len(lines):,} lines are damaged and left out")
     return records
 
@@ -138,4 +197,5 @@ def _as_record(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     complete = isinstance(record, dict) and {"step", "epoch", "split"} <= record.keys()
-    return record if complete and isinstance(record["step"], int) and line.endswith(b"\n") else None
+    usable = complete and isinstance(record["step"], int) and isinstance(record["epoch"], int | float)
+    return record if usable and isinstance(record["split"], str) and line.endswith(b"\n") else None

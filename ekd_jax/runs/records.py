@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 A_RUN = "the directory of a run"
 CONFIG, STUDENTS, ENVIRONMENT = "config.json", "students.json", "environment.json"
-SUMMARY, HISTORY, BENCHMARK = "summary.json", "history.json", "benchmark.json"
+SUMMARY, HISTORY, BENCHMARK, TRACKER = "summary.json", "history.json", "benchmark.json", "tracker.json"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ from ekd_jax.runs.state import (
     joined_outputs,
     predictor_names,
 )
-from ekd_jax.runs.workdir import check_same_data
+from ekd_jax.runs.workdir import check_one_run, check_same_data
 from ekd_jax.students.description import NetworkDescription, Preprocessing, Provenance, StudentDescription
 from ekd_jax.students.student import LoadedStudent, write_student
 from ekd_jax.version import __version__
@@ -302,6 +302,7 @@ def load_run(workdir: str | os.PathLike[str], step: int | None = None, best: boo
         UserError: it is not the directory of a run, or a module of the user that it needs is missing.
     """
     path = pathlib.Path(workdir)
+    check_one_run(path)
     config = read_config(path / CONFIG, A_RUN)
     description = read_record(path / STUDENTS, RunDescription, A_RUN)
     numbers = [student.student for student in description.students]

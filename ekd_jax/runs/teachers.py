@@ -24,6 +24,7 @@ from ekd_jax.models.ensemble import Student, Variables
 from ekd_jax.runs.records import SUMMARY, TeacherInfo
 from ekd_jax.runs.run import Run, load_run, make_predict
 from ekd_jax.runs.state import deployed_method_variables, deployed_variables
+from ekd_jax.runs.workdir import check_one_run
 from ekd_jax.students.description import NetworkDescription, Preprocessing
 from ekd_jax.students.student import DESCRIPTION, load_student
 
@@ -167,6 +168,7 @@ def _find(source: str, workdir: pathlib.Path, knob: str = "method.teachers") -> 
     if not (name and number.isdecimal()):
         name, number = source, ""
     path = workdir / name if name.startswith(f"{EARLIER}/") else pathlib.Path(name)
+    check_one_run(path)
     if not path.is_dir():
         raise UserError(
             f"{knob}: there is no directory {path}: give a student's directory, as extract or convert writes "

@@ -7,7 +7,9 @@ students.json     the students, class names and input shape
 metrics.jsonl     one record per line      tensorboard/   the same
 checkpoints/      the two latest, the best  summary.json  written when the run is complete
 damaged/          checkpoints that could not be read
+tracker.json      the name of the run in Weights & Biases or trackio, if `train.tracker` asks for one
 benchmark.json    how fast its students run, if `benchmark` or `choose` measured it
+profile/          traces of steps, for XProf and Perfetto (`--profile`)
 earlier/          the runs that a method's plan trains first, one directory each
 """
 
@@ -20,7 +22,7 @@ import platform
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -48,6 +50,7 @@ from ekd_jax.runs.records import (
 )
 
 CHOOSE_EXAMPLES = ("name", "extra", "test_split", "validation_examples", "train_examples", "corrupt")
+LOOK_SECONDS = 0.1
 PACKAGES = (
     *("ekd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets"),
     *("grain", "pillow", "simplejpeg", "opencv-python-headless"),
@@ -67,7 +70,7 @@ def locked(path: pathlib.Path) -> Iterator[None]:
         return
     with open(path / ".lock", "w") as file:
         try:
-            has_locks = lock(file)
+            has_locks = _lock_patiently(file)
         except BlockingIOError as error:
             raise UserError(
                 f"{path} is in use by another process: wait for it, or choose another --workdir"
@@ -78,6 +81,42 @@ def locked(path: pathlib.Path) -> Iterator[None]:
                 f"directory, and two runs would damage it; make sure that there is only one"
             )
         yield
+
+
+def _lock_patiently(file: IO[Any]) -> bool:
+    """Lock a file as `lock` does; tried twice, because `ekd status` may look at the lock for an instant."""
+    try:
+        return lock(file)
+    except BlockingIOError:
+        time.sleep(LOOK_SECONDS)
+        return lock(file)
+
+
+def seed_directory(path: pathlib.Path, seed: int) -> pathlib.Path:
+    """Return the directory of one seed's run in a directory of several."""
+    return path / f"seed{seed}"
+
+
+def seed_runs(path: pathlib.Path) -> dict[int, pathlib.Path]:
+    """Return seed -> directory of every run in a directory of several, in order; empty if it is none."""
+    names = [run.name.removeprefix("seed") for run in path.glob("seed*") if is_run(run)]
+    seeds = sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+    return {seed: seed_directory(path, seed) for seed in seeds}
+
+
+def is_run(path: pathlib.Path) -> bool:
+    """Return whether a directory is that of a run that was started, or whose plan was."""
+    return (path / CONFIG).is_file() or (path / EARLIER).is_dir()
+
+
+def check_one_run(path: pathlib.Path) -> None:
+    """Raise UserError if a directory holds the runs of several seeds instead of a run."""
+    if not is_run(path) and (runs := seed_runs(path)):
+        seeds = ", ".join(map(str, runs))
+        first = next(iter(runs.values()))
+        raise UserError(
+            f"{path} holds runs of the seeds {seeds}: name the directory of one, such as {first}"
+        )
 
 
 def check(path: pathlib.Path, config: FrozenConfigDict, permit: Permit | None = None) -> Changes:
@@ -103,6 +142,7 @@ def check(path: pathlib.Path, config: FrozenConfigDict, permit: Permit | None = 
             f"--workdir={path}: {existing} is not writable: choose another, or change its permissions"
         )
     if not (path / CONFIG).exists():
+        check_one_run(path)
         others = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
         if any(n not in (".lock", EARLIER) and not n.startswith(f".{CONFIG}.") for n in others):
             raise UserError(

@@ -6,12 +6,14 @@
 import contextlib
 import dataclasses
 import gc
+import json
 import pathlib
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ekd_jax.common import parallel
@@ -21,14 +23,16 @@ from ekd_jax.common.records import read_record
 from ekd_jax.common.text import clock
 from ekd_jax.config.build import build_networks
 from ekd_jax.config.knobs import KNOBS
-from ekd_jax.config.resolve import resolve, result_fields, steps_in, to_dict
+from ekd_jax.config.resolve import read_config, resolve, result_fields, steps_in, to_dict
+from ekd_jax.data.dataset import Source
 from ekd_jax.data.labels import check_class_weights
 from ekd_jax.data.opening import known_facts
 from ekd_jax.methods.base import EARLIER
 from ekd_jax.runs.describe import describe
-from ekd_jax.runs.records import A_RUN, SUMMARY, Summary
+from ekd_jax.runs.history import Permit
+from ekd_jax.runs.records import A_RUN, CONFIG, STUDENTS, SUMMARY, RunDescription, Summary
 from ekd_jax.runs.teachers import load_teachers
-from ekd_jax.runs.workdir import read_summary
+from ekd_jax.runs.workdir import is_run, read_summary, seed_directory, seed_runs
 from ekd_jax.training import plans
 from ekd_jax.training.optimizer import make_optimizer
 from ekd_jax.training.setup import check_batches
@@ -72,9 +76,9 @@ class Entry:
         files = [self.path / SUMMARY, *self.path.glob(f"{EARLIER}/*/{SUMMARY}")]
         return sum(sum(read_record(file, Summary, A_RUN).seconds.values()) for file in files)
 
-    def check(self) -> None:
+    def check(self, permit: Permit | None = None) -> None:
         """Raise UserError unless it may start or resume in its directory; what it needs is complete."""
-        plans.check(plans.runs(self.config, self.path))
+        plans.check(plans.runs(self.config, self.path), permit)
 
 
 # --- which runs there are ------------------------------------------------------------------------
@@ -98,7 +102,7 @@ def entries(
     first = resolve(common).seed
     found = []
     for seed in range(first, first + (seeds or parts["seeds"])):
-        directories = {label: workdir / label / f"seed{seed}" for label in methods}
+        directories = {label: seed_directory(workdir / label, seed) for label in methods}
         for label, knobs in methods.items():
             with _about(f"label {label}"):
                 own, needs = _filled(knobs, label, directories)
@@ -121,6 +125,10 @@ def _checked(asked: Any) -> dict[str, Any]:
             raise UserError(f"unknown part {name!r} of a comparison{nearest(name, PARTS)}")
     if not isinstance(parts["seeds"], int) or parts["seeds"] < 1:
         raise UserError(f"seeds={parts['seeds']!r} of the comparison must be a number, at least 1")
+    if parts["common"].get("seeds"):
+        raise UserError(
+            "common.seeds of the comparison: how many seeds there are is its part 'seeds': leave it out"
+        )
     if not parts["methods"]:
         raise UserError("methods of the comparison is empty: give it a label")
     for label in parts["methods"]:
@@ -161,13 +169,23 @@ def _filled(
 
 def _check_fair(common: Any, config: FrozenConfigDict, allowed: Sequence[str]) -> None:
     """Raise UserError if a run has another network, other data, epochs or another seed than the rest."""
+    if unfair := _unfair(common, config, allowed):
+        name, others, value = unfair
+        raise UserError(
+            f"{name}={value} would make the comparison unfair, the others have {others}: leave it "
+            f'out, or list it as in "allow": ("model.name",)'
+        )
+
+
+def _unfair(common: Any, config: FrozenConfigDict, allowed: Sequence[str]) -> tuple[str, Any, Any] | None:
+    """Return a knob that must be equal and is not, with both values; None if there is none."""
     ours, its = (result_fields(to_dict(c)) for c in (common, config))
-    for name, value in its.items():
-        if _is_guarded(name) and value != ours[name] and name not in allowed:
-            raise UserError(
-                f"{name}={value} would make the comparison unfair, the others have {ours[name]}: leave it "
-                f'out, or list it as in "allow": ("model.name",)'
-            )
+    different = (
+        (name, ours.get(name), value)
+        for name, value in its.items()
+        if _is_guarded(name) and value != ours.get(name) and name not in allowed
+    )
+    return next(different, None)
 
 
 def _is_guarded(knob: str) -> bool:
@@ -200,6 +218,79 @@ def selected(runs: list[Entry], labels: Sequence[str]) -> list[Entry]:
         if run.label in wanted:
             wanted |= run.needs.keys()
     return [run for run in runs if run.label in wanted]
+
+
+# --- runs that are there --------------------------------------------------------------------------
+
+
+def existing(paths: Sequence[pathlib.Path], allowed: Sequence[str] = ()) -> list[Entry]:
+    """Return the complete runs in some directories, which are comparable; runs that differ in their seed alone share
+    a label.
+
+    Args:
+        paths: of runs, and of directories with a run for each seed. A label is the first path of its runs.
+        allowed: knobs of network, data and epochs that may differ.
+
+    Raises:
+        UserError: a directory has no complete run; runs read different data; a comparison would be unfair.
+    """
+    found: list[Entry] = []
+    labels: dict[str, str] = {}
+    for path in paths:
+        several = {} if is_run(path) else seed_runs(path)
+        runs = [_existing_entry(str(path), run) for run in several.values() or [path]]
+        if open_runs := [str(run.path) for run in runs if not run.complete]:
+            logger.warning(f"left out, because not complete: {', '.join(open_runs)}")
+        runs = [run for run in runs if run.complete]
+        if not runs:
+            raise UserError(f"{path} has no complete run: train it to its end first")
+        kinds = {_without_seed(run) for run in runs}
+        if len(kinds) > 1:
+            raise UserError(f"the runs in {path} differ in more than their seed: name each by itself")
+        label = labels.setdefault(kinds.pop(), str(path))
+        found += [dataclasses.replace(run, label=label) for run in runs]
+    _check_seeds_once(found)
+    for run in found[1:]:
+        if unfair := _unfair(found[0].config, run.config, [*allowed, "seed"]):
+            knob, there, here = unfair
+            raise UserError(
+                f"{run.path} has {knob}={here}, and {found[0].path} has {there}: leave one out, or compare "
+                f"nevertheless with --allow={knob}"
+            )
+        _check_same_data(found[0], run)
+    return found
+
+
+def _existing_entry(label: str, path: pathlib.Path) -> Entry:
+    return Entry(label, path, read_config(path / CONFIG, A_RUN), {})
+
+
+def _without_seed(run: Entry) -> str:
+    """Return what a run computes, but for its seed; teachers of the same seed count as the same."""
+    fields = result_fields(to_dict(run.config)) | {"seed": "*"}
+    name = re.escape(seed_directory(pathlib.Path(), run.config.seed).name)
+    return re.sub(rf"(?<=/){name}(?![0-9])", "seed*", json.dumps(fields, sort_keys=True))
+
+
+def _check_seeds_once(runs: list[Entry]) -> None:
+    seen: dict[tuple[str, int], Entry] = {}
+    for run in runs:
+        other = seen.setdefault((run.label, run.config.seed), run)
+        if other is not run:
+            raise UserError(
+                f"{other.path} and {run.path} are runs of the same configuration and the same seed, "
+                f"{run.config.seed}: name one of them"
+            )
+
+
+def _check_same_data(first: Entry, run: Entry) -> None:
+    """Raise UserError unless two runs were trained and tested on the same examples."""
+    ours, its = (read_record(r.path / STUDENTS, RunDescription, A_RUN).data for r in (first, run))
+    if ours and its and ours != its:
+        raise UserError(
+            f"{run.path} does not have the data of {first.path} (other images, or other numbers of them): runs of "
+            f"different data cannot be compared"
+        )
 
 
 # --- before and while they are trained -----------------------------------------------------------
@@ -254,8 +345,13 @@ def _is_inside(source: str, run: Entry, runs: list[Entry]) -> bool:
     return source.startswith(f"{EARLIER}/")
 
 
-def train_all(runs: list[Entry]) -> None:
-    """Train the runs that are not complete, in order.
+def train_all(
+    runs: list[Entry],
+    mesh: Mesh | None = None,
+    source: Source | None = None,
+    permit: Permit | None = None,
+) -> None:
+    """Train the runs that are not complete, in order. For the arguments see `single.run`.
 
     Raises:
         UserError: as `single.run`.
@@ -264,13 +360,13 @@ def train_all(runs: list[Entry]) -> None:
     for number, run in enumerate(runs, 1):
         name = f"{run.label}, seed {run.config.seed}"
         with _about(name):
-            if run.complete:
+            if run.complete and not permit:
                 run.check()
                 continue
             left = seconds_left(runs)
             about = f", about {clock(left)} left" if left else ""
             logger.info(f"run {number} of {len(runs)}: {name}{about}")
-            plans.run(run.config, run.path)
+            plans.run(run.config, run.path, mesh, source, permit)
             gc.collect()  # compiled programs are part of reference cycles
 
 

@@ -3,13 +3,16 @@
 import dataclasses
 import statistics
 from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from scipy.special import stdtrit
 
 from ekd_jax.common.errors import UserError
 from ekd_jax.common.text import human, table
 from ekd_jax.runs.records import Result, StudentResult
 from ekd_jax.training.comparison import Entry
 
-BASELINE = "baseline"
+BASELINE, CONFIDENCE = "baseline", 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +23,16 @@ class Accuracy:
         top1: per cent of the test set after the last epoch, one value per seed.
         mean: of these.
         std: their sample standard deviation; None for one seed.
-        difference: of the mean to that of the label "baseline": to its ensemble, or to its student of the same
-            number if that has as many parameters, else None.
+        difference: to the baseline, a mean over the seeds that both have: to its ensemble, or to its student of
+            the same number if that has as many parameters, else None.
+        interval: 95 % confidence interval of this difference by Student's t, paired by seed; None for one seed.
     """
 
     top1: tuple[float, ...]
     mean: float
     std: float | None
     difference: float | None = None
+    interval: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +43,9 @@ class StudentAccuracy(Accuracy):
     network: str = ""
     width: str = ""
     parameters: int = 0
+
+
+Compared = TypeVar("Compared", bound=Accuracy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +73,21 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """All complete runs of a comparison by label, and what they have in common."""
+    """All complete runs of a comparison by label, what they have in common, and the label of the baseline."""
 
     model: str
     data: str
     epochs: float
     labels: dict[str, Row]
+    baseline: str = BASELINE
 
 
-def compare(runs: list[Entry]) -> Comparison:
+def compare(runs: list[Entry], baseline: str = BASELINE) -> Comparison:
     """Compare the complete runs.
+
+    Args:
+        runs: of all labels.
+        baseline: the label that the others are compared with, if it is there.
 
     Raises:
         UserError: none is complete.
@@ -86,10 +99,11 @@ def compare(runs: list[Entry]) -> Comparison:
     if not rows:
         directory = runs[0].path.parent.parent
         raise UserError(f"no run in {directory} is complete: train first, without --report")
-    if base := rows.get(BASELINE):
+    if base := rows.get(baseline):
         rows = {label: row if row is base else _with_differences(row, base) for label, row in rows.items()}
     config = runs[0].config
-    return Comparison(config.model.name, config.data.name, config.train.epochs, rows)
+    models = ", ".join(dict.fromkeys(run.config.model.name for run in runs))
+    return Comparison(models, config.data.name, config.train.epochs, rows, baseline)
 
 
 def _row(runs: Sequence[Entry]) -> Row:
@@ -122,29 +136,104 @@ def _accuracy(results: Sequence[Result | StudentResult]) -> Accuracy:
 
 
 def _with_differences(row: Row, base: Row) -> Row:
+    places = [(row.seeds.index(seed), base.seeds.index(seed)) for seed in row.seeds if seed in base.seeds]
+
+    def against(own: Compared, its: Accuracy) -> Compared:
+        differences = [own.top1[i] - its.top1[j] for i, j in places]
+        return dataclasses.replace(own, **paired(differences))
+
     students = list(row.students)
     for i, (own, its) in enumerate(zip(row.students, base.students, strict=False)):
         if own.parameters == its.parameters:
-            students[i] = dataclasses.replace(own, difference=own.mean - its.mean)
-    ensemble = dataclasses.replace(row.ensemble, difference=row.ensemble.mean - base.ensemble.mean)
-    return dataclasses.replace(row, students=tuple(students), ensemble=ensemble)
+            students[i] = against(own, its)
+    return dataclasses.replace(row, students=tuple(students), ensemble=against(row.ensemble, base.ensemble))
+
+
+def paired(differences: Sequence[float]) -> dict[str, Any]:
+    """Return the mean of paired differences and its 95 % confidence interval, as fields of `Accuracy`.
+
+    The interval is mean -+ t s / sqrt(n), with Student's t of n - 1 degrees of freedom and the sample standard
+    deviation s; None for one pair. Without a pair nothing is returned.
+    """
+    n = len(differences)
+    if not n:
+        return {}
+    mean = statistics.fmean(differences)
+    if n == 1:
+        return {"difference": mean}
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * statistics.stdev(differences) / n**0.5
+    return {"difference": mean, "interval": (mean - half, mean + half)}
 
 
 def as_text(found: Comparison) -> str:
-    """Return the comparison as a table for a terminal."""
-    return f"{table(*_rows_and_header(found, '+-'))}\n{_explained(found, '+-')}"
+    """Return the comparison as a table for a terminal; of one label, with a line for each student."""
+    if len(found.labels) == 1 and next(iter(found.labels.values())).n > 1:
+        return f"{table(*_of_one_label(found))}\n{_explained(found, '+-')}"
+    parts = [table(*_rows_and_header(found, "+-")), _explained(found, "+-")]
+    if rows := _interval_rows(found):
+        parts += ["", table(rows, _interval_header(found)), _about_intervals(found)]
+    return "\n".join(parts)
 
 
 def as_markdown(found: Comparison, command: str) -> str:
     """Return the comparison as a table for a document, with the command that made it."""
-    rows, header = _rows_and_header(found, "±")
+    cells = _markdown(*_rows_and_header(found, "±"))
+    text = f"{_explained(found, '±')}.\n\n```\n{command}\n```\n\n{cells}\n"
+    if rows := _interval_rows(found):
+        text += f"\n{_about_intervals(found)}.\n\n{_markdown(rows, _interval_header(found))}\n"
+    return text
+
+
+def _markdown(rows: list[list[str]], header: list[str]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    cells = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{_explained(found, '±')}.\n\n```\n{command}\n```\n\n{cells}\n"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _of_one_label(found: Comparison) -> tuple[list[list[str]], list[str]]:
+    """Return the rows and the header of a table of one label: students x mean, deviation and range."""
+    (row,) = found.labels.values()
+
+    def numbers(own: Accuracy) -> list[str]:
+        return [f"{own.mean:.2f} +- {own.std or 0:.2f}", f"{min(own.top1):.2f}", f"{max(own.top1):.2f}"]
+
+    rows = [[str(s.student), s.width, f"{s.parameters:,}", *numbers(s)] for s in row.students]
+    rows += [
+        [name, "", "", *numbers(own)]
+        for name, own in [("ensemble teacher", row.ensemble), *row.others.items()]
+    ]
+    return rows, [f"n = {row.n}", "width", "parameters", "top-1", "least", "most"]
+
+
+def _interval_rows(found: Comparison) -> list[list[str]]:
+    """Return the rows of a table with the intervals of all differences; none if no label has any."""
+
+    def cell(own: Accuracy) -> str:
+        if own.difference is None or own.interval is None:
+            return ""
+        return f"{own.difference:+.2f} [{own.interval[0]:+.2f}, {own.interval[1]:+.2f}]"
+
+    students = _students(found)
+    cells = {
+        label: [*map(cell, row.students), *[""] * (students - len(row.students)), cell(row.ensemble)]
+        for label, row in found.labels.items()
+    }
+    return [[label, *row] for label, row in cells.items() if any(row)]
+
+
+def _interval_header(found: Comparison) -> list[str]:
+    return [f"minus {found.baseline}", *(f"student {i + 1}" for i in range(_students(found))), "ensemble"]
+
+
+def _about_intervals(found: Comparison) -> str:
+    return f"differences to {found.baseline}, paired by seed, with {CONFIDENCE:.0%} confidence intervals (Student's t)"
+
+
+def _students(found: Comparison) -> int:
+    return max(len(row.students) for row in found.labels.values())
 
 
 def _rows_and_header(found: Comparison, plus_minus: str) -> tuple[list[list[str]], list[str]]:
-    students = max(len(row.students) for row in found.labels.values())
+    students = _students(found)
     numbers = {row.n for row in found.labels.values()}
 
     def cell(result: Accuracy) -> str:
@@ -173,8 +262,10 @@ def _explained(found: Comparison, plus_minus: str) -> str:
     )
     if any(row.n > 1 for row in found.labels.values()):
         text += f", mean {plus_minus} standard deviation of n seeds"
-    if BASELINE in found.labels and len(found.labels) > 1:
-        text += f"; in brackets the difference to {BASELINE}, for a student of the same number and size"
+    if found.baseline in found.labels and len(found.labels) > 1:
+        text += (
+            f"; in brackets the difference to {found.baseline}, for a student of the same number and size"
+        )
     early = [f"{label} {row.stopped} of {row.n}" for label, row in found.labels.items() if row.stopped]
     if early:
         text += f"; runs that stopped early: {', '.join(early)}"

@@ -15,7 +15,7 @@ from ekd_jax.data.opening import known_facts
 from ekd_jax.runs.describe import as_text, describe, memory
 from ekd_jax.runs.history import Permit
 from ekd_jax.runs.teachers import load_teachers
-from ekd_jax.training import plans
+from ekd_jax.training import plans, seeds
 from ekd_jax.training.optimizer import make_optimizer, rate_in_words
 from ekd_jax.training.setup import check_batches, frozen_in_words
 
@@ -31,6 +31,10 @@ def dry_run(config: FrozenConfigDict, path: pathlib.Path, permit: Permit | None 
     Raises:
         UserError: as a run, before it starts.
     """
+    if config.seeds:
+        first, *others = seeds.check(config, path, permit)[: len(config.seeds)]
+        rest = f"; then the same in {', '.join(run.path.name for run in others)}" if others else ""
+        return dry_run(first.config, first.path, permit) + rest
     planned = plans.runs(config, path)
     plans.check(planned, permit)
     parts = []

@@ -26,11 +26,12 @@ from ekd_jax.data.classes import listed
 from ekd_jax.data.feed import EvaluationSet, Feed, evaluation_set, training_feed
 from ekd_jax.runs.checkpoint import Checkpoints
 from ekd_jax.runs.evaluation import Results, make_evaluator, measure, results
-from ekd_jax.runs.metrics import MetricWriter
+from ekd_jax.runs.metrics import MEMORY, MetricWriter
 from ekd_jax.runs.run import make_predict
 from ekd_jax.runs.state import TrainState
 from ekd_jax.training.autotune import choose_execution
 from ekd_jax.training.interrupt import Interrupt
+from ekd_jax.training.profile import Profile
 from ekd_jax.training.report import Log, best_of, early_stop, early_stop_line, evaluation_line, train_line
 from ekd_jax.training.setup import Setup
 from ekd_jax.training.step import make_train_steps
@@ -69,6 +70,7 @@ class Record:
     Attributes:
         path: directory of the run.
         checkpoints, writer, progress, interrupt: in that directory, and on the terminal.
+        profile: which steps are traced.
     """
 
     path: pathlib.Path
@@ -76,6 +78,7 @@ class Record:
     writer: MetricWriter
     progress: Progress
     interrupt: Interrupt
+    profile: Profile = dataclasses.field(default_factory=Profile)
 
 
 def after_not_finite(setup: Setup, step: int, error: NotFiniteError) -> str:
@@ -170,7 +173,10 @@ class Loop:
             if self._owes_evaluation and not stop:
                 stop = self._evaluate_and_save()
             while not (self.complete or stop):
+                self.record.profile.reach(self.step)
                 due = self._next_event()
+                if self.record.profile.active:
+                    number = self.record.profile.steps
                 number, stop = self._advance_some(number, due)
                 if self.step < due and not stop:
                     continue
@@ -213,9 +219,10 @@ class Loop:
         return due and self.log.evaluated < self.step
 
     def _next_event(self) -> int:
-        """Return the next step at which something is recorded, evaluated or saved."""
+        """Return the next step at which something is recorded, evaluated, saved or traced."""
         intervals = (self.record_every, self.evaluate_every, self.save_every)
-        return min(self.setup.steps, *((self.step // n + 1) * n for n in intervals))
+        events = [(self.step // n + 1) * n for n in intervals]
+        return min(self.setup.steps, *events, *self.record.profile.boundaries(self.step))
 
     def _advance_some(self, number: int, last: int) -> tuple[int, int]:
         """Take `number` steps, but none beyond `last`.
@@ -237,14 +244,17 @@ class Loop:
         began, last, waited = time.monotonic(), self.step + number, 0.0
         in_flight: list[Any] = []  # dispatches that may not be done
         while self.step < last:
-            several = min(last - self.step, feed.max_steps())
+            several = min(last - self.step, 1 if self.record.profile.active else feed.max_steps())
             if not feed.is_ready(self.step):
                 jax.block_until_ready(in_flight)  # until then the devices are busy
             started = time.monotonic()
             held = feed.load(self.step)
             waited += time.monotonic() - started
             count = parallel.replicate(mesh, np.int32(several))
-            self.state, log.tally, done = self.train_steps(self.state, log.tally, held, count, self.frozen)
+            with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
+                self.state, log.tally, done = self.train_steps(
+                    self.state, log.tally, held, count, self.frozen
+                )
             jax.block_until_ready(in_flight)
             in_flight = [done]
             self.step += several
@@ -294,8 +304,9 @@ class Loop:
             means["skipped"] = float(skipped)
         means["images/s"] = round(steps * self.setup.config.train.batch_size / log.window, 1)
         means["input_wait"] = round(100 * log.waited / log.window, 2)
+        means[MEMORY] = round(parallel.peak_memory() / 1e6, 1)
         record.writer.write(self.step, self.setup.epochs(self.step), "train", means)
-        record.progress.line(train_line(self.setup, self.step, means, record.progress))
+        record.progress.record(train_line(self.setup, self.step, means, record.progress))
         log.tally, log.recorded = parallel.replicate(self.setup.mesh, self.nothing), self.step
         log.skipped += skipped
         log.window = log.waited = 0.0
@@ -335,7 +346,7 @@ class Loop:
         epoch, record = setup.epochs(self.step), self.record
         for name, each in found.items():
             record.writer.write(self.step, epoch, name, each)
-            record.progress.line(evaluation_line(name, epoch, each, setup.names))
+            record.progress.record(evaluation_line(name, epoch, each, setup.names))
         if early:
             log.stopped = self.step
             record.progress.line(early_stop_line(early))

@@ -83,6 +83,7 @@ def run(
     mesh: Mesh | None = None,
     source: Source | None = None,
     permit: Permit | None = None,
+    profile: int = 0,
 ) -> Summary:
     """Train or resume all runs of the plan and return the summary of the last one.
 
@@ -90,7 +91,7 @@ def run(
     """
     *earlier, _ = planned = runs(config, path)
     if not earlier:
-        return single.run(config, path, mesh, source, permit)
+        return single.run(config, path, mesh, source, permit, profile)
     check(planned, permit)
     for number, directory in enumerate(earlier, 1):
         if not (directory / SUMMARY).exists():
@@ -98,7 +99,7 @@ def run(
             single.run(planned[directory], directory, mesh, source)
     if not (path / SUMMARY).exists():
         logger.info(f"run {len(planned)} of {len(planned)}")
-    return single.run(runs(config, path)[path], path, mesh, source, permit)
+    return single.run(runs(config, path)[path], path, mesh, source, permit, profile)
 
 
 # --- SRM: dictionaries of the teacher's feature maps, then a student that predicts them -----------

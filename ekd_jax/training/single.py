@@ -19,7 +19,7 @@ from ekd_jax.common.log import logger
 from ekd_jax.common.progress import Progress
 from ekd_jax.common.records import write_record
 from ekd_jax.config.build import build_method
-from ekd_jax.config.resolve import read_config, steps_in
+from ekd_jax.config.resolve import read_config, steps_in, to_dict
 from ekd_jax.data.dataset import Source
 from ekd_jax.data.opening import facts
 from ekd_jax.runs import history, workdir
@@ -29,9 +29,12 @@ from ekd_jax.runs.metrics import MetricWriter
 from ekd_jax.runs.records import A_RUN, CONFIG, SUMMARY, Summary
 from ekd_jax.runs.state import InitialWeights, TrainState, init_state, start_from
 from ekd_jax.runs.teachers import load_teacher
+from ekd_jax.runs.tracking import Tracker, check_tracker
 from ekd_jax.training.interrupt import Interrupt
+from ekd_jax.training.live import live_table
 from ekd_jax.training.loop import NotFiniteError, Record, after_not_finite, open_loop
 from ekd_jax.training.optimizer import make_schedule, rate_factor, rate_in_words
+from ekd_jax.training.profile import FOLDER, Profile
 from ekd_jax.training.report import Log, summarize
 from ekd_jax.training.setup import (
     Setup,
@@ -49,6 +52,7 @@ def run(
     mesh: Mesh | None = None,
     source: Source | None = None,
     permit: Permit | None = None,
+    profile: int = 0,
 ) -> Summary:
     """Train, or resume training, in the directory `path`.
 
@@ -59,6 +63,7 @@ def run(
         mesh: devices to train on; all if not given.
         source: the data set itself, if it is in memory.
         permit: what of the configuration may be another one than the run was started with; nothing if not given.
+        profile: how many steps are traced by JAX's profiler, into the directory.
 
     Returns:
         The summary of the complete run.
@@ -67,17 +72,23 @@ def run(
         UserError: the directory holds something else, the data is missing, the loss is not finite.
         Interrupted: a signal came; a checkpoint was saved.
     """
+    check_tracker(config.train.tracker)
     mesh = mesh or parallel.make_mesh(fsdp=config.train.fsdp)
     known = facts(config, source)
     check_batches(config, mesh, known.train_examples if known else None)
     changes = workdir.check(path, config, permit)
     workdir.check_same_everywhere(path, config)
     if (path / SUMMARY).exists() and not changes:
+        if profile:
+            raise UserError(
+                f"--profile={profile}: the run in {path} is complete, there is no step to trace"
+            )
         logger.info(f"{path} holds the complete run: nothing to train")
         return workdir.read_summary(path)
     setup = prepare(config, mesh, path, source)
     workdir.check_description(path, config, setup.description)
-    state = first_state(setup, path)
+    state, trace = first_state(setup, path), Profile(profile, path / FOLDER)
+    trace.plan(max(saved_steps(path), default=0), setup.steps)
     if changes:
         history.check(path, setup.steps, state, changes)
     try:
@@ -90,7 +101,7 @@ def run(
                 checkpoints, interrupt = Checkpoints(path), Interrupt()
                 stack.callback(checkpoints.close)
                 stack.callback(interrupt.restore)
-                return _train(setup, path, state, checkpoints, interrupt)
+                return _train(setup, path, state, checkpoints, interrupt, trace)
     except OSError as error:
         raise UserError(f"{_what_failed(path, error)}; what was saved before is intact") from error
 
@@ -159,14 +170,19 @@ def resumed(
 
 
 def _train(
-    setup: Setup, path: pathlib.Path, first: TrainState, checkpoints: Checkpoints, interrupt: Interrupt
+    setup: Setup,
+    path: pathlib.Path,
+    first: TrainState,
+    checkpoints: Checkpoints,
+    interrupt: Interrupt,
+    profile: Profile,
 ) -> Summary:
     """Train in a locked directory until the run is complete; rewind it as often as it may be."""
     limit = setup.config.train.nonfinite_limit
     while True:
         rewinds = history.rewinds(path)
         try:
-            log = _train_from(slowed(setup, rewinds), path, first, checkpoints, interrupt)
+            log = _train_from(slowed(setup, rewinds), path, first, checkpoints, interrupt, profile)
             break
         except NotFiniteError as error:
             checkpoints.wait()
@@ -201,6 +217,7 @@ def _train_from(
     state: TrainState,
     checkpoints: Checkpoints,
     interrupt: Interrupt,
+    profile: Profile,
 ) -> Log:
     """Train from the newest checkpoint, or from `state` without one, and return the log of the complete run.
 
@@ -213,11 +230,13 @@ def _train_from(
     with contextlib.ExitStack() as stack:
         if parallel.is_main():
             workdir.write_description(path, setup.description)
-        writer = MetricWriter(path if parallel.is_main() else None, step, log.evaluated)
+        writer = _writer(setup, path, step, log)
         stack.callback(writer.close)
-        progress = Progress("training", setup.steps, step)
+        table = live_table(setup, path, writer.latest, checkpoints)
+        progress = Progress("training", setup.steps, step, table=table)
         stack.callback(progress.clear)
-        record = Record(path, checkpoints, writer, progress, interrupt)
+        stack.callback(profile.close)
+        record = Record(path, checkpoints, writer, progress, interrupt, profile)
         _announce(setup, step, progress)
         with open_loop(setup, state, log, record) as loop:
             loop.train()
@@ -228,6 +247,15 @@ def _train_from(
             interrupt.signal,
         )
     return log
+
+
+def _writer(setup: Setup, path: pathlib.Path, step: int, log: Log) -> MetricWriter:
+    """Open the records of a run that goes on from a step; process 0 writes for all."""
+    if not parallel.is_main():
+        return MetricWriter(None, step, log.evaluated)
+    name = setup.config.train.tracker
+    tracker = Tracker(name, path, to_dict(setup.config)) if name else None
+    return MetricWriter(path, step, log.evaluated, tracker)
 
 
 def _announce(setup: Setup, step: int, progress: Progress) -> None:
