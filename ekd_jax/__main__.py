@@ -12,7 +12,7 @@ COMMANDS = {
     "extract": ("ekd_jax.extract", "Extract one student of a run, as a directory that stands alone."),
     "export": (
         "ekd_jax.export",
-        "Export a student for ONNX Runtime, OpenVINO or JAX alone; compared first.",
+        "Export students for ONNX Runtime, OpenVINO, PyTorch, JAX or a browser.",
     ),
     "benchmark": (
         "ekd_jax.benchmark",
