@@ -106,6 +106,7 @@ COMMANDS = (
     "export",
     "benchmark",
     "choose",
+    "report",
     "evaluate",
     "predict",
     "describe",

@@ -78,8 +78,11 @@ def predict_all(run: Run, data: Data) -> Predictions:
             parts.append([array[..., : min(size, number - start)] for array in found])
             progress.add(min(size, number - start))
     progress.clear()
-    labels, predicted, confidence = (np.concatenate(each, -1) for each in zip(*parts, strict=True))
-    return Predictions(tuple(run.names), run.checkpoint.step, labels, predicted, confidence)
+    return Predictions(
+        tuple(run.names),
+        run.checkpoint.step,
+        *(np.concatenate(each, -1) for each in zip(*parts, strict=True)),
+    )
 
 
 def read_images(data: Data, places: Sequence[int], labels: np.ndarray) -> np.ndarray:

@@ -218,8 +218,8 @@ def read_groups(paths: Sequence[pathlib.Path]) -> list[Group]:
             own.append(run)
         elif number < len(paths):
             raise UserError(
-                f"{same.run.path} and {run.run.path} are the same run, seed {run.seed}: as two, they would count as two "
-                f"seeds; pass one of them"
+                f"{same.run.path} and {run.run.path} are the same run, seed {run.seed}: they would count as two seeds: "
+                f"pass one of them"
             )
     groups = [tuple(sorted(group, key=lambda each: each.seed)) for group in by_key.values()]
     return [Group(label, group) for label, group in zip(_labels(groups), groups, strict=True)]
