@@ -36,6 +36,7 @@ from ekd_jax.runs.report.statistics import (
 )
 
 DISPUTED, EXPLAINED, COMPARED = 8, 6, 256  # images that are shown, and on which Grad-CAM maps are compared
+FIRST = "student 1"
 MATRIX = 25  # more classes are a list
 LISTED = 20
 NOT_ASKED = "the test images were not to be read (--nopredictions)"
@@ -290,7 +291,7 @@ def _gradcam(number: int, own: Answers, given: Predictions, alone: AloneOf, _: O
     try:
         images = read_images(own.data, [int(p) for p in places], given.labels)
         labels = given.labels[places]
-        maps = {"pseudo teacher": activation_maps(group.run.student(1), images, labels)}
+        maps = {FIRST: activation_maps(group.run.student(1), images, labels)}
         for student in range(2, len(group.run.description.students) + 1):
             maps[f"student {student}"] = activation_maps(group.run.student(student), images, labels)
         for name, beside in alone.items():
@@ -299,10 +300,10 @@ def _gradcam(number: int, own: Answers, given: Predictions, alone: AloneOf, _: O
                 maps[f"{heading(name)} alone"] = activation_maps(its, images, labels)
     except UserError as error:
         return [Missing(own.name, str(error))]
-    scores = {name: similarity(maps["pseudo teacher"], each) for name, each in maps.items()}
+    scores = {name: similarity(maps[FIRST], each) for name, each in maps.items()}
     parts: list[Part] = [_similarities(own, scores, bool(alone))]
     last = f"student {len(group.run.description.students)}"
-    shown = [name for name in ("pseudo teacher", "student 2", last, f"{last} alone") if name in maps]
+    shown = [name for name in (FIRST, "student 2", last, f"{last} alone") if name in maps]
     chosen = np.linspace(0, len(images) - 1, min(EXPLAINED, len(images))).astype(int)
     names = group.run.description.class_names
     rows: list[tuple[str, tuple[Picture, ...]]] = []
@@ -320,7 +321,9 @@ def _gradcam(number: int, own: Answers, given: Predictions, alone: AloneOf, _: O
             for i, text in zip(chosen, label_texts, strict=True)
         ]
         rows.append((name, tuple(laid)))
-    caption = f"{own.name}: Grad-CAM for the class of the image; below, the correlation with the pseudo teacher's map"
+    caption = (
+        f"{own.name}: Grad-CAM for the class of the image; below, the correlation with the map of student 1"
+    )
     parts.append(Pictures(f"gradcam-{number}", caption, tuple(label_texts), tuple(rows)))
     if not alone:
         parts.append(
@@ -334,15 +337,15 @@ def _score(value: float) -> str:
 
 
 def _similarities(own: Answers, scores: Mapping[str, np.ndarray], has_alone: bool) -> Table:
-    header = ["", "in the ensemble", "images", *["alone", "images"] * has_alone]
+    header = ["", "trained together", "images", *["alone", "images"] * has_alone]
     rows = []
-    for name in [name for name in scores if name.startswith("student ") and not name.endswith(" alone")]:
+    for name in [name for name in scores if name != FIRST and not name.endswith(" alone")]:
         cells = [name, *_mean(scores[name])]
         if has_alone:
             cells += _mean(scores[f"{name} alone"]) if f"{name} alone" in scores else ["", ""]
         rows.append(tuple(cells))
     caption = (
-        f"{own.name}: similarity to the pseudo teacher's Grad-CAM maps: mean Pearson correlation over test images "
+        f"{own.name}: Grad-CAM, similarity to student 1, the pseudo teacher: mean Pearson correlation over test images "
         f"whose two maps are not constant"
     )
     return Table(caption, tuple(header), tuple(rows))

@@ -73,7 +73,7 @@ def line_chart(
     header = ("", labels[0], labels[1])
     rows = tuple(
         (
-            f"{each.name} {each.labels[i]}" if each.labels else each.name,
+            " ".join([each.name, *each.labels[i : i + 1]]),
             f"{x:,.6g}",
             f"{y:.4g} ± {each.spread[i]:.2g}" if each.spread else f"{y:.4g}",
         )
@@ -202,7 +202,6 @@ def reliability(
             x, y = own.left + i * width, own.at(0, right)[1]
             canvas.rect(x + 1, y, width - 2, max(own.bottom - y, 0.5), 1, 0.35 if count < 10 else 0.85)
     canvas.path([own.at(0, 0), own.at(100, 100)], 0, "4 4")
-    canvas.path([own.at(c, a) for c, a, n in zip(confidence, accuracy, counts, strict=True) if n], 2)
     for c, a, n in zip(confidence, accuracy, counts, strict=True):
         if n:
             canvas.mark(*own.at(c, a), 2)

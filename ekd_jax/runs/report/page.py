@@ -217,14 +217,14 @@ def _pictures(part: Pictures) -> str:
         )
         rows.append(f'<tr><th scope="row">{html.escape(name)}</th>{cells}</tr>')
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in part.header)
-    return _scrolled(part.caption, f"<td></td>{head}", "".join(rows), ' class="pictures"')
+    return _scrolled(part.caption, f"<td></td>{head}", "".join(rows), " pictures")
 
 
 def _scrolled(caption: str, head: str, body: str, kind: str = "") -> str:
     """Return a table in a box of its own, which scrolls, also by the keyboard."""
     name = html.escape(caption)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table{kind}><caption>{name}</caption>'
+        f'<div class="scroll{kind}" tabindex="0" role="region" aria-label="{name}"><table><caption>{name}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

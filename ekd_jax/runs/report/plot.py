@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from xml.sax.saxutils import escape, quoteattr
 
-WIDTH, HEIGHT = 440, 300
+WIDTH, HEIGHT = 380, 270
 CHARACTER, LINE = 6.6, 16  # pixels of a character and of a line of text
 # After Okabe and Ito, made darker for a light page and lighter for a dark one: each has a contrast of 3 or more.
 LIGHT = ("#1c1d20", "#0072b2", "#d55e00", "#00805e", "#b14a84", "#8f6400", "#2b86b9")
@@ -88,7 +88,8 @@ class Series:
         spread: half the length of the error bar of each point; none if empty.
         labels: a short text beside each point; none if empty.
         joined: whether a line joins the points.
-        dashed: place in DASHES of that line; the color's if None.
+        shift: how far the points are drawn to the right of their places, in pixels, so that error bars of several
+            series are beside each other.
     """
 
     name: str
@@ -97,7 +98,7 @@ class Series:
     spread: tuple[float, ...] = ()
     labels: tuple[str, ...] = ()
     joined: bool = True
-    dashed: int | None = None
+    shift: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,12 +298,13 @@ def legend(canvas: Canvas, entries: Sequence[tuple[str, int, str | None]], top: 
 
 def draw_series(own: Plane, series: Series, marks: bool) -> None:
     """Draw the points of a series, the line that joins them, error bars and labels."""
-    canvas, places = own.canvas, [own.at(*point) for point in series.points]
+    canvas = own.canvas
+    places = [(x + series.shift, y) for x, y in (own.at(*point) for point in series.points)]
     if series.joined:
         canvas.path(places, series.color, dash_of(series))
     for (x, y), half in zip(series.points, series.spread, strict=False):
-        ends = [own.at(x, min(max(v, own.y.low), own.y.high)) for v in (y - half, y + half)]
-        canvas.path(ends, series.color)
+        ends = [own.at(x, v) for v in (y - half, y + half)]
+        canvas.path([(across + series.shift, down) for across, down in ends], series.color)
     if marks or len(places) == 1:
         for place in places:
             canvas.mark(*place, series.color)
@@ -313,5 +315,4 @@ def draw_series(own: Plane, series: Series, marks: bool) -> None:
 
 def dash_of(series: Series) -> str:
     """Return how the line of a series is dashed."""
-    number = series.color if series.dashed is None else series.dashed
-    return DASHES[number % len(DASHES)]
+    return DASHES[series.color % len(DASHES)]

@@ -329,14 +329,13 @@ class Alone:
 
 
 def baselines(group: Group, groups: Sequence[Group]) -> dict[str, Alone]:
-    """Return the same networks trained alone, by the name of the group's student; none for a group of baselines.
+    """Return the same networks trained alone for as many epochs, by the name of the group's student.
 
-    Baselines with as many epochs are preferred, then those that come first.
+    Of several, the one that comes first. There are none for a group of baselines.
     """
     if group.method == BASELINE:
         return {}
-    candidates = [each for each in groups if each.method == BASELINE and each.complete]
-    candidates.sort(key=lambda each: each.epochs != group.epochs)
+    candidates = [g for g in groups if g.method == BASELINE and g.complete and g.epochs == group.epochs]
     found: dict[str, Alone] = {}
     for row in group.rows:
         for other in candidates:

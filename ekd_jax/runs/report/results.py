@@ -70,7 +70,7 @@ def accuracy_section(groups: Sequence[Group]) -> Section:
     if all(group.method == BASELINE for group in groups):
         parts.append(Missing("Differences from baselines", "all runs are baselines"))
     elif not any(baselines(group, groups) for group in groups):
-        reason = "no run of the method baseline with the same networks is among the runs"
+        reason = "no run of the method baseline with the same networks and as many epochs is among the runs"
         parts.append(Missing("Differences from baselines", reason))
     if not any(group.paper for group in groups):
         reason = "no run has the method, network, data and students of one of its rows"
@@ -98,7 +98,8 @@ def _by_student(groups: Sequence[Group]) -> list[Part]:
         if points:
             spreads = tuple(found.std or 0.0 for _, found in points) if len(group.runs) > 1 else ()
             places = tuple((x, found.mean) for x, found in points)
-            series.append(Series(_named(group), places, color_of(number), spreads))
+            shift = 4 * (number - (len(groups) + 1) / 2) if any(len(g.runs) > 1 for g in groups) else 0.0
+            series.append(Series(_named(group), places, color_of(number), spreads, shift=shift))
     if not series:
         return []
     title = "Accuracy of each student"
@@ -142,7 +143,9 @@ def _accuracies(group: Group, groups: Sequence[Group]) -> Table:
     notes = [f"{_named(group)}: top-1, per cent of the test set, {when}{_spread_note([group])}{watched}."]
     for other in dict.fromkeys(each.group.label for each in alone.values()):
         its = next(each.group for each in alone.values() if each.group.label == other)
-        notes.append(f"Alone: {_named(its)}, {its.epochs:g} epochs; these runs train {group.epochs:g}.")
+        notes.append(f"Alone: {_named(its)}.")
+    if not alone and group.method != BASELINE and any(g.method == BASELINE for g in groups):
+        notes.append("No baseline with the same networks and as many epochs.")
     if paper:
         notes.append(
             f"Paper: Table {paper.table}, best of each run, mean of 5, {paper.epochs:g} epochs; these runs train "
@@ -191,7 +194,9 @@ def cost_section(groups: Sequence[Group]) -> Section:
     if figures:
         parts.append(Figures("", tuple(figures)))
         parts.append(
-            Text("Points are students, with their numbers; the dotted line joins the Pareto front.")
+            Text(
+                "Points are students. The dotted line joins the Pareto front, whose students have their numbers."
+            )
         )
     parts += tables
     if kind:
@@ -239,7 +244,11 @@ def _cost_figure(key: str, label: str, cost: Cost, groups: Sequence[Group]) -> t
     series = []
     for number in dict.fromkeys(p[0] for p in points):
         own = [p for p in points if p[0] == number]
-        numbers = tuple(str(p[2].info.student) for p in own if p[2].info)
+        numbers = tuple(
+            p[2].predictor.removeprefix("student_") if i in front else ""
+            for i, p in enumerate(points)
+            if p[0] == number
+        )
         spreads = (
             tuple((p[2].last.std if p[2].last else 0.0) or 0.0 for p in own)
             if len(own[0][1].runs) > 1
@@ -283,11 +292,13 @@ def time_section(groups: Sequence[Group]) -> Section:
             ]
         if len(bars) > 1:
             title = f"Time of training: {group.label}"
-            unit = "training alone, h:mm:ss (in brackets, relative to the first)"
-            parts.append(Figures("", (bar_chart(f"time-{number}", title, bars, f"Time of {unit}", "run"),)))
+            unit = "time (relative to the first)"
+            parts.append(Figures("", (bar_chart(f"time-{number}", title, bars, unit, "run"),)))
         if found and found.missing:
-            reason = f"{_students(found.missing)} of {group.label} have no baseline run of their own"
-            parts.append(Missing("In turn and in parallel", f"{reason} with {group.epochs:g} epochs"))
+            reason = (
+                f"{_students(found.missing)} of {group.label} would each need a run of the method baseline"
+            )
+            parts.append(Missing("In turn and in parallel", f"{reason} of {group.epochs:g} epochs"))
         if found and len(found.devices) > 1:
             parts.append(
                 Text(f"These runs were not trained on the same devices: {listed(list(found.devices))}.")
@@ -300,7 +311,7 @@ def time_section(groups: Sequence[Group]) -> Section:
                 ("alone, in parallel", parallel, 3),
             ]
             shown = [(n, v, c, f"{v:,.0f} ({v / ours:.2f})") for n, v, c in minutes]
-            unit = "minutes on GTX 1080 Ti (in brackets, relative to the first)"
+            unit = "minutes on GTX 1080 Ti (relative to the first)"
             title = f"Time of training in the paper, Figure 2b: {group.run.config.model.name}"
             parts.append(Figures("", (bar_chart(f"time-paper-{number}", title, shown, unit, "run"),)))
     if not any(isinstance(part, Figures) for part in parts):
