@@ -47,7 +47,7 @@ def line_chart(
         series: at least one, each with at least one point.
         labels: of the two axes.
         log_x, log_y: logarithmic axes; a series whose values are not all above 0 has a linear one.
-        front: points that a line of its own joins, such as the Pareto front.
+        front: points of the series that a line of its own joins, such as the Pareto front.
     """
     canvas = Canvas()
     entries = [(each.name, each.color, dash_of(each) if each.joined else None) for each in series]
@@ -60,9 +60,10 @@ def line_chart(
         for (_, y), half in zip(each.points, each.spread, strict=False)
         for s in (-1, 1)
     ]
-    log_y = log_y and min(ys) > 0
-    across = log_axis(xs) if log_x and min(xs) > 0 else linear_axis(xs)
-    own = plane(canvas, across, log_axis(ys) if log_y else linear_axis([*ys, *ends]), labels, top)
+    log_x, log_y = log_x and min(xs) > 0, log_y and min([*ys, *ends]) > 0
+    across = log_axis(xs) if log_x else linear_axis(xs)
+    upwards = log_axis([*ys, *ends]) if log_y else linear_axis([*ys, *ends])
+    own = plane(canvas, across, upwards, labels, top)
     if front:
         canvas.path([own.at(*point) for point in front], 0, "2 3")
     for each in series:
