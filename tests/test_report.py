@@ -20,7 +20,7 @@ from ekd_jax.common.errors import UserError
 from ekd_jax.config.recipes import DATA, paper
 from ekd_jax.config.resolve import resolve
 from ekd_jax.data.augment import normalize
-from ekd_jax.runs.report import charts, plot, statistics
+from ekd_jax.runs.report import answers, charts, plot, statistics
 from ekd_jax.runs.report.document import Figures, Missing, Table
 from ekd_jax.runs.report.gradcam import activation_maps, class_activation, similarity
 from ekd_jax.runs.report.page import check_new, make_document, write_report
@@ -448,10 +448,16 @@ def test_time_against_separate_runs(groups, alone, tmp_path):
     assert found.together is None
 
 
-def test_predictions_are_those_of_evaluate(finished):
+@pytest.fixture(scope="module")
+def predicted(finished):
+    """A run, its test images, and its predictions of them."""
     run = load_run(finished[0])
     data = test_data(run)
-    given = predict_all(run, data)
+    return run, data, predict_all(run, data)
+
+
+def test_predictions_are_those_of_evaluate(predicted):
+    run, data, given = predicted
     evaluated = run.evaluate(confusion=True)
     for place, name in enumerate(given.names):
         assert 100 * given.correct[place].mean() == pytest.approx(evaluated[f"{name}/top1"])
@@ -467,11 +473,28 @@ def test_predictions_are_those_of_evaluate(finished):
         read_images(data, [0], (given.labels + 1) % 10)
 
 
-def test_maps_of_a_trained_student_have_the_size_of_the_images(finished):
-    run = load_run(finished[0])
-    images = read_images(
-        test_data(run), range(70), np.array([e.label for e in (test_data(run).test[i] for i in range(70))])
-    )
+def test_many_classes_are_lists(predicted, groups, monkeypatch):
+    monkeypatch.setattr(answers, "MATRIX", 9)
+    monkeypatch.setattr(answers, "LISTED", 4)
+    monkeypatch.setattr(answers, "_disputed", lambda *_: [])
+    monkeypatch.setattr(answers, "_gradcam", lambda *_: [])
+    group = groups[0]
+    _, data, given = predicted
+    sections = answers.answer_sections([answers.Answers(group, given, data)], [group])
+    gains, mistakes, _ = next(s for s in sections if s.key == "classes").parts
+    recall = statistics.recall_by_class(given.predicted, given.labels, 10)
+    difference = dict(zip(group.run.description.class_names, recall[1] - recall[0], strict=True))
+    assert [row[1] for row in gains.rows] == [f"{difference[row[0]]:+.1f}" for row in gains.rows]
+    assert len(gains.rows) == len(mistakes.rows) == 4
+    assert float(gains.rows[0][1]) == max(float(f"{value:+.1f}") for value in difference.values())
+    counts = [int(row[2]) for row in mistakes.rows]
+    matrix = statistics.confusion(given.predicted[1], given.labels, 10)
+    assert counts == sorted(matrix[~np.eye(10, dtype=bool)], reverse=True)[:4]
+
+
+def test_maps_of_a_trained_student_have_the_size_of_the_images(predicted):
+    run, data, given = predicted
+    images = read_images(data, range(70), given.labels)
     student = run.student(1)
     labels = np.arange(70) % 10
     maps = activation_maps(student, images, labels)

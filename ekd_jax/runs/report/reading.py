@@ -1,5 +1,6 @@
 """The runs of a report, read back and sorted: those that differ in their seed alone belong together."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -10,6 +11,7 @@ from typing import Any
 from ekd_jax.common.errors import UserError
 from ekd_jax.config.resolve import read_config, result_fields, steps_in, to_dict
 from ekd_jax.methods.base import EARLIER
+from ekd_jax.runs.benchmarking import pinned
 from ekd_jax.runs.metrics import METRICS, read_metrics
 from ekd_jax.runs.records import A_RUN, CONFIG, SUMMARY, StudentInfo, Summary
 from ekd_jax.runs.report.paper import PaperRow, paper_row
@@ -27,7 +29,7 @@ class ReportedRun:
     """A run of a report; it may still be training.
 
     Attributes:
-        run: its latest checkpoint is used.
+        run: with the checkpoint that was its latest when it was read; None until there is one.
         summary: None until the run is complete.
         records: of its metrics, in order.
         devices: on which it was started last, as `environment.json` has it.
@@ -232,6 +234,8 @@ def read_run(path: pathlib.Path) -> ReportedRun:
         UserError: it is not the directory of a run, is damaged, or is of another version.
     """
     run = load_run(path)
+    with contextlib.suppress(UserError):  # a run that has just begun has no checkpoint
+        run = pinned(run)
     summary = read_summary(path) if (path / SUMMARY).exists() else None
     records = read_metrics(path) if (path / METRICS).exists() else []
     environments = read_environments(path)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from ekd_jax.common.text import clock, human, three_digits
-from ekd_jax.runs.benchmarking import pinned, read_benchmark
+from ekd_jax.runs.benchmarking import read_benchmark
 from ekd_jax.runs.describe import width_label
 from ekd_jax.runs.report.charts import bar_chart, line_chart
 from ekd_jax.runs.report.document import (
@@ -214,14 +214,10 @@ Kind = tuple[str, int, int, str]
 
 def _measurements(group: Group) -> dict[tuple[str, str, int, int, str], Measurement]:
     """Return what `ekd benchmark` measured of the latest checkpoint of the first run, by network and conditions."""
-    try:
-        step = pinned(group.run).step
-    except Exception:  # a run without a checkpoint has no measurement of it
-        return {}
     return {
         (m.network, m.conditions.runtime, m.batch_size, m.conditions.threads, m.conditions.device): m
         for m in read_benchmark(group.run.path)
-        if m.step == step
+        if m.step == group.run.step
     }
 
 
