@@ -23,6 +23,7 @@ COMMANDS = {
         "Choose the best student of a run within limits, and extract or export it.",
     ),
     "evaluate": ("ekd_jax.evaluate", "Evaluate a run or an extracted student on the test set."),
+    "report": ("ekd_jax.report", "Write a report on runs: a page, Markdown and figures."),
     "predict": ("ekd_jax.predict", "Ask an extracted student what is in an image."),
     "describe": ("ekd_jax.describe", "List the students of a recipe: parameters, multiply-accumulates."),
     "convert": ("ekd_jax.convert", "Make a student of PyTorch weights."),

@@ -12,6 +12,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, TextIO
 
 import jax
@@ -41,14 +42,17 @@ KNOBS_HELP = (
 
 
 class Command(Protocol):
-    """A module of a command: what it does in its docstring, its flags, and what runs."""
+    """A module of a command: what it does in its docstring, its flags, and what runs.
+
+    If it has a constant ARGUMENTS, such as "RUN", `main` gets a list of what the command line has besides flags.
+    """
 
     __doc__: str | None
 
     def define_flags(self) -> None:
         """Define the command's own flags."""
 
-    def main(self) -> int | None:
+    def main(self, *arguments: Any) -> int | None:
         """Run the command; return its exit code, if it is not 0."""
 
 
@@ -143,7 +147,12 @@ def run(command: Command, arguments: Sequence[str] | None = None, name: str = ""
         guarded(lambda: print(text))
         sys.exit(0)
     with shown():
-        guarded(lambda: app.run(_starting(command.main), argv=argv, flags_parser=_parse))
+        start = _starting(command.main, hasattr(command, "ARGUMENTS"))
+        guarded(
+            lambda: app.run(
+                start, argv=argv, flags_parser=partial(_parse, more=hasattr(command, "ARGUMENTS"))
+            )
+        )
 
 
 def guarded(start: Callable[[], None]) -> None:
@@ -217,8 +226,9 @@ def _drop(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(argv: Sequence[str], more: bool = False) -> list[str]:
     try:
+        FLAGS.set_gnu_getopt(True)  # flags may come after other arguments, as after `RUN`
         changes = _changed_knobs(argv)
         sys.argv += changes  # where ml_collections looks for the knobs that are set
         rest = FLAGS([*argv, *changes])
@@ -228,7 +238,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         raise UserError(f"unknown flag --{error.flagname}{_flag_hint(error)}") from error
     except Exception as error:  # a config file is code, which may raise anything
         raise UserError(_about_parsing(argv, error)) from error
-    if rest[1:]:
+    if rest[1:] and not more:
         raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value")
     for name in (
         flag for flag in FLAGS if not flag.startswith("config.")
@@ -294,10 +304,10 @@ def _flag_hint(error: flags.UnrecognizedFlagError) -> str:
     return other_way(error.flagname) or "; --help lists the flags, `ekd knobs` the knobs"
 
 
-def _starting(main: Callable[[], int | None]) -> Callable[[Sequence[str]], None]:
-    def start(_: Sequence[str]) -> None:
+def _starting(main: Callable[..., int | None], more: bool) -> Callable[[Sequence[str]], None]:
+    def start(argv: Sequence[str]) -> None:
         _use_compilation_cache()
-        sys.exit(main())
+        sys.exit(main(list(argv[1:])) if more else main())
 
     return start
 

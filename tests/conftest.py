@@ -107,6 +107,7 @@ COMMANDS = (
     "export",
     "benchmark",
     "choose",
+    "report",
     "evaluate",
     "predict",
     "describe",

@@ -1,0 +1,1 @@
+"""A report on runs: what is computed from them, figures, and the page."""
