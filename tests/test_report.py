@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, command, fresh_student, one_device, student_from_torch, tiny_config
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ekd_jax.common.errors import UserError
@@ -96,6 +96,7 @@ def test_the_most_disputed_images_come_first():
     assert statistics.most_disputed(predicted, np.array([0, 0, 0, 0]), 1) == [2]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=12))
 def test_the_pareto_front_is_all_that_nothing_beats(points):
     def beaten(i):
@@ -154,6 +155,7 @@ def test_every_row_of_the_paper_has_a_recipe_and_no_other_setting_gets_one():
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False).map(lambda x: round(x, 6))
 
 
+@settings(deadline=None)
 @given(st.lists(NUMBERS, min_size=1, max_size=9))
 def test_ticks_cover_the_data(values):
     axis = plot.linear_axis(values)
@@ -164,6 +166,7 @@ def test_ticks_cover_the_data(values):
     assert list(axis.ticks) == sorted(set(axis.ticks))
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-9, 1e12), min_size=1, max_size=9))
 def test_logarithmic_ticks_cover_the_data(values):
     axis = plot.log_axis(values)
