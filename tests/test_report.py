@@ -244,6 +244,16 @@ def test_figures_stay_in_their_box_and_say_what_they_show(figure):
     assert all(len(row) == len(figure.header) for row in figure.rows)
 
 
+def test_no_two_series_look_the_same():
+    looks = set()
+    for number in range(20):
+        own = Series("a", ((0.0, 1.0),), number)
+        canvas = plot.Canvas()
+        canvas.mark(0, 0, number)
+        looks.add((plot.color_of(number), plot.dash_of(own), str(canvas)))
+    assert len(looks) == 20
+
+
 def test_points_are_at_their_places():
     points = ((0.0, 0.0), (5.0, 50.0), (10.0, 100.0))
     figure = charts.line_chart("a", "A", [Series("a", points, 1)], ("x", "y"))
@@ -604,6 +614,22 @@ def test_a_single_student_and_missing_data(alone, finished, tmp_path):
         part.reason for section in document.sections for part in section.parts if isinstance(part, Missing)
     ]
     assert any("gone" in reason for reason in reasons)
+
+
+def test_accuracy_on_held_out_images_is_not_taken_for_test_accuracy(groups, finished, tmp_path):
+    path = another(finished[0], tmp_path / "run", {"data.validation_examples": 100}, summary=False)
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record["split"] = {"test": "validation"}.get(record["split"], record["split"])
+    (path / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    document = make_document([*groups, *read_groups([path])], predictions=False)
+    accuracy, cost = (next(s for s in document.sections if s.key == key) for key in ("accuracy", "cost"))
+    tables = [part for part in accuracy.parts if isinstance(part, Table)]
+    assert len(tables[0].rows) == len(groups)
+    assert "have no test accuracy yet" in tables[0].caption
+    assert "per cent of the validation set" in tables[-1].caption
+    points = next(part for part in cost.parts if isinstance(part, Figures)).figures[0].rows
+    assert len(points) == sum(len(group.run.description.students) for group in groups)
 
 
 def test_the_paper_is_beside_its_own_setting(finished, tmp_path):

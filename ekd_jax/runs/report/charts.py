@@ -50,8 +50,9 @@ def line_chart(
         front: points of the series that a line of its own joins, such as the Pareto front.
     """
     canvas = Canvas()
-    entries = [(each.name, each.color, dash_of(each) if each.joined else None) for each in series]
+    entries = [(each.name, each.number, dash_of(each) if each.joined else None) for each in series]
     top = legend(canvas, entries)
+    height = HEIGHT + max(0.0, top - 3 * LINE)  # a long legend takes nothing from the plot
     xs = [x for each in series for x, _ in each.points]
     ys = [y for each in series for _, y in each.points]
     ends = [
@@ -63,7 +64,7 @@ def line_chart(
     log_x, log_y = log_x and min(xs) > 0, log_y and min([*ys, *ends]) > 0
     across = log_axis(xs) if log_x else linear_axis(xs)
     upwards = log_axis([*ys, *ends]) if log_y else linear_axis([*ys, *ends])
-    own = plane(canvas, across, upwards, labels, top)
+    own = plane(canvas, across, upwards, labels, top, height)
     if front:
         canvas.path([own.at(*point) for point in front], 0, "2 3")
     for each in series:
@@ -86,7 +87,7 @@ def line_chart(
         title,
         description or f"{labels[1]} over {labels[0]}. {said}.",
         str(canvas),
-        HEIGHT,
+        height,
         header,
         rows,
     )

@@ -84,7 +84,7 @@ class Series:
     Attributes:
         name: for the legend.
         points: (x, y).
-        color: place in the colors; 0 is that of text.
+        number: from 1; it chooses color, mark and dashes. 0 has the color of text.
         spread: half the length of the error bar of each point; none if empty.
         labels: a short text beside each point; none if empty.
         joined: whether a line joins the points.
@@ -94,7 +94,7 @@ class Series:
 
     name: str
     points: tuple[tuple[float, float], ...]
-    color: int
+    number: int
     spread: tuple[float, ...] = ()
     labels: tuple[str, ...] = ()
     joined: bool = True
@@ -192,11 +192,11 @@ class Canvas:
             f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"{more}/>'
         )
 
-    def path(self, points: Sequence[tuple[float, float]], color: int, dash: str = "") -> None:
-        """Join points by a line."""
+    def path(self, points: Sequence[tuple[float, float]], number: int, dash: str = "") -> None:
+        """Join points by a line in the color of a series."""
         dashes = f' stroke-dasharray="{dash}"' if dash else ""
         places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        self.parts.append(f'<polyline class="line c{color}" points="{places}"{dashes}/>')
+        self.parts.append(f'<polyline class="line c{color_of(number)}" points="{places}"{dashes}/>')
 
     def rect(
         self, x: float, y: float, width: float, height: float, color: int, opacity: float = 1.0
@@ -207,9 +207,9 @@ class Canvas:
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="var(--c{color})"{shade}/>'
         )
 
-    def mark(self, x: float, y: float, color: int) -> None:
+    def mark(self, x: float, y: float, number: int) -> None:
         """Draw the mark of a series."""
-        kind, r = MARKS[color % len(MARKS)], 4.5  # half the width
+        color, kind, r = color_of(number), MARKS[_turn(number) % len(MARKS)], 4.5  # half the width
         if kind == "circle":
             self.parts.append(f'<circle class="mark c{color}" cx="{x:.1f}" cy="{y:.1f}" r="{r}"/>')
             return
@@ -232,8 +232,13 @@ class Canvas:
 
 
 def color_of(number: int) -> int:
-    """Return the color of the series with a number, from 1; they come again after the last."""
-    return 1 + (number - 1) % (len(LIGHT) - 1)
+    """Return the color of the series with a number: 0 for 0; those from 1 come again after the last."""
+    return 1 + (number - 1) % (len(LIGHT) - 1) if number else 0
+
+
+def _turn(number: int) -> int:
+    """Return the place of a series in marks and dashes: when a color comes again, it is with others."""
+    return number + max(0, number - 1) // (len(LIGHT) - 1)
 
 
 @dataclasses.dataclass
@@ -254,10 +259,12 @@ class Plane:
         return across, self.bottom - self.y.share(y) * (self.bottom - self.top)
 
 
-def plane(canvas: Canvas, x: Axis, y: Axis, labels: tuple[str, str], top: float) -> Plane:
+def plane(
+    canvas: Canvas, x: Axis, y: Axis, labels: tuple[str, str], top: float, height: float = HEIGHT
+) -> Plane:
     """Draw axes with ticks, grid and names; the room above `top` is left for a legend."""
     widest = max(len(short(tick)) for tick in y.ticks)
-    left, right, bottom = 12 + widest * CHARACTER, WIDTH - 18, HEIGHT - 42
+    left, right, bottom = 12 + widest * CHARACTER, WIDTH - 18, height - 42
     own = Plane(canvas, x, y, left, top + LINE, right, bottom)
     canvas.text(4, top + 6, _fitting(labels[1], WIDTH - 20), kind="quiet")
     for tick in y.ticks:
@@ -269,7 +276,7 @@ def plane(canvas: Canvas, x: Axis, y: Axis, labels: tuple[str, str], top: float)
         canvas.line(across, bottom, across, bottom + 4, "axis")
         canvas.text(across, bottom + 17, short(tick), "middle", "quiet")
     canvas.line(left, bottom, right, bottom, "axis")
-    canvas.text((left + right) / 2, HEIGHT - 8, _fitting(labels[0], right - left), "middle", "quiet")
+    canvas.text((left + right) / 2, height - 8, _fitting(labels[0], right - left), "middle", "quiet")
     return own
 
 
@@ -281,16 +288,16 @@ def _thinned(axis: Axis, room: float) -> list[float]:
 
 
 def legend(canvas: Canvas, entries: Sequence[tuple[str, int, str | None]], top: float = 14) -> float:
-    """Draw (name, color, dash or None for no line) in rows, and return where the next thing can begin."""
+    """Draw (name, number, dash or None for no line) of series in rows, and return where the next thing can begin."""
     x, y = 4.0, top
-    for name, color, dash in entries:
+    for name, number, dash in entries:
         shown = _fitting(name, WIDTH - 50)
         width = 34 + len(shown) * CHARACTER + 8
         if x > 4 and x + width > WIDTH:
             x, y = 4.0, y + LINE + 2
         if dash is not None:
-            canvas.path([(x, y - 4), (x + 26, y - 4)], color, dash)
-        canvas.mark(x + 13, y - 4, color)
+            canvas.path([(x, y - 4), (x + 26, y - 4)], number, dash)
+        canvas.mark(x + 13, y - 4, number)
         canvas.text(x + 32, y, shown)
         x += width
     return y + LINE + 2
@@ -301,13 +308,13 @@ def draw_series(own: Plane, series: Series, marks: bool) -> None:
     canvas = own.canvas
     places = [(x + series.shift, y) for x, y in (own.at(*point) for point in series.points)]
     if series.joined:
-        canvas.path(places, series.color, dash_of(series))
+        canvas.path(places, series.number, dash_of(series))
     for (x, y), half in zip(series.points, series.spread, strict=False):
         ends = [own.at(x, v) for v in (y - half, y + half)]
-        canvas.path([(across + series.shift, down) for across, down in ends], series.color)
+        canvas.path([(across + series.shift, down) for across, down in ends], series.number)
     if marks or len(places) == 1:
         for place in places:
-            canvas.mark(*place, series.color)
+            canvas.mark(*place, series.number)
     for (x, y), label in zip(places, series.labels, strict=False):
         near_edge = x + 8 + len(label) * CHARACTER > WIDTH
         canvas.text(x - 8 if near_edge else x + 7, max(y - 5, 12), label, "end" if near_edge else "start")
@@ -315,4 +322,4 @@ def draw_series(own: Plane, series: Series, marks: bool) -> None:
 
 def dash_of(series: Series) -> str:
     """Return how the line of a series is dashed."""
-    return DASHES[series.color % len(DASHES)]
+    return DASHES[_turn(series.number) % len(DASHES)]

@@ -70,21 +70,18 @@ class ReportedRun:
         return sum(own.seconds.get("train", 0.0) for own in (self.summary, *earlier))
 
     def top1(self, predictor: str) -> tuple[float, float] | None:
-        """Return top-1 in per cent, last and best, of a predictor, from the records of a run that is not complete.
+        """Return top-1 in per cent, last and best, of a predictor; None before the first evaluation.
 
-        The last is of the test set if it was evaluated, else of the validation set; None before the first evaluation.
+        The last is of the test set, except in a run that is not complete and has held images out: those are what it
+        evaluates (`watched`).
         """
-        name = f"{predictor}/top1"
         if self.summary is not None:
             results = {f"student_{s.student}": s for s in self.summary.students}
             found: Any = {**results, "ensemble": self.summary.ensemble, **self.summary.others}[predictor]
             return found.top1_last, found.top1_best
-        by_split = {
-            split: [r[name] for r in self.records if r["split"] == split and name in r]
-            for split in ("test", "validation")
-        }
-        last, watched = by_split["test"] or by_split["validation"], by_split[self.watched]
-        return (last[-1], max(watched or last)) if last else None
+        name = f"{predictor}/top1"
+        values = [r[name] for r in self.records if r["split"] == self.watched and name in r]
+        return (values[-1], max(values)) if values else None
 
 
 @dataclasses.dataclass(frozen=True)

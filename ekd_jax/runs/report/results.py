@@ -17,7 +17,7 @@ from ekd_jax.runs.report.document import (
     heading,
     listed,
 )
-from ekd_jax.runs.report.plot import Figure, Series, color_of
+from ekd_jax.runs.report.plot import Figure, Series
 from ekd_jax.runs.report.reading import (
     BASELINE,
     Alone,
@@ -64,9 +64,14 @@ def runs_section(groups: Sequence[Group]) -> Section:
 def accuracy_section(groups: Sequence[Group]) -> Section:
     """Return accuracies of all predictors beside their baselines and the paper's rows."""
     parts: list[Part] = []
-    if len(groups) > 1:
-        parts += [_side_by_side(groups), *_by_student(groups)]
-    parts += [_accuracies(group, groups) for group in groups]
+    singles = [group for group in groups if len(group.run.description.students) == 1]
+    singles = singles if len(singles) > 1 else []  # one table for all of them
+    families = [group for group in groups if group not in singles]
+    if len(families) > 1:
+        parts += [_side_by_side(families), *_by_student(families)]
+    parts += [_accuracies(group, groups) for group in families]
+    if singles:
+        parts.append(_single_students(singles))
     if all(group.method == BASELINE for group in groups):
         parts.append(Missing("Differences from baselines", "all runs are baselines"))
     elif not any(baselines(group, groups) for group in groups):
@@ -82,16 +87,44 @@ def _side_by_side(groups: Sequence[Group]) -> Table:
     most = max(len(group.run.description.students) for group in groups)
     names = [*(f"student_{i + 1}" for i in range(most)), "ensemble"]
     rows = []
-    for group in groups:
+    for group in filter(_tested, groups):
         own = {row.predictor: row for row in group.rows}
         rows.append((_named(group), *(_cell(own[name].last) if name in own else "" for name in names)))
     caption = f"Side by side: top-1, per cent of the test set, after the last epoch{_spread_note(groups)}."
-    return Table(caption, ("runs", *map(heading, names)), tuple(rows))
+    return Table(f"{caption}{_going_note(groups)}", ("runs", *map(heading, names)), tuple(rows))
+
+
+def _single_students(groups: Sequence[Group]) -> Table:
+    rows = []
+    for group in filter(_tested, groups):
+        (row, *_), (info,) = group.rows, group.run.description.students
+        width = width_label(info, group.run.description.model)
+        rows.append((_named(group), width, f"{info.parameters:,}", _cell(row.last), _cell(row.best)))
+    caption = (
+        f"Runs of one student: top-1, per cent of the test set, after the last epoch{_spread_note(groups)}."
+    )
+    header = ("runs", "width", "parameters", "last", "best")
+    return Table(f"{caption}{_going_note(groups)}", header, tuple(rows))
+
+
+def _tested(group: Group) -> bool:
+    """Return whether accuracies are of the test set: that is evaluated at the end where images were held out."""
+    return group.complete or group.first.watched == "test"
+
+
+def _going_note(groups: Sequence[Group]) -> str:
+    going = [group for group in groups if not group.complete]
+    if not going:
+        return ""
+    hidden = "" if all(map(_tested, going)) else "; those with a validation set have no test accuracy yet"
+    return f" Of runs that are not complete, at the latest evaluation{hidden}."
 
 
 def _by_student(groups: Sequence[Group]) -> list[Part]:
     series = []
     for number, group in enumerate(groups, 1):
+        if not _tested(group):
+            continue
         points = [
             (float(row.info.student), row.last) for row in group.rows if row.info and row.last is not None
         ]
@@ -99,7 +132,7 @@ def _by_student(groups: Sequence[Group]) -> list[Part]:
             spreads = tuple(found.std or 0.0 for _, found in points) if len(group.runs) > 1 else ()
             places = tuple((x, found.mean) for x, found in points)
             shift = 4 * (number - (len(groups) + 1) / 2) if any(len(g.runs) > 1 for g in groups) else 0.0
-            series.append(Series(_named(group), places, color_of(number), spreads, shift=shift))
+            series.append(Series(_named(group), places, number, spreads, shift=shift))
     if not series:
         return []
     title = "Accuracy of each student"
@@ -139,8 +172,11 @@ def _accuracies(group: Group, groups: Sequence[Group]) -> Table:
                 ["", ""] if place is None else [f"{v[place]:.2f}" for v in (paper.ensemble, paper.alone)]
             )
         rows.append(tuple(cells))
-    watched = "" if group.first.watched == "test" else f"; best on the {group.first.watched} set"
-    notes = [f"{_named(group)}: top-1, per cent of the test set, {when}{_spread_note([group])}{watched}."]
+    tested = "test" if _tested(group) else "validation"
+    watched = "" if group.first.watched == tested else f"; best on the {group.first.watched} set"
+    notes = [
+        f"{_named(group)}: top-1, per cent of the {tested} set, {when}{_spread_note([group])}{watched}."
+    ]
     for other in dict.fromkeys(each.group.label for each in alone.values()):
         its = next(each.group for each in alone.values() if each.group.label == other)
         notes.append(f"Alone: {_named(its)}.")
@@ -232,7 +268,7 @@ def _cost_figure(key: str, label: str, cost: Cost, groups: Sequence[Group]) -> t
     for number, group in enumerate(groups, 1):
         for row in group.rows:
             value = cost(group, row)
-            if row.info and row.last and value:
+            if row.info and row.last and value and _tested(group):
                 points.append((number, group, row, value, row.last.mean))
     if not points:
         return None
@@ -251,7 +287,7 @@ def _cost_figure(key: str, label: str, cost: Cost, groups: Sequence[Group]) -> t
             else ()
         )
         places = tuple((p[3], p[4]) for p in own)
-        series.append(Series(_named(own[0][1]), places, color_of(number), spreads, numbers, joined=False))
+        series.append(Series(_named(own[0][1]), places, number, spreads, numbers, joined=False))
     joined = [(points[i][3], points[i][4]) for i in front]
     title = f"Top-1 over {label}"
     figure = line_chart(f"cost-{key}", title, series, (label, "top-1, per cent"), log_x=True, front=joined)
@@ -364,8 +400,7 @@ def _curves(group: Group, key: str, title: str, split: str, metric: str, unit: s
     for number, row in enumerate(group.rows, 1):
         points = [(epoch, found.mean) for epoch, found in curve(group, split, f"{row.predictor}/{metric}")]
         if points and not (metric != "top1" and all(value == 0 for _, value in points)):
-            color = color_of(number) if row.info else 0
-            series.append(Series(heading(row.predictor), tuple(points), color))
+            series.append(Series(heading(row.predictor), tuple(points), number if row.info else 0))
     if not series:
         return None
     return line_chart(key, title, series, ("epoch", unit), log_y=metric != "top1")
