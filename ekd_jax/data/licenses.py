@@ -1,4 +1,4 @@
-"""What the makers of data sets allow, for those who pass on what was trained on them."""
+"""Licenses of data sets, for those who pass on what was trained on them."""
 
 # As their makers state it; a network that was trained on a set may be bound by it, too.
 _LICENSES = {

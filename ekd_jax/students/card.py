@@ -6,11 +6,10 @@ from typing import Any
 
 from ekd_jax.data.licenses import license_of
 from ekd_jax.students.description import Preprocessing, StudentDescription
-from ekd_jax.students.torch_names import sources
+from ekd_jax.students.torch_names import PACKAGES, libraries
 
 NAMES_SHOWN = 20  # classes that the card names if they were not measured one by one
 CLASSES_SHOWN = 100  # rows of the table of classes
-PACKAGES = ("torchvision", "timm")  # libraries that export builds a network of
 
 
 def model_card(own: StudentDescription, megabytes: float) -> str:
@@ -172,17 +171,16 @@ def _data(own: StudentDescription) -> str:
 
 
 def _loading(own: StudentDescription) -> str:
-    libraries = [name for source in sources(own.network.name) for name in source.library.split(" and ")]
+    found = list(libraries(own.network.name))
     command = ""
-    if libraries:
-        known = [name for name in libraries if name in PACKAGES] or [libraries[0]]
-        library = "official" if "official" in known[-1] else known[-1]
+    if found:
+        library = ([name for name in found if name in PACKAGES] or found[:1])[-1]
         network = "" if library in PACKAGES else " --torch_network=MODULE:FUNCTION"
         command = f"ekd export --student_dir=. --format=torch --library={library}{network} --output=exported_torch\n"
     return LOADING.format(
         size=_by(own.network.input_shape),
         classes=own.network.num_classes,
-        torch=", for PyTorch" * bool(libraries),
+        torch=", for PyTorch" * bool(found),
         torch_command=command,
     )
 

@@ -273,6 +273,7 @@ def _efficientnet_sources() -> Iterator[Source]:
             yield Source(name, "the official code", _official_efficientnet(depth), {"padding": "same"})
 
 
+PACKAGES = ("torchvision", "timm")  # libraries that can be installed; of the others a user has a copy
 _RESNETS = r"resnet(18|34|50|101|152)|resnext.*|wide_resnet.*"
 SOURCES = (
     Source(_RESNETS, "torchvision and timm", _TORCHVISION_RESNET),
@@ -300,6 +301,12 @@ SOURCES = (
 def sources(model: str) -> list[Source]:
     """Return the libraries that weights of one of our networks may come from."""
     return [source for source in SOURCES if re.fullmatch(source.models, model)]
+
+
+def libraries(model: str) -> dict[str, Source]:
+    """Return the libraries that have one of our networks, by the short names that users type, such as "official"."""
+    names = {name: source for source in sources(model) for name in source.library.split(" and ")}
+    return {"official" if "official" in name else name: source for name, source in names.items()}
 
 
 def torch_name(name: str, rules: Rules) -> str:

@@ -18,11 +18,10 @@ from ekd_jax.students.description import NetworkDescription, Preprocessing
 from ekd_jax.students.formats.alone import run_alone
 from ekd_jax.students.formats.request import Request
 from ekd_jax.students.torch_arrays import state_dict
-from ekd_jax.students.torch_names import Source, sources
+from ekd_jax.students.torch_names import PACKAGES, Source, libraries
 from ekd_jax.version import __version__
 
 WEIGHTS, LOADER = "student.pth", "student_torch.py"
-INSTALLED = ("torchvision", "timm")  # libraries that are packages; of the others a user has a copy
 PROGRAM = """
 sys.path.insert(0, sys.argv[1])
 import torch, student_torch
@@ -150,7 +149,7 @@ def _builder(asked: Request) -> tuple[Source, str, str]:
     source, package = _source(own.name, library)
     if torch_network:
         return source, *_own_network(torch_network)
-    if package not in INSTALLED:
+    if package not in PACKAGES:
         raise UserError(
             f"--library={package} is no package that could be installed: pass the function of your copy that makes "
             f"{own.name}, --torch_network=MODULE:FUNCTION, with MODULE in the working directory or in $PYTHONPATH"
@@ -162,7 +161,7 @@ def _builder(asked: Request) -> tuple[Source, str, str]:
 
 def _source(model: str, library: str) -> tuple[Source, str]:
     """Return the library that a flag names, and its name."""
-    known = {_short(name): source for source in sources(model) for name in source.library.split(" and ")}
+    known = libraries(model)
     if not known:
         raise UserError(
             f"--format=torch: no library that is known has {model}; other formats take every network"
@@ -174,10 +173,6 @@ def _source(model: str, library: str) -> tuple[Source, str]:
         if name.casefold() == library.casefold():
             return source, name
     raise UserError(f"--library={library}: {model} is known of {names}{nearest(library, known)}")
-
-
-def _short(library: str) -> str:
-    return "official" if "official" in library else library
 
 
 def _call(package: str, own: NetworkDescription) -> str:
