@@ -599,7 +599,7 @@ def test_a_run_that_has_just_begun(finished, tmp_path):
     assert not document.figures
 
 
-def test_a_single_student_and_missing_data(alone, finished, tmp_path):
+def test_baselines_alone_and_missing_data(alone, finished, tmp_path):
     group = read_groups([alone])[0]
     document = make_document([group], predictions=False)
     reasons = [
@@ -721,6 +721,24 @@ def test_groups_of_one_method_have_different_labels(finished, tmp_path):
     ]
     found: list[Group] = read_groups([finished[0], *paths])
     assert [group.label for group in found] == ["oem (epochs 3)", "oem (epochs 4)", "oem (epochs 5)"]
+
+
+def test_a_run_of_one_student_has_no_agreement(predicted, groups):
+    _, data, given = predicted
+    one = dataclasses.replace(
+        given, names=("student_1",), predicted=given.predicted[:1], confidence=given.confidence[:1]
+    )
+    own = groups[1].run  # of the baseline
+    description = dataclasses.replace(own.description, students=own.description.students[:1])
+    run = dataclasses.replace(groups[1].first, run=dataclasses.replace(own, description=description))
+    group = Group("alone", (run,))
+    sections = {
+        s.key: s.parts for s in answers.answer_sections([answers.Answers(group, one, data)], [group])
+    }
+    for key in ("agreement", "disputed", "gradcam"):
+        (part,) = sections[key]
+        assert "several students" in part.reason
+    assert [len(part.figures) for part in sections["classes"]] == [1], "confusion alone"
 
 
 # --- in a browser --------------------------------------------------------------------------------

@@ -105,6 +105,8 @@ def answer_sections(asked: Sequence[Answers], groups: Sequence[Group]) -> list[S
                 parts.append(Missing(each.group.label, each.reason))
             else:
                 parts += make(number, each, each.given, baselines(each.group, groups), by_label)
+        if not parts:
+            parts.append(Missing(title, "no run has several students that were trained together"))
         sections.append(Section(key, title, tuple(parts)))
     return sections
 
@@ -153,7 +155,7 @@ def _students(given: Predictions) -> list[int]:
 def _agreement(number: int, own: Answers, given: Predictions, _: AloneOf, __: Others) -> list[Part]:
     places = _students(given)
     if len(places) < 2:
-        return [Missing(own.name, "it has one student")]
+        return []
     names = [heading(given.names[p]).removeprefix("student ") for p in places]
     found = diversity(given.predicted[places], given.labels)
     facts = (
@@ -210,10 +212,6 @@ def _classes(number: int, own: Answers, given: Predictions, alone: AloneOf, othe
         )
     elif gains:
         parts.append(_largest_gains(own, names, columns, np.stack(gains, -1), against))
-    else:
-        parts.append(
-            Missing(f"Gains by class of {own.name}", "it has one student, and no baseline beside it")
-        )
     for place in _extremes(own, given)[1:] or _extremes(own, given):
         counts = confusion(given.predicted[place], given.labels, len(names))
         title = f"Confusion of {heading(given.names[place])}, images"
@@ -253,7 +251,7 @@ def _most_confused(caption: str, names: Sequence[str], counts: np.ndarray) -> Ta
 def _disputed(number: int, own: Answers, given: Predictions, _: AloneOf, __: Others) -> list[Part]:
     students = _students(given)
     if len(students) < 2:
-        return [Missing(own.name, "it has one student")]
+        return []
     names = own.group.run.description.class_names
     places = most_disputed(given.predicted[students], given.labels, DISPUTED)
     if not places:
