@@ -325,7 +325,10 @@ def _gradcam(number: int, own: Answers, given: Predictions, alone: AloneOf, _: O
     parts.append(Pictures(f"gradcam-{number}", caption, tuple(label_texts), tuple(rows)))
     if not alone:
         parts.append(
-            Missing("Grad-CAM of baseline students", "no run of the method baseline has the same networks")
+            Missing(
+                "Grad-CAM of baseline students",
+                "no run of the method baseline has the same networks and epochs",
+            )
         )
     return parts
 
@@ -335,7 +338,7 @@ def _score(value: float) -> str:
 
 
 def _similarities(own: Answers, scores: Mapping[str, np.ndarray], has_alone: bool) -> Table:
-    header = ["", "trained together", "images", *["alone", "images"] * has_alone]
+    header = ["", "in this run", "images", *["alone", "images"] * has_alone]
     rows = []
     for name in [name for name in scores if name != FIRST and not name.endswith(" alone")]:
         cells = [name, *_mean(scores[name])]
