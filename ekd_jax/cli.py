@@ -235,7 +235,7 @@ def _parse(argv: Sequence[str], more: bool = False) -> list[str]:
     except UserError:
         raise
     except flags.UnrecognizedFlagError as error:
-        raise UserError(f"unknown flag --{error.flagname}{_flag_hint(error)}") from error
+        raise UserError(f"unknown flag --{error.flagname}{_flag_hint(error, more)}") from error
     except Exception as error:  # a config file is code, which may raise anything
         raise UserError(_about_parsing(argv, error)) from error
     if rest[1:] and not more:
@@ -290,8 +290,10 @@ def _about_parsing(argv: Sequence[str], error: Exception) -> str:
     return f"{file} fails: {type(error).__name__}: {reason(error)}"
 
 
-def _flag_hint(error: flags.UnrecognizedFlagError) -> str:
-    """Return what the user of an unknown flag may mean: a flag of the command, or a knob of the recipe."""
+def _flag_hint(error: flags.UnrecognizedFlagError, more: bool) -> str:
+    """Return what the user of an unknown flag may mean: a flag or argument of the command, or a knob of the recipe."""
+    if more and error.flagname == "workdir":
+        return "; this command takes runs without a flag: RUN"
     own = [name for name in FLAGS if not name.startswith("config.")]
     close = difflib.get_close_matches(error.flagname, own, n=1, cutoff=0.8)
     if close:

@@ -1,6 +1,6 @@
 """Show how far a run is, how good and how fast: running, stopped or complete.
 
-    python -m ekd_jax.status --workdir=RUN [--follow] [--interval=SECONDS] [--json]
+    python -m ekd_jax.status RUN [--follow] [--interval=SECONDS] [--json]
 
 RUN may also be a directory of several runs, as `--config.seeds` and `compare` make them. Nothing is written, so
 it can be called at any time, from another terminal or another machine that sees the directory. `--follow` shows
@@ -24,12 +24,12 @@ from ekd_jax.runs.picture import draw
 from ekd_jax.runs.status import RunStatus, as_text, follow, one_line, read_status
 
 FLAGS = flags.FLAGS
+ARGUMENTS = "RUN"  # the command line may name directories without a flag
 TERMINAL_SECONDS, LOG_SECONDS = 2.0, 60.0
 
 
 def define_flags() -> None:
     """Define the command's own flags."""
-    flags.DEFINE_string("workdir", None, "directory of the run, or of several")
     flags.DEFINE_boolean("follow", False, "go on until the run ends")
     flags.DEFINE_float(
         "interval",
@@ -41,15 +41,15 @@ def define_flags() -> None:
     flags.DEFINE_boolean("json", False, "print JSON")
 
 
-def main() -> int | None:
+def main(runs: list[str]) -> int | None:
     """Run the command."""
-    if FLAGS.workdir is None:
-        raise UserError("pass --workdir=RUN")
+    if len(runs) != 1:
+        raise UserError(f"name one directory, not {len(runs)}: ekd status RUN")
     if FLAGS.json and FLAGS.follow:
         raise UserError("pass --json or --follow, not both")
     if FLAGS.interval is not None and not FLAGS.follow:
         raise UserError("--interval is for --follow")
-    path, terminal = pathlib.Path(FLAGS.workdir), renews_itself(sys.stdout)
+    path, terminal = pathlib.Path(runs[0]), renews_itself(sys.stdout)
     if not FLAGS.follow:
         _show(read_status(path), terminal)
         return None

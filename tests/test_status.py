@@ -36,7 +36,7 @@ def test_a_complete_run(finished):
     for row, own in zip(status.predictors, [*summary.students, summary.ensemble], strict=True):
         assert (row.top1, row.best) == (own.top1_last, own.top1_best)
     assert status.predictors[1].losses.keys() == {"ce", "kd", "intermediate"}, "not each block's part of it"
-    result = command("status", f"--workdir={path}", "--json")
+    result = command("status", path, "--json")
     found = json.loads(result.stdout)
     assert (found["state"], found["step"]) == ("complete", summary.steps)
     assert not result.stderr
@@ -87,12 +87,14 @@ def test_files_of_another_version_or_damaged_do_no_harm(run, file, text):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "pass --workdir=RUN"),
-        (["--workdir=nowhere"], "nowhere is not the directory of a run, nor of several: there is no such"),
-        (["--workdir=docs"], "docs is not the directory of a run, nor of several: it has no config.json"),
-        (["--workdir=docs", "--json", "--follow"], "pass --json or --follow, not both"),
-        (["--workdir=docs", "--interval=5"], "--interval is for --follow"),
-        (["--workdir=docs", "--follow", "--interval=0"], "--interval"),
+        ([], "name one directory, not 0: ekd status RUN"),
+        (["docs", "tests"], "name one directory, not 2: ekd status RUN"),
+        (["--workdir=docs"], "unknown flag --workdir; this command takes runs without a flag: RUN"),
+        (["nowhere"], "nowhere is not the directory of a run, nor of several: there is no such"),
+        (["docs"], "docs is not the directory of a run, nor of several: it has no config.json"),
+        (["docs", "--json", "--follow"], "pass --json or --follow, not both"),
+        (["docs", "--interval=5"], "--interval is for --follow"),
+        (["docs", "--follow", "--interval=0"], "--interval"),
     ],
 )
 def test_mistakes_get_one_line(flags, message):
@@ -103,7 +105,7 @@ def test_mistakes_get_one_line(flags, message):
 
 
 def test_a_run_is_followed_to_its_end(run):
-    result = command("status", f"--workdir={run}", "--follow")
+    result = command("status", run, "--follow")
     assert result.returncode == 0
     assert result.stdout.count("\n") == 1, "it has ended"
     assert "complete, step " in result.stdout
