@@ -104,10 +104,14 @@ def train_seeds(
     workdir: str | os.PathLike[str],
     data: Source | None = None,
     verbose: bool = True,
+    at_once: int = 1,
 ) -> Row:
     """Train, or resume, a run for each seed of `config.seeds`, and return mean and standard deviation over seeds.
 
-    Each run is in a directory of its own, `workdir/seed<N>`. For the arguments see `train`.
+    Each run is in a directory of its own, `workdir/seed<N>`. For the other arguments see `train`.
+
+    Args:
+        at_once: how many runs are trained at a time, each on its share of the devices.
 
     Returns:
         The statistics of all complete runs in `workdir`.
@@ -119,5 +123,5 @@ def train_seeds(
     if not complete.seeds:
         raise UserError("seeds is empty: give some, as in config.seeds = (0, 1, 2)")
     with shown() if verbose else contextlib.nullcontext():
-        (row,) = seeds.run(complete, pathlib.Path(workdir), source=data).labels.values()
+        (row,) = seeds.run(complete, pathlib.Path(workdir), source=data, at_once=at_once).labels.values()
     return row

@@ -98,6 +98,13 @@ def recipe(example: str = "configs/digits.py") -> Any:
     return FLAGS.config
 
 
+def define_at_once() -> None:
+    """Define the flag that says how many runs are trained at a time."""
+    flags.DEFINE_integer(
+        "at_once", None, "train so many runs at a time, each on its share of the devices", lower_bound=1
+    )
+
+
 def config_name() -> str:
     """Return `digits` for configs/digits.py and `resnet_cifar100-depth=110` for its variant depth=110."""
     path, _, argument = config_flags.get_config_filename(FLAGS["config"]).partition(":")

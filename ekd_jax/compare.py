@@ -1,7 +1,7 @@
 """Compare methods: the same network, data, epochs and seeds for all, and one table.
 
     python -m ekd_jax.compare --config=configs/compare_digits.py [--workdir=DIR] [--seeds=3] [--methods=a,b]
-        [--report] [--json]
+        [--at_once=N] [--report] [--json]
     python -m ekd_jax.compare --runs=RUN,... [--baseline=RUN] [--workdir=DIR] [--json]
 
 The second way trains nothing: RUN is the directory of a complete run, or of several seeds (`--config.seeds`). Runs that
@@ -35,13 +35,15 @@ from absl import flags
 from ml_collections import config_flags
 
 from ekd_jax import cli
+from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError, nearest
 from ekd_jax.common.files import write_bytes, write_json
 from ekd_jax.common.log import logger
 from ekd_jax.common.records import as_json
 from ekd_jax.config.knobs import KNOBS
-from ekd_jax.training.comparison import check, check_existing, entries, existing, selected, train_all
+from ekd_jax.training.comparison import check, check_existing, entries, existing, selected
 from ekd_jax.training.comparison_table import Comparison, as_markdown, as_text, compare
+from ekd_jax.training.several import train_all
 
 FLAGS = flags.FLAGS
 JSON, MARKDOWN = "comparison.json", "comparison.md"
@@ -55,6 +57,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("seeds", None, "how many seeds, instead of the config's", 1, 1000)
     flags.DEFINE_list("methods", None, "labels to train, and those they refer to; all if not given")
+    cli.define_at_once()
     flags.DEFINE_list("runs", None, "directories of runs, or of several seeds, to compare as they are")
     flags.DEFINE_string("baseline", None, "the directory that --runs are compared with")
     flags.DEFINE_list("allow", [], "knobs of network, data and epochs in which --runs may differ")
@@ -76,9 +79,10 @@ def main() -> None:
     runs = entries(asked, path, FLAGS.seeds)
     chosen = selected(runs, FLAGS.methods) if FLAGS.methods else runs
     check_existing(runs)
+    parallel.shares(FLAGS.at_once or 1)
     if not FLAGS.report:
         check(chosen)
-        train_all(chosen)
+        train_all(chosen, at_once=FLAGS.at_once or 1)
     file = config_flags.get_config_filename(FLAGS["config"])
     _show(compare(runs), path, f"python -m ekd_jax.compare --config={file}")
 
@@ -87,7 +91,7 @@ def _compare_existing() -> None:
     """Compare the runs that --runs and --baseline name."""
     if not FLAGS.runs:
         raise UserError("--baseline is for --runs: pass --runs=RUN,...")
-    other = [name for name in ("config", "seeds", "methods", "report") if FLAGS[name].value]
+    other = [name for name in ("config", "seeds", "methods", "at_once", "report") if FLAGS[name].value]
     if other:
         raise UserError(f"--{other[0]} is for a comparison that is trained: leave it or --runs out")
     for knob in FLAGS.allow:

@@ -4,7 +4,8 @@
 
 Run the same command again to resume after an interruption. `--dry_run` prints what would happen.
 
-`--config.seeds="(0,1,2)"` trains a run for each seed and prints mean and standard deviation (docs/training.md).
+`--config.seeds="(0,1,2)"` trains a run for each seed and prints mean and standard deviation; `--at_once=3` trains
+them side by side on several devices (docs/training.md).
 
 A run may go on with other knobs: --resume_with=optimizer.learning_rate=0.01 changes one, --extend all that
 --config and its knobs ask for, as in --extend --config.train.epochs=400. --from_run=RUN --workdir=NEW does the same
@@ -58,6 +59,7 @@ def define_flags() -> None:
         lower_bound=1,
         upper_bound=MOST,
     )
+    cli.define_at_once()
     flags.DEFINE_boolean(
         "deterministic",
         False,
@@ -93,7 +95,7 @@ def main() -> None:
         if FLAGS.from_run:
             history.branch(pathlib.Path(FLAGS.from_run), path)
         if config.seeds:
-            print(as_text(seeds.run(config, path, permit=permit)))
+            print(as_text(seeds.run(config, path, permit=permit, at_once=FLAGS.at_once or 1)))
             print(
                 f"everything is in {path}, a directory for each seed; the table is in {path / seeds.MARKDOWN}"
             )
@@ -103,7 +105,9 @@ def main() -> None:
 
 
 def _check_flags(config: FrozenConfigDict) -> None:
-    """Raise UserError for a flag that is for one run, if there are several seeds, or for one that trains."""
+    """Raise UserError for a flag that is for one run, if there are several seeds, or the other way round."""
+    if FLAGS.at_once and not config.seeds:
+        raise UserError("--at_once is for several seeds, as in --config.seeds='(0,1,2)'")
     if FLAGS.profile and (other := [f for f in ("dry_run", "replay_step") if FLAGS[f].value]):
         raise UserError(f"--profile traces training, and --{other[0]} trains nothing: pass one of them")
     for flag in ("replay_step", "from_run", "profile"):

@@ -5,6 +5,7 @@ import json
 import shutil
 import statistics
 
+import jax
 import pytest
 from conftest import ROOT, TINY, command, one_device
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ from ekd_jax.config.knobs import default_config
 from ekd_jax.config.recipes import every_method
 from ekd_jax.config.resolve import identity, resolve, to_dict
 from ekd_jax.methods import list_methods
-from ekd_jax.training import comparison, comparison_table
+from ekd_jax.training import comparison, comparison_table, several
 
 ONE_DEVICE = one_device()
 LABELS = {
@@ -58,12 +59,10 @@ def recipe(name):
 def done(tmp_path_factory):
     """The folder of a comparison that was trained, its runs, and what was printed meanwhile."""
     path = tmp_path_factory.mktemp("comparison") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "make_mesh", lambda *_, **__: ONE_DEVICE)
-        runs = comparison.entries(asked(), path)
-        comparison.check_existing(runs)
-        comparison.check(runs)
-        comparison.train_all(runs)
+    runs = comparison.entries(asked(), path)
+    comparison.check_existing(runs)
+    comparison.check(runs)
+    several.train_all(runs, parallel.make_mesh(jax.devices()[:2]), at_once=2)
     return path, runs
 
 
@@ -218,13 +217,13 @@ def test_means_deviations_and_differences(tmp_path):
     assert "in brackets" not in text
 
     shutil.rmtree(runs[4].path)
-    assert comparison.seconds_left(runs) == 60
+    assert several.seconds_left(runs) == 60
     shutil.rmtree(runs[1].path)
-    assert comparison.seconds_left(runs) == 120
+    assert several.seconds_left(runs) == 120
     pretend(runs[2].path / "earlier" / "first", runs[2].config, seconds=120.0)
     assert runs[2].seconds() == 180
-    assert comparison.seconds_left(runs) == pytest.approx(2 * (60 + 120) / 2), "of other labels, their mean"
-    assert comparison.seconds_left(comparison.entries(asked(), tmp_path / "new")) == 0
+    assert several.seconds_left(runs) == pytest.approx(2 * (60 + 120) / 2), "of other labels, their mean"
+    assert several.seconds_left(comparison.entries(asked(), tmp_path / "new")) == 0
 
 
 def test_the_students_of_a_run_learn_from_the_same_seed(done):
@@ -251,7 +250,7 @@ def test_only_what_is_missing_is_trained(done, monkeypatch, capsys, caplog):
     comparison.check_existing(runs)
     comparison.check(runs)
     with caplog.at_level("INFO", "ekd_jax"):
-        comparison.train_all(runs)
+        several.train_all(runs)
     out, errors = capsys.readouterr()[0], caplog.text
     assert out == ""
     assert errors.count("run 1 of 4: baseline, seed 0, about 0:00:") == 1

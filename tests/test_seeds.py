@@ -1,9 +1,14 @@
 """Runs of several seeds: bit-equal to single ones, resumable, and their statistics."""
 
 import json
+import os
 import shutil
+import signal
 import statistics
+import threading
+import time
 
+import jax
 import numpy as np
 import pytest
 from conftest import command, one_device, tiny_config
@@ -11,13 +16,15 @@ from killing import assert_same_run
 from scipy import stats
 
 from ekd_jax.api import train, train_seeds
-from ekd_jax.common.errors import UserError
+from ekd_jax.common import parallel
+from ekd_jax.common.errors import Interrupted, UserError
+from ekd_jax.runs.checkpoint import saved_steps
 from ekd_jax.runs.history import Permit
 from ekd_jax.runs.run import load_run
 from ekd_jax.runs.status import read_status
 from ekd_jax.runs.teachers import load_teacher
 from ekd_jax.runs.workdir import seed_runs
-from ekd_jax.training import comparison, seeds, single
+from ekd_jax.training import comparison, seeds, several, single
 from ekd_jax.training.comparison_table import as_markdown, as_text, compare, paired
 from ekd_jax.training.dry_run import dry_run
 
@@ -77,9 +84,65 @@ def test_complete_seeds_are_not_trained_again_and_more_can_be_added(copied, monk
     assert sorted(found.labels["run"].seeds) == [1, 3, 5], "all that are in the folder"
     assert {file: file.stat().st_mtime_ns for file in (copied / "seed3").rglob("*")} == times
     trained = []
-    monkeypatch.setattr(comparison.plans, "run", lambda *given: trained.append(given))
+    monkeypatch.setattr(several.plans, "run", lambda *given: trained.append(given))
     seeds.run(config((1, 3, 5)), copied, ONE_DEVICE)
     assert not trained
+
+
+def test_side_by_side_they_are_the_same_runs(folder, tmp_path, caplog):
+    """Also if a signal ends them on the way."""
+    path = tmp_path / "run"
+    mesh = parallel.make_mesh(jax.devices()[:2])
+
+    def stop():
+        while not all(saved_steps(path / name) for name in ("seed3", "seed1")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    killer = threading.Thread(target=stop)
+    killer.start()
+    with pytest.raises(
+        Interrupted, match="interrupted; all runs are saved: run the same command to continue"
+    ):
+        seeds.run(config((3, 1)), path, mesh, at_once=2)
+    killer.join()
+    assert not list(path.rglob("summary.json"))
+    with caplog.at_level("INFO", "ekd_jax"):
+        found = seeds.run(config((3, 1)), path, mesh, at_once=2)
+    for name in ("seed3", "seed1"):
+        assert_same_run(path / name, folder[0] / name)
+    assert found.labels["run"].students == folder[1].labels["run"].students
+    assert any(line.startswith("run, seed 1: resuming from step") for line in caplog.messages)
+
+
+def test_a_tracker_follows_one_run_at_a_time(tmp_path):
+    with pytest.raises(UserError, match=r"at_once=2: train.tracker=wandb follows one run at a time"):
+        seeds.run(config((0, 1), train__tracker="wandb"), tmp_path / "new", at_once=2)
+
+
+def test_side_by_side_one_that_fails_ends_the_others(tmp_path, monkeypatch):
+    path, train_one = tmp_path / "run", several.plans.run
+
+    def run(own, directory, *rest):
+        if own.seed == 3:
+            while not saved_steps(path / "seed1"):
+                time.sleep(0.01)
+            raise UserError("the disk is full")
+        return train_one(own, directory, *rest)
+
+    monkeypatch.setattr(several.plans, "run", run)
+    with pytest.raises(UserError, match=r"seed 3: the disk is full"):
+        seeds.run(config((1, 3, 5)), path, parallel.make_mesh(jax.devices()[:2]), at_once=2)
+    assert saved_steps(path / "seed1")
+    assert not (path / "seed1" / "summary.json").exists()
+    assert not (path / "seed5").exists()
+
+
+@pytest.mark.parametrize(("at_once", "nearest"), [(0, 1), (3, 2), (16, 8)])
+def test_how_many_at_once_is_not_possible(at_once, nearest, tmp_path):
+    with pytest.raises(UserError, match=f"at_once={at_once} .*; nearest: {nearest}$"):
+        train_seeds(config((0, 1)), tmp_path / "new", at_once=at_once)
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_configuration_must_be_the_same_for_all_seeds(copied):

@@ -1,10 +1,11 @@
 """Errors that a user can mend, and how they are put into one line."""
 
+import contextlib
 import difflib
 import errno
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from ekd_jax.common.text import printable
 
@@ -41,6 +42,15 @@ class Interrupted(Exception):  # noqa: N818  it is no error
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.signal = signal
+
+
+@contextlib.contextmanager
+def about(what: str) -> Iterator[None]:
+    """Begin the message of a `UserError` that is raised here with what it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 def reason(error: BaseException) -> str:

@@ -6,9 +6,11 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TextIO
 
 logger = logging.getLogger("ekd_jax")
+_about: ContextVar[str] = ContextVar("about", default="")
 _wiping: list[
     Callable[[], None]
 ] = []  # what a line that is logged must wipe from the terminal first; at most one
@@ -17,6 +19,25 @@ _wiping: list[
 def wiped_before_lines(wipe: Callable[[], None] | None) -> None:
     """Say how to wipe what a terminal shows at its end, so that lines can be logged above it; None: nothing."""
     _wiping[:] = [wipe] if wipe else []
+
+
+@contextlib.contextmanager
+def about(what: str) -> Iterator[None]:
+    """Begin each line that is logged here with what it is about, while other threads log lines about something else."""
+    token = _about.set(what)
+    try:
+        yield
+    finally:
+        _about.reset(token)
+
+
+def _prefixed(record: logging.LogRecord) -> bool:
+    if what := _about.get():
+        record.msg = f"{what}: {record.msg}"
+    return True
+
+
+logger.addFilter(_prefixed)
 
 
 def _wipe() -> None:
@@ -55,9 +76,12 @@ def renews_itself(stream: TextIO) -> bool:
 
 
 def on_terminal() -> bool:
-    """Return whether the package's lines are shown on standard error, and can be written over there."""
+    """Return whether the package's lines are shown on standard error, and can be written over there.
+
+    They cannot while lines are about several things at a time.
+    """
     shown_there = any(isinstance(handler, _Stderr) for handler in logger.handlers)
-    return shown_there and renews_itself(sys.stderr)
+    return shown_there and not _about.get() and renews_itself(sys.stderr)
 
 
 @contextlib.contextmanager

@@ -224,6 +224,24 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mes
     return Mesh(np.asarray(found).reshape(-1, fsdp), AXES)
 
 
+def shares(number: int, mesh: Mesh | None = None) -> list[list[jax.Device]]:
+    """Divide the devices of a mesh, or all there are, into equal parts of neighbors.
+
+    Raises:
+        UserError: `number` does not divide their number; this is one of several processes.
+    """
+    devices = list(mesh.devices.flat) if mesh else jax.devices()
+    if number > 1 and several():
+        raise UserError(f"at_once={number}: several processes train one run at a time: leave it out")
+    if number < 1 or len(devices) % number:
+        fitting = max(n for n in range(1, max(number, 2)) if len(devices) % n == 0)
+        raise UserError(
+            f"at_once={number} does not divide the number of devices, {len(devices)}; nearest: {fitting}"
+        )
+    each = len(devices) // number
+    return [devices[i : i + each] for i in range(0, len(devices), each)]
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding that has the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -298,12 +316,12 @@ def device_memory(mesh: Mesh) -> int:
     return int(gathered(np.float32(limit)).min()) if several() else limit
 
 
-def peak_memory() -> int:
+def peak_memory(mesh: Mesh) -> int:
     """Return the most bytes that a device of this process has taken so far; on CPUs, the process itself.
 
     No device is waited for.
     """
-    devices = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    devices = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in mesh.local_devices]
     known = [int(peak) for peak in devices if peak]
     unit = 1 if sys.platform == "darwin" else 1024  # of what the system says about a process
     return max(known, default=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

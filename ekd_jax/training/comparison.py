@@ -1,30 +1,24 @@
-"""A comparison of methods: its runs, the checks before they are trained, and training one after the other.
+"""A comparison of methods: its runs, and the checks before they are trained.
 
 `ekd_jax/compare.py`, the command, describes the file of a comparison.
 """
 
-import contextlib
 import dataclasses
-import gc
 import json
 import pathlib
 import re
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ekd_jax.common import parallel
-from ekd_jax.common.errors import UserError, nearest
+from ekd_jax.common.errors import UserError, about, nearest
 from ekd_jax.common.log import logger
 from ekd_jax.common.records import read_record
-from ekd_jax.common.text import clock
 from ekd_jax.config.build import build_networks
 from ekd_jax.config.knobs import KNOBS
 from ekd_jax.config.resolve import read_config, resolve, result_fields, steps_in, to_dict
-from ekd_jax.data.dataset import Source
 from ekd_jax.data.labels import check_class_weights
 from ekd_jax.data.opening import known_facts
 from ekd_jax.methods.base import EARLIER
@@ -104,7 +98,7 @@ def entries(
     for seed in range(first, first + (seeds or parts["seeds"])):
         directories = {label: seed_directory(workdir / label, seed) for label in methods}
         for label, knobs in methods.items():
-            with _about(f"label {label}"):
+            with about(f"label {label}"):
                 own, needs = _filled(knobs, label, directories)
                 config = resolve({**common, "seed": seed, **own}, own)
                 _check_fair(resolve({**common, "seed": seed}), config, parts["allow"])
@@ -192,15 +186,6 @@ def _is_guarded(knob: str) -> bool:
     return knob.startswith("data.") or knob in (
         *("train.epochs", "train.patience_epochs", "seed", "model.name"),
     )
-
-
-@contextlib.contextmanager
-def _about(what: str) -> Iterator[None]:
-    """Put what it is about in front of a UserError."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{what}: {error}") from error
 
 
 def selected(runs: list[Entry], labels: Sequence[str]) -> list[Entry]:
@@ -293,14 +278,14 @@ def _check_same_data(first: Entry, run: Entry) -> None:
         )
 
 
-# --- before and while they are trained -----------------------------------------------------------
+# --- before they are trained ----------------------------------------------------------------------
 
 
 def check_existing(runs: list[Entry]) -> None:
     """Raise UserError if a directory holds something other than its run."""
     for run in runs:
         if run.ready:
-            with _about(f"label {run.label}"):
+            with about(f"label {run.label}"):
                 run.check()
 
 
@@ -315,7 +300,7 @@ def check(runs: list[Entry]) -> None:
         if run.complete or run.label in seen:
             continue
         seen.add(run.label)
-        with _about(f"label {run.label}"):
+        with about(f"label {run.label}"):
             config, known = run.config, known_facts(run.config)
             check_batches(config, parallel.make_mesh(fsdp=config.train.fsdp), known.train_examples)
             check_class_weights(config, known)
@@ -343,39 +328,3 @@ def _is_inside(source: str, run: Entry, runs: list[Entry]) -> bool:
             raise UserError(f"method.teachers: {source}: label {label} has students 1 to {students}")
         return True
     return source.startswith(f"{EARLIER}/")
-
-
-def train_all(
-    runs: list[Entry],
-    mesh: Mesh | None = None,
-    source: Source | None = None,
-    permit: Permit | None = None,
-) -> None:
-    """Train the runs that are not complete, in order. For the arguments see `single.run`.
-
-    Raises:
-        UserError: as `single.run`.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
-    """
-    for number, run in enumerate(runs, 1):
-        name = f"{run.label}, seed {run.config.seed}"
-        with _about(name):
-            if run.complete and not permit:
-                run.check()
-                continue
-            left = seconds_left(runs)
-            about = f", about {clock(left)} left" if left else ""
-            logger.info(f"run {number} of {len(runs)}: {name}{about}")
-            plans.run(run.config, run.path, mesh, source, permit)
-            gc.collect()  # compiled programs are part of reference cycles
-
-
-def seconds_left(runs: list[Entry]) -> float:
-    """Estimate the seconds left from what complete runs took, of the same label if possible; 0 before the first."""
-    took: dict[str, list[float]] = {}
-    for run in runs:
-        if run.complete:
-            took.setdefault(run.label, []).append(run.seconds())
-    means = {label: statistics.fmean(seconds) for label, seconds in took.items()}
-    usual = statistics.fmean(means.values()) if means else 0.0
-    return sum(means.get(run.label, usual) for run in runs if not run.complete)

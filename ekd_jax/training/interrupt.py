@@ -1,5 +1,6 @@
 """Signals that end training where nothing is lost."""
 
+import contextvars
 import multiprocessing
 import os
 import signal
@@ -18,24 +19,25 @@ from ekd_jax.common import parallel
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.05
 Result = TypeVar("Result")
+_handling: "list[Interrupt]" = []  # of the main thread, the latest last
 
 
 class Interrupt:
     """Notes SIGINT (Ctrl-C), SIGTERM (preemption) and SIGHUP (a closed terminal), so that training can stop.
 
     All processes of a run stop together, whichever of them got the signal. A second signal ends the process at
-    once. Signals that the process was started to ignore, as with nohup, stay ignored; outside the main thread no
-    signal is handled.
-
-    Attributes:
-        signal: the number of the signal, 0 if there was none.
+    once. Signals that the process was started to ignore, as with nohup, stay ignored. Python handles signals in the
+    main thread only: in another thread, this notes what the main thread's newest `Interrupt` notes, if there is one.
     """
 
     def __init__(self) -> None:
-        self.signal = 0
+        self._signal = 0
         self._before = {}
+        self._followed: Interrupt | None = None
         if threading.current_thread() is not threading.main_thread():
+            self._followed = _handling[-1] if _handling else None
             return
+        _handling.append(self)
         self._woken, self._wake = socket.socketpair()
         self._wake.setblocking(False)
         self._fd_before = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
@@ -43,6 +45,15 @@ class Interrupt:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
         threading.Thread(target=self._end_at_the_second, args=(tuple(self._before),), daemon=True).start()
+
+    @property
+    def signal(self) -> int:
+        """The number of the signal, 0 if there was none."""
+        return self._signal or (self._followed.signal if self._followed else 0)
+
+    @signal.setter
+    def signal(self, number: int) -> None:
+        self._signal = number
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
@@ -82,7 +93,7 @@ class Interrupt:
         Args:
             work: runs in a thread of its own.
         """
-        if parallel.several() or not self._before:
+        if parallel.several() or not (self._before or self._followed):
             return work()
         done: Future[Result] = Future()
 
@@ -92,7 +103,7 @@ class Interrupt:
             except BaseException as error:
                 done.set_exception(error)
 
-        threading.Thread(target=run, daemon=True).start()
+        threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True).start()
         while not wait([done], POLL_SECONDS).done:
             if self.signal:
                 return None
@@ -100,6 +111,8 @@ class Interrupt:
 
     def restore(self) -> None:
         """Handle signals as before."""
+        if self in _handling:
+            _handling.remove(self)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._before:

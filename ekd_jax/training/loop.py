@@ -304,7 +304,7 @@ class Loop:
             means["skipped"] = float(skipped)
         means["images/s"] = round(steps * self.setup.config.train.batch_size / log.window, 1)
         means["input_wait"] = round(100 * log.waited / log.window, 2)
-        means[MEMORY] = round(parallel.peak_memory() / 1e6, 1)
+        means[MEMORY] = round(parallel.peak_memory(self.setup.mesh) / 1e6, 1)
         record.writer.write(self.step, self.setup.epochs(self.step), "train", means)
         record.progress.record(train_line(self.setup, self.step, means, record.progress))
         log.tally, log.recorded = parallel.replicate(self.setup.mesh, self.nothing), self.step

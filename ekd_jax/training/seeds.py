@@ -1,4 +1,4 @@
-"""The same run with several random seeds, one after the other, and their mean and standard deviation.
+"""The same run with several random seeds, and their mean and standard deviation.
 
 The folder has a directory for each seed, `seed0`, `seed1`, ..., as a label of a comparison has. Each holds the run
 that `--config.seed` would train alone, bit for bit. `seeds.json` and `seeds.md` are written at the end, of all complete
@@ -18,8 +18,9 @@ from ekd_jax.data.dataset import Source
 from ekd_jax.runs import workdir
 from ekd_jax.runs.history import Permit
 from ekd_jax.runs.records import CONFIG
-from ekd_jax.training.comparison import Entry, train_all
+from ekd_jax.training.comparison import Entry
 from ekd_jax.training.comparison_table import Comparison, as_markdown, compare
+from ekd_jax.training.several import train_all
 
 JSON, MARKDOWN = "seeds.json", "seeds.md"
 
@@ -74,16 +75,18 @@ def run(
     mesh: Mesh | None = None,
     source: Source | None = None,
     permit: Permit | None = None,
+    at_once: int = 1,
 ) -> Comparison:
     """Train or resume the runs of all seeds, and return the statistics of all that are complete in the folder.
 
-    For the arguments and errors see `single.run`.
+    For the arguments and errors see `single.run` and `several.train_all`.
     """
+    parallel.shares(at_once, mesh)
     runs = check(config, path, permit)
     parallel.gathered(0)  # all processes have looked
     path.mkdir(parents=True, exist_ok=True)
     with workdir.locked(path):
-        train_all(runs[: len(config.seeds)], mesh, source, permit)
+        train_all(runs[: len(config.seeds)], mesh, source, permit, at_once)
         found = compare(runs)
         if parallel.is_main():
             write_json(path / JSON, as_json(found))
