@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -207,6 +208,23 @@ def test_a_checkpoint_holds_the_values_of_its_step(tmp_path):
         numbers[-1] = 1.0
         checkpoints.wait()
         assert checkpoints.restore(state, 1)[1]["log"]["numbers"][-1] == 0.0
+
+
+def test_runs_of_one_process_save_at_the_same_time(tmp_path):
+    def save(number):
+        with contextlib.closing(Checkpoints(tmp_path / f"run{number}")) as checkpoints:
+            for step in range(1, 21):
+                params = {"a": np.full(3, number, np.float32)}
+                state = TrainState(
+                    step=np.int32(step), params=params, batch_stats={}, opt_state=(), copies={}
+                )
+                checkpoints.save(state, {"number": number}, None)
+            checkpoints.wait()
+            restored, run = checkpoints.restore(state, 20)
+            return restored.params["a"][0], run["number"]
+
+    with ThreadPoolExecutor(3) as pool:
+        assert [*pool.map(save, range(3))] == [(0, 0), (1, 1), (2, 2)]
 
 
 @pytest.mark.parametrize("how", ["flipped", "removed"])  # and every file in every way: soak/test_damage.py

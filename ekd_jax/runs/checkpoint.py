@@ -71,6 +71,9 @@ class Checkpoints:
                     preservation_policy=self._kept,
                     read_only=read_only,
                     cleanup_tmp_directories=not read_only,  # of a run that was killed while saving
+                    # Orbax numbers savings process-wide: of two runs that save at a time, one would wait for
+                    # the other's directories, and not find its own
+                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 ),
                 item_handlers={"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()},
             )
