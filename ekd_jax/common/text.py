@@ -35,6 +35,12 @@ def table(rows: list[list[Any]], header: list[str]) -> str:
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
 
 
+def markdown_table(rows: list[list[str]], header: list[str]) -> str:
+    """Return a table in Markdown, aligned as `table` aligns it."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def printable(text: str) -> str:
     """Return text in one line that any stream can write: control characters, and bytes of file names that are
     not UTF-8, are escaped."""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from scipy.special import stdtrit
 
 from ekd_jax.common.errors import UserError
-from ekd_jax.common.text import human, table
+from ekd_jax.common.text import human, markdown_table, table
 from ekd_jax.runs.records import Result, StudentResult
 from ekd_jax.training.comparison import Entry
 
@@ -177,16 +177,11 @@ def as_text(found: Comparison) -> str:
 
 def as_markdown(found: Comparison, command: str) -> str:
     """Return the comparison as a table for a document, with the command that made it."""
-    cells = _markdown(*_rows_and_header(found, "±"))
+    cells = markdown_table(*_rows_and_header(found, "±"))
     text = f"{_explained(found, '±')}.\n\n```\n{command}\n```\n\n{cells}\n"
     if rows := _interval_rows(found):
-        text += f"\n{_about_intervals(found)}.\n\n{_markdown(rows, _interval_header(found))}\n"
+        text += f"\n{_about_intervals(found)}.\n\n{markdown_table(rows, _interval_header(found))}\n"
     return text
-
-
-def _markdown(rows: list[list[str]], header: list[str]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _of_one_label(found: Comparison) -> tuple[list[list[str]], list[str]]:
