@@ -104,7 +104,7 @@ def entries(
     for seed in range(first, first + (seeds or parts["seeds"])):
         directories = {label: seed_directory(workdir / label, seed) for label in methods}
         for label, knobs in methods.items():
-            with _about(f"label {label}"):
+            with about(f"label {label}"):
                 own, needs = _filled(knobs, label, directories)
                 config = resolve({**common, "seed": seed, **own}, own)
                 _check_fair(resolve({**common, "seed": seed}), config, parts["allow"])
@@ -195,7 +195,7 @@ def _is_guarded(knob: str) -> bool:
 
 
 @contextlib.contextmanager
-def _about(what: str) -> Iterator[None]:
+def about(what: str) -> Iterator[None]:
     """Put what it is about in front of a UserError."""
     try:
         yield
@@ -300,7 +300,7 @@ def check_existing(runs: list[Entry]) -> None:
     """Raise UserError if a directory holds something other than its run."""
     for run in runs:
         if run.ready:
-            with _about(f"label {run.label}"):
+            with about(f"label {run.label}"):
                 run.check()
 
 
@@ -315,16 +315,29 @@ def check(runs: list[Entry]) -> None:
         if run.complete or run.label in seen:
             continue
         seen.add(run.label)
-        with _about(f"label {run.label}"):
-            config, known = run.config, known_facts(run.config)
-            check_batches(config, parallel.make_mesh(fsdp=config.train.fsdp), known.train_examples)
-            check_class_weights(config, known)
-            networks = build_networks(config, known.num_classes, known.input_shape)
-            method = networks.method
-            make_optimizer(config, method, steps_in(config.train.epochs, config, known.train_examples))
-            outside = [source for source in method.teacher_sources if not _is_inside(source, run, runs)]
-            describe(networks, config.model.name, None if method.teacher_sources else ())
-            load_teachers(outside, run.path, known)
+        with about(f"label {run.label}"):
+            check_entry(run, runs)
+
+
+def check_entry(run: Entry, runs: list[Entry]) -> None:
+    """Find errors that would end one run, as far as they can be known now. Nothing is written.
+
+    Args:
+        run: that is to be trained.
+        runs: those whose students it may have as teachers before they are trained.
+
+    Raises:
+        UserError: as `single.run`.
+    """
+    config, known = run.config, known_facts(run.config)
+    check_batches(config, parallel.make_mesh(fsdp=config.train.fsdp), known.train_examples)
+    check_class_weights(config, known)
+    networks = build_networks(config, known.num_classes, known.input_shape)
+    method = networks.method
+    make_optimizer(config, method, steps_in(config.train.epochs, config, known.train_examples))
+    outside = [source for source in method.teacher_sources if not _is_inside(source, run, runs)]
+    describe(networks, config.model.name, None if method.teacher_sources else ())
+    load_teachers(outside, run.path, known)
 
 
 def _is_inside(source: str, run: Entry, runs: list[Entry]) -> bool:
@@ -359,13 +372,13 @@ def train_all(
     """
     for number, run in enumerate(runs, 1):
         name = f"{run.label}, seed {run.config.seed}"
-        with _about(name):
+        with about(name):
             if run.complete and not permit:
                 run.check()
                 continue
             left = seconds_left(runs)
-            about = f", about {clock(left)} left" if left else ""
-            logger.info(f"run {number} of {len(runs)}: {name}{about}")
+            remaining = f", about {clock(left)} left" if left else ""
+            logger.info(f"run {number} of {len(runs)}: {name}{remaining}")
             plans.run(run.config, run.path, mesh, source, permit)
             gc.collect()  # compiled programs are part of reference cycles
 
