@@ -261,12 +261,11 @@ def run(
             if taken is None:
                 return found(search, study)
             trial, values = taken
-            _say_begin(found(search, study), trial.number, values, total)
+            _say_begin(_trials(search, study), trial.number, values, total)
             with about(f"trial {trial.number}"):
                 outcome = _train(search, study, trial, values, mesh, source)
             _record(search, study, trial, outcome)
-            _say_end(found(search, study), outcome)
-        gc.collect()  # compiled programs are part of reference cycles
+            _say_end(_trials(search, study)[0], outcome)
 
 
 @contextlib.contextmanager
@@ -366,6 +365,8 @@ def _train(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return ended(FAILED, f"it does not fit into memory: {reason(error)}")
+    finally:
+        gc.collect()  # compiled programs are part of reference cycles
     runs = [seed_directory(path, seed) for seed in config.seeds] or [path]
     each = [last_evaluation(run) for run in runs]
     scores = [score(search.objective, top1) for top1 in each]
@@ -444,12 +445,7 @@ def _record(search: Search, study: Any, trial: Any, outcome: Trial) -> None:
 
 def found(search: Search, study: Any) -> Found:
     """Return what a search has found so far."""
-    with plain_errors(search.path / DATABASE):
-        trials = [_trial(search, each) for each in study.get_trials(deepcopy=False)]
-        order = (COMPLETE, PRUNED, FAILED, RUNNING)
-        trials.sort(key=lambda t: (order.index(t.state), -(t.objective or 0.0), t.number))
-        importance = _importance(search, study, trials)
-    config = search.config
+    trials, config = _trials(search, study), search.config
     return Found(
         model=config.model.name,
         method=config.method.name,
@@ -461,8 +457,16 @@ def found(search: Search, study: Any) -> Found:
         sampler=search.sampler,
         space={knob: values.as_json() for knob, values in search.space.items()},
         trials=tuple(trials),
-        importance=importance,
+        importance=_importance(search, study, trials),
     )
+
+
+def _trials(search: Search, study: Any) -> list[Trial]:
+    """Return all trials in the order of `Found.trials`."""
+    with plain_errors(search.path / DATABASE):
+        trials = [_trial(search, each) for each in study.get_trials(deepcopy=False)]
+    order = (COMPLETE, PRUNED, FAILED, RUNNING)
+    return sorted(trials, key=lambda t: (order.index(t.state), -(t.objective or 0.0), t.number))
 
 
 def _trial(search: Search, stored: Any) -> Trial:
@@ -485,23 +489,26 @@ def _importance(search: Search, study: Any, trials: Sequence[Trial]) -> dict[str
     objectives = [trial.objective for trial in trials if trial.state == COMPLETE]
     if len(objectives) < IMPORTANCE_TRIALS or len(set(objectives)) == 1 or len(search.space) == 1:
         return {}
-    shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+    with plain_errors(search.path / DATABASE):
+        shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
     return {knob: round(float(share), 4) for knob, share in shares.items()}
 
 
-def _say_begin(now: Found, number: int, values: Values, total: int) -> None:
-    took = [trial.seconds for trial in now.in_state(COMPLETE) if trial.seconds]
-    open_trials = total - sum(trial.state != RUNNING for trial in now.trials)
-    left = f", about {clock(statistics.fmean(took) * open_trials)} left" if took else ""
-    logger.info(f"trial {number} ({len(now.trials)} of {total} begun{left}): {in_words(values)}")
+def _say_begin(trials: Sequence[Trial], number: int, values: Values, total: int) -> None:
+    took = [trial.seconds for trial in trials if trial.seconds]
+    left = total - sum(trial.state != RUNNING for trial in trials)
+    remaining = f", about {clock(left * statistics.fmean(took))} left" if took else ""
+    logger.info(f"trial {number} ({len(trials)} of {total} begun{remaining}): {in_words(values)}")
 
 
-def _say_end(now: Found, outcome: Trial) -> None:
+def _say_end(best: Trial, outcome: Trial) -> None:
     if outcome.objective is None:
         logger.info(f"trial {outcome.number} {outcome.state}: {outcome.reason}")
-    elif now.best:
-        best = f"the best is trial {now.best.number} with {now.best.objective:.2f}"
-        logger.info(f"trial {outcome.number}: {outcome.objective:.2f}; {best}")
+    else:
+        logger.info(
+            f"trial {outcome.number}: {outcome.objective:.2f}; the best is trial {best.number} with "
+            f"{best.objective:.2f}"
+        )
 
 
 def in_words(values: Values) -> str:

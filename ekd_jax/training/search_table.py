@@ -37,7 +37,7 @@ def as_text(found: Found, command: str) -> str:
     parts = [table(rows[:MOST_ROWS], header)] if rows else []
     if len(rows) > MOST_ROWS:
         parts.append(f"and {len(rows) - MOST_ROWS} more")
-    parts.append(_explained(found, "+-"))
+    parts += _explained(found)
     parts += [_line(trial) for state in (FAILED, PRUNED) for trial in found.in_state(state)[:MOST_ROWS]]
     parts += filter(None, [_not_finished(found), _importance(found)])
     if command:
@@ -48,10 +48,12 @@ def as_text(found: Found, command: str) -> str:
 def as_markdown(found: Found, search_command: str, command: str) -> str:
     """Return the trials as a document, with the commands that made it and that train the best one."""
     rows, header = _rows(found)
+    first, *explained = _explained(found)
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    parts = [f"{_explained(found, '±')}.", f"```\n{search_command}\n```"]
+    parts = [f"{first}.", f"```\n{search_command}\n```"]
     if rows:
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    parts += [f"{text.capitalize()}." for text in explained]
     if ended := [_line(trial) for state in (FAILED, PRUNED) for trial in found.in_state(state)]:
         parts.append("\n".join(f"* {line}" for line in ended))
     parts += [f"{text}." for text in (_not_finished(found), _importance(found)) if text]
@@ -75,18 +77,22 @@ def _objective(trial: Trial) -> str:
     return f"{trial.objective:.2f}" + (f" ({trial.std:.2f})" if trial.std is not None else "")
 
 
-def _explained(found: Found, plus_minus: str) -> str:
-    what = "mean of the students" if found.objective == "mean" else found.objective.replace("_", " ")
-    text = (
-        f"{found.model} on {found.data}, {found.method}, {found.epochs:g} epochs: top-1 of the {what} after the last "
-        f"epoch, per cent of {found.validation_examples:,} validation images"
+def _explained(found: Found) -> list[str]:
+    """Return sentences that say what the objective is, and why it is that."""
+    what = "mean top-1 of the students" if found.objective == "mean" else f"top-1 of {found.objective}"
+    seeds = f", mean of {len(found.seeds)} seeds (standard deviation)" if len(found.seeds) > 1 else ""
+    about = (
+        f"{found.model} on {found.data}, {found.method}, {found.epochs:g} epochs: {what} after the last epoch, per "
+        f"cent of {found.validation_examples:,} validation images{seeds}"
     )
-    if len(found.seeds) > 1:
-        text += f", mean of {len(found.seeds)} seeds (standard deviation)"
-    return (
-        f"{text}. The test set is not shown: to choose by it would make the result too good; the accuracy of the best "
-        f"trial is itself the highest of {len(found.in_state(COMPLETE))}, so it is too high as well"
-    )
+    if found.best is None:
+        return [about]
+    return [
+        about,
+        f"the highest of {len(found.in_state(COMPLETE))} is too high, because it was chosen: train the best knobs with "
+        f"other seeds, and test that",
+        "test accuracy is not shown, so that nothing is chosen by it",
+    ]
 
 
 def _line(trial: Trial) -> str:
