@@ -47,7 +47,7 @@ VALIDATION = "validation"
 ATTRIBUTES = ("top1", "std", "seconds", "reason")
 MOST_TRIALS = 20  # unless --trials says otherwise
 STARTUP_TRIALS = 5  # complete ones, before any is pruned
-IMPORTANCE_TRIALS = 10  # complete ones, before importance is told
+IMPORTANCE_TRIALS, BEST_SHARE = 20, 0.25  # PED-ANOVA asks for at least five trials among the best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -483,14 +483,16 @@ def _trial(search: Search, stored: Any) -> Trial:
 
 
 def _importance(search: Search, study: Any, trials: Sequence[Trial]) -> dict[str, float]:
-    """Return how much each knob decides whether a trial is among the best, by PED-ANOVA (Watanabe et al. 2023)."""
+    """Return how much each knob decides whether a trial is in the best quarter, by PED-ANOVA (Watanabe et al. 2023)."""
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     objectives = [trial.objective for trial in trials if trial.state == COMPLETE]
     if len(objectives) < IMPORTANCE_TRIALS or len(set(objectives)) == 1 or len(search.space) == 1:
         return {}
     with plain_errors(search.path / DATABASE):
-        shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+        shares = get_param_importances(
+            study, evaluator=PedAnovaImportanceEvaluator(target_quantile=BEST_SHARE)
+        )
     return {knob: round(float(share), 4) for knob, share in shares.items()}
 
 

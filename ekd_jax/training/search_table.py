@@ -107,4 +107,4 @@ def _not_finished(found: Found) -> str:
 
 def _importance(found: Found) -> str:
     shares = ", ".join(f"{knob} {share:.0%}" for knob, share in found.importance.items())
-    return f"importance (PED-ANOVA): {shares}" if shares else ""
+    return f"importance for the best quarter (PED-ANOVA): {shares}" if shares else ""
