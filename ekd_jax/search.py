@@ -1,6 +1,6 @@
 """Search for good knobs with Optuna, by accuracy on validation images.
 
-    python -m ekd_jax.search --config=configs/digits.py --space=configs/space_digits.py --trials=20
+    python -m ekd_jax.search --config=configs/digits.py --space=configs/spaces/digits.py --trials=20
         --config.data.validation_examples=180 [--config.SECTION.KNOB=VALUE ...] [--workdir=DIR]
 
 The function `get_space` of the space's file returns a dict of knobs. A list holds choices, a dict a range:
@@ -76,7 +76,7 @@ def main() -> None:
     check_optuna()
     config, overridden = cli.config(), config_flags.get_override_values(FLAGS["config"])
     if FLAGS.space is None:
-        raise UserError("--space=FILE is missing; for example --space=configs/space_digits.py")
+        raise UserError("--space=FILE is missing; for example --space=configs/spaces/digits.py")
     search = Search(
         path=pathlib.Path(FLAGS.workdir or f"runs/{cli.config_name()}-search"),
         config=config,

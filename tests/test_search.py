@@ -147,14 +147,14 @@ def test_files_that_fail_get_one_line(tmp_path, text, message):
 
 
 def test_a_space_is_read_from_a_file_or_the_command_line(tmp_path):
-    file = ROOT / "configs" / "space_digits.py"
+    file = ROOT / "configs" / "spaces" / "digits.py"
     asked = read_space(str(file))
     assert check_space(asked, config()).keys() == asked.keys()
     assert read_space(str({RATE: [0.1, 1]})) == {RATE: [0.1, 1]}
     with pytest.raises(UserError, match="must be a Python dict"):
         read_space("{x: 1}")
-    with pytest.raises(UserError, match="did you mean '.*space_digits.py'"):
-        read_space(str(file.with_name("space_digit.py")))
+    with pytest.raises(UserError, match="did you mean '.*spaces/digits.py'"):
+        read_space(str(file.with_name("digit.py")))
 
 
 def test_another_method_takes_its_own_defaults():

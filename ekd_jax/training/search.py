@@ -10,7 +10,7 @@ trial, so that a search that was killed goes on as if it had not been.
 import contextlib
 import dataclasses
 import gc
-import itertools
+import logging
 import math
 import pathlib
 import re
@@ -25,7 +25,7 @@ from ml_collections import FrozenConfigDict
 
 from ekd_jax.common.errors import UserError, reason
 from ekd_jax.common.files import lock
-from ekd_jax.common.log import logger
+from ekd_jax.common.log import logger, once
 from ekd_jax.common.text import clock
 from ekd_jax.config.build import build_networks
 from ekd_jax.config.resolve import result_fields, to_dict
@@ -83,10 +83,17 @@ class Search:
             "sampler": self.sampler,
         }
 
-    def grid(self) -> list[Values]:
-        """Return all combinations of values, the last knob's changing fastest."""
-        values = itertools.product(*(values.listed() for values in self.space.values()))
-        return [dict(zip(self.space, each, strict=True)) for each in values]
+    def grid_size(self) -> int:
+        """Return the number of combinations of values; 0 if a range has no step."""
+        return math.prod(len(values.listed()) for values in self.space.values())
+
+    def grid_point(self, number: int) -> Values:
+        """Return a combination by its number; the last knob changes fastest."""
+        point = {}
+        for knob, values in reversed(self.space.items()):
+            number, place = divmod(number, len(values.listed()))
+            point[knob] = values.listed()[place]
+        return point
 
     def directory(self, number: int) -> pathlib.Path:
         """Return the directory of a trial."""
@@ -196,10 +203,9 @@ def _check_objective(search: Search) -> None:
             f"--objective={search.objective} must be mean, ensemble, or student_1, student_2, ..."
         )
     chosen = search.space.get("model.students")
-    variants: list[Values] = (
-        [{"model.students": v} for v in chosen.values] if isinstance(chosen, Choices) else [{}]
-    )
-    for values in variants:
+    numbers = chosen.values if isinstance(chosen, Choices) else (chosen.low,) if chosen else ()
+    variants: list[Values] = [{"model.students": number} for number in numbers]
+    for values in variants or [{}]:
         config = with_values(search.config, values, search.overridden)
         students = build_networks(config, num_classes=1, input_shape=(1, 1, 1)).students
         if int(number[1]) > students:
@@ -211,12 +217,12 @@ def _check_directory(search: Search) -> None:
     path = search.path
     if path.exists() and not path.is_dir():
         raise UserError(f"--workdir={path} is not a directory: choose another")
-    if (path / DATABASE).exists():
+    names = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
+    if DATABASE in names:
         search_database.check_settings(search_database.load(path / DATABASE), search.settings(), path)
         return
     own = re.compile(rf"\.lock|\.{DATABASE}\.\d+.*")
-    others = sorted(p.name for p in path.iterdir() if not own.fullmatch(p.name)) if path.is_dir() else []
-    if others:
+    if others := [name for name in names if not own.fullmatch(name)]:
         raise UserError(
             f"--workdir={path} holds other files ({', '.join(others[:3])}) and no {DATABASE}: choose an empty or new "
             f"directory"
@@ -247,8 +253,8 @@ def run(
     """
     check(search)
     database = search.path / DATABASE
-    total = len(search.grid()) if search.sampler == "grid" else trials or MOST_TRIALS
-    total = min(total, trials or total)
+    most = search.grid_size() if search.sampler == "grid" else trials or MOST_TRIALS
+    total = min(most, trials or most)
     search.path.mkdir(parents=True, exist_ok=True)
     with _alone(search.path):
         if not database.exists():
@@ -273,8 +279,9 @@ def _alone(path: pathlib.Path) -> Iterator[None]:
     """Wait until no other process draws values or records a result."""
     with open(path / ".lock", "w") as file:
         if not lock(file, wait=True):
-            logger.warning(
-                f"warning: the file system of {path} has no locks: make sure that one process alone searches there"
+            once(
+                logging.WARNING,
+                f"warning: the file system of {path} has no locks: make sure that one process alone searches there",
             )
         yield
 
@@ -323,7 +330,7 @@ def _sampler(search: Search, number: int) -> Any:
         return samplers.TPESampler(seed=seed)
     if search.sampler == "random":
         return samplers.RandomSampler(seed=seed)
-    point = {knob: search.space[knob].stored(value) for knob, value in search.grid()[number].items()}
+    point = {knob: search.space[knob].stored(value) for knob, value in search.grid_point(number).items()}
     return samplers.PartialFixedSampler(point, samplers.RandomSampler(seed=seed))
 
 
@@ -397,9 +404,15 @@ def last_evaluation(path: pathlib.Path) -> dict[str, float]:
 
 
 def score(objective: str, top1: Results) -> float:
-    """Return what a search maximizes, of the top-1 of every predictor."""
+    """Return what a search maximizes, of the top-1 of every predictor.
+
+    Raises:
+        UserError: there is no such predictor, since other values of the space have other ones.
+    """
     if objective == "mean":
         return statistics.fmean(value for name, value in top1.items() if name.startswith("student_"))
+    if objective not in top1:
+        raise UserError(f"--objective={objective}: with these values there is {', '.join(top1)}")
     return top1[objective]
 
 

@@ -1,7 +1,7 @@
 """A space for configs/digits.py: learning rate, weight decay, batch size and temperature.
 
     python -m ekd_jax.search --config=configs/digits.py --config.data.validation_examples=180 \
-        --space=configs/space_digits.py
+        --space=configs/spaces/digits.py
 """
 
 from typing import Any
