@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from conftest import ROOT, command, one_device, plain_environment, tiny_config, tiny_flags
@@ -21,7 +22,7 @@ from ekd_jax.config.space import Choices, Range, check_space, read_space, with_v
 from ekd_jax.runs.checkpoint import saved_steps
 from ekd_jax.runs.metrics import read_metrics
 from ekd_jax.runs.run import load_run
-from ekd_jax.training import search, single
+from ekd_jax.training import search, search_database, single
 from ekd_jax.training.search import COMPLETE, FAILED, PRUNED, PrunedError, Search, Trial
 from ekd_jax.training.search_table import as_markdown, as_text, train_command
 
@@ -387,8 +388,14 @@ def test_another_search_in_the_directory_is_refused(done, changes, message):
     assert "choose another --workdir" in str(error.value)
 
 
-def test_knobs_that_change_no_result_may_change(done):
-    search.check(dataclasses.replace(done[0], config=config(train__log_every_steps=2)))
+def test_knobs_that_change_no_result_may_change_and_newer_ones_may_be_missing(done):
+    own, _ = done
+    search.check(dataclasses.replace(own, config=config(train__log_every_steps=2)))
+    older = own.settings()
+    del older["config"]["train.ema_decay"]
+    search_database.check_settings(
+        types.SimpleNamespace(user_attrs={"settings": older}), own.settings(), own.path
+    )
 
 
 @pytest.mark.parametrize(
@@ -567,3 +574,14 @@ def test_two_processes_share_the_trials(tmp_path):
     assert all(trained)
     found = json.loads((path / "search.json").read_text())
     assert [trial["state"] for trial in found["trials"]] == [COMPLETE] * 4
+
+
+@pytest.mark.slow
+def test_with_several_seeds_the_objective_is_their_mean(tmp_path):
+    own = a_search(tmp_path / "run", objective="student_2", config=config(seeds=(0, 1)), sampler="grid")
+    found = search.run(own, 1, one_device())
+    tops = [search.last_evaluation(own.path / "trial0" / f"seed{k}")["student_2"] for k in (0, 1)]
+    assert (found.best.objective, found.best.std) == (statistics.mean(tops), statistics.stdev(tops))
+    assert found.best.top1["student_2"] == statistics.mean(tops)
+    shutil.rmtree(own.path / "trial0" / "seed1")
+    assert search.run(own, 1) == found

@@ -12,6 +12,7 @@ from typing import Any
 
 from ekd_jax.common.errors import UserError, not_written, reason
 from ekd_jax.common.files import replacing
+from ekd_jax.config.knobs import KNOBS
 from ekd_jax.config.resolve import flatten
 
 DATABASE = "search.db"
@@ -101,6 +102,9 @@ def load(path: pathlib.Path) -> Any:
 def check_settings(study: Any, settings: dict[str, Any], path: pathlib.Path) -> None:
     """Raise UserError unless a search that goes on asks for the same as when it began."""
     there, now = _flat(study.user_attrs.get(SETTINGS, {})), _flat(json.loads(json.dumps(settings)))
+    # A knob that the search does not have is newer than the search, and changes nothing at its default.
+    newer = {name: KNOBS[name].default for name in now.keys() - there.keys() if name in KNOBS}
+    there |= json.loads(json.dumps(newer))
     changed = [
         f"{name}: {there.get(name, 'absent')} there, {now.get(name, 'absent')} now"
         for name in sorted(there.keys() | now.keys())
