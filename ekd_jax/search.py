@@ -32,8 +32,9 @@ from ekd_jax.common.files import write_bytes, write_json
 from ekd_jax.common.log import logger
 from ekd_jax.common.records import as_json
 from ekd_jax.config.space import check_space, read_space
-from ekd_jax.training.search import FAILED, JSON, MARKDOWN, MOST_TRIALS, SAMPLERS, Found, Search, run
+from ekd_jax.training.search import MOST_TRIALS, SAMPLERS, run
 from ekd_jax.training.search_database import check_optuna
+from ekd_jax.training.search_found import FAILED, JSON, MARKDOWN, Found, Search
 from ekd_jax.training.search_table import as_markdown, as_text, train_command
 
 FLAGS = flags.FLAGS

@@ -22,8 +22,9 @@ from ekd_jax.config.space import Choices, Range, check_space, read_space, with_v
 from ekd_jax.runs.checkpoint import saved_steps
 from ekd_jax.runs.metrics import read_metrics
 from ekd_jax.runs.run import load_run
-from ekd_jax.training import search, search_database, single
-from ekd_jax.training.search import COMPLETE, FAILED, PRUNED, PrunedError, Search, Trial
+from ekd_jax.training import search, search_database, search_found, single
+from ekd_jax.training.search import PrunedError
+from ekd_jax.training.search_found import COMPLETE, FAILED, PRUNED, Search, Trial
 from ekd_jax.training.search_table import as_markdown, as_text, train_command
 
 optuna = pytest.importorskip("optuna")
@@ -307,12 +308,12 @@ def test_a_search_that_was_interrupted_goes_on_as_if_it_had_not_been(
 def test_the_importance_is_that_of_the_knob_that_decides(tmp_path):
     own, study = a_search(tmp_path / "run", FORMULA), optuna.create_study(direction="maximize")
     study.sampler = optuna.samplers.RandomSampler(seed=0)
-    for _ in range(search.IMPORTANCE_TRIALS):
+    for _ in range(search_found.IMPORTANCE_TRIALS):
         trial = study.ask()
         values = {knob: asked.suggest(trial, knob) for knob, asked in own.space.items()}
-        assert search.found(own, study).importance == {}
+        assert search_found.found(own, study).importance == {}
         study.tell(trial, -values["method.temperature"] + 0.01 * values[RATE])
-    importance = search.found(own, study).importance
+    importance = search_found.found(own, study).importance
     assert next(iter(importance)) == "method.temperature"
     assert importance["method.temperature"] > 0.8
     assert sum(importance.values()) == pytest.approx(1, abs=1e-3)

@@ -8,7 +8,6 @@ trial, so that a search that was killed goes on as if it had not been.
 """
 
 import contextlib
-import dataclasses
 import gc
 import logging
 import math
@@ -28,8 +27,7 @@ from ekd_jax.common.files import lock
 from ekd_jax.common.log import logger, once
 from ekd_jax.common.text import clock
 from ekd_jax.config.build import build_networks
-from ekd_jax.config.resolve import result_fields, to_dict
-from ekd_jax.config.space import Choices, Space, Values, with_values
+from ekd_jax.config.space import Choices, Values, with_values
 from ekd_jax.data.dataset import Source
 from ekd_jax.runs.evaluation import Results
 from ekd_jax.runs.metrics import read_metrics
@@ -38,124 +36,24 @@ from ekd_jax.training import plans, search_database, seeds
 from ekd_jax.training.comparison import Entry, about, check_entry
 from ekd_jax.training.loop import DivergedError, Watch
 from ekd_jax.training.search_database import DATABASE, plain_errors
+from ekd_jax.training.search_found import (
+    ATTRIBUTES,
+    COMPLETE,
+    FAILED,
+    PRUNED,
+    RUNNING,
+    Found,
+    Search,
+    Trial,
+    found,
+    in_words,
+    trials_of,
+)
 
-JSON, MARKDOWN = "search.json", "search.md"
 SAMPLERS = ("tpe", "random", "grid")
-COMPLETE, FAILED, PRUNED, RUNNING = "complete", "failed", "pruned", "not finished"
 VALIDATION = "validation"
-# Fields of a `Trial` that are attributes in the database.
-ATTRIBUTES = ("top1", "std", "seconds", "reason")
 MOST_TRIALS = 20  # unless --trials says otherwise
 STARTUP_TRIALS = 5  # complete ones, before any is pruned
-IMPORTANCE_TRIALS, BEST_SHARE = 20, 0.25  # PED-ANOVA asks for at least five trials among the best
-
-
-@dataclasses.dataclass(frozen=True)
-class Search:
-    """What is searched, and where.
-
-    Attributes:
-        path: directory of the search.
-        config: the complete configuration whose knobs the values replace.
-        space: which knobs, and their values.
-        overridden: dotted names of `config` that the command line set.
-        objective: "mean" of the students, "ensemble" or "student_<N>".
-        sampler: one of `SAMPLERS`.
-        prune: whether trials below the median of the others end early.
-    """
-
-    path: pathlib.Path
-    config: FrozenConfigDict
-    space: Space
-    overridden: Sequence[str] = ()
-    objective: str = "mean"
-    sampler: str = "tpe"
-    prune: bool = False
-
-    def settings(self) -> dict[str, Any]:
-        """Return what must stay the same as long as the search goes on."""
-        fields = result_fields(to_dict(self.config))
-        return {
-            "config": {name: value for name, value in fields.items() if name not in self.space},
-            "space": {knob: values.as_json() for knob, values in self.space.items()},
-            "seeds": list(self.config.seeds),
-            "objective": self.objective,
-            "sampler": self.sampler,
-        }
-
-    def grid_size(self) -> int:
-        """Return the number of combinations of values; 0 if a range has no step."""
-        return math.prod(len(values.listed()) for values in self.space.values())
-
-    def grid_point(self, number: int) -> Values:
-        """Return a combination by its number; the last knob changes fastest."""
-        point = {}
-        for knob, values in reversed(self.space.items()):
-            number, place = divmod(number, len(values.listed()))
-            point[knob] = values.listed()[place]
-        return point
-
-    def directory(self, number: int) -> pathlib.Path:
-        """Return the directory of a trial."""
-        return self.path / f"trial{number}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """A trial of a search.
-
-    Attributes:
-        number: from 0, in the order in which they began.
-        state: "complete", "failed", "pruned", or "not finished".
-        values: the knobs.
-        objective: top-1 on the validation images after the last epoch, in per cent; None if it is not complete.
-        top1: the same of every student and of the ensemble.
-        std: sample standard deviation of the objective over seeds, if there are several.
-        seconds: wall-clock of the training that completed, without what an interruption cost.
-        reason: why it failed or was pruned.
-    """
-
-    number: int
-    state: str
-    values: Values
-    objective: float | None = None
-    top1: dict[str, float] = dataclasses.field(default_factory=dict)
-    std: float | None = None
-    seconds: float | None = None
-    reason: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """What a search has found so far.
-
-    Attributes:
-        model, method, data, epochs, validation_examples, seeds: of the configuration.
-        objective, sampler, space: of the search.
-        trials: complete ones first, the best first; of equal ones the earlier first.
-        importance: knob -> share of its importance, the largest first; empty of too few trials.
-    """
-
-    model: str
-    method: str
-    data: str
-    epochs: float
-    validation_examples: int
-    seeds: tuple[int, ...]
-    objective: str
-    sampler: str
-    space: dict[str, Any]
-    trials: tuple[Trial, ...]
-    importance: dict[str, float]
-
-    @property
-    def best(self) -> Trial | None:
-        """The best complete trial, None if none is complete."""
-        return self.trials[0] if self.trials and self.trials[0].state == COMPLETE else None
-
-    def in_state(self, state: str) -> list[Trial]:
-        """Return the trials of one state."""
-        return [trial for trial in self.trials if trial.state == state]
 
 
 class PrunedError(Exception):
@@ -267,11 +165,11 @@ def run(
             if taken is None:
                 return found(search, study)
             trial, values = taken
-            _say_begin(_trials(search, study), trial.number, values, total)
+            _say_begin(trials_of(search, study), trial.number, values, total)
             with about(f"trial {trial.number}"):
                 outcome = _train(search, study, trial, values, mesh, source)
             _record(search, study, trial, outcome)
-            _say_end(_trials(search, study)[0], outcome)
+            _say_end(trials_of(search, study)[0], outcome)
 
 
 @contextlib.contextmanager
@@ -453,62 +351,6 @@ def _record(search: Search, study: Any, trial: Any, outcome: Trial) -> None:
     (search.path / f".trial{trial.number}.lock").unlink(missing_ok=True)
 
 
-# --- what was found -------------------------------------------------------------------------------
-
-
-def found(search: Search, study: Any) -> Found:
-    """Return what a search has found so far."""
-    trials, config = _trials(search, study), search.config
-    return Found(
-        model=config.model.name,
-        method=config.method.name,
-        data=config.data.name,
-        epochs=config.train.epochs,
-        validation_examples=config.data.validation_examples,
-        seeds=tuple(config.seeds) or (config.seed,),
-        objective=search.objective,
-        sampler=search.sampler,
-        space={knob: values.as_json() for knob, values in search.space.items()},
-        trials=tuple(trials),
-        importance=_importance(search, study, trials),
-    )
-
-
-def _trials(search: Search, study: Any) -> list[Trial]:
-    """Return all trials in the order of `Found.trials`."""
-    with plain_errors(search.path / DATABASE):
-        trials = [_trial(search, each) for each in study.get_trials(deepcopy=False)]
-    order = (COMPLETE, PRUNED, FAILED, RUNNING)
-    return sorted(trials, key=lambda t: (order.index(t.state), -(t.objective or 0.0), t.number))
-
-
-def _trial(search: Search, stored: Any) -> Trial:
-    state = {"COMPLETE": COMPLETE, "FAIL": FAILED, "PRUNED": PRUNED}.get(stored.state.name, RUNNING)
-    values = {knob: search.space[knob].restored(value) for knob, value in stored.params.items()}
-    attributes = {name: stored.user_attrs[name] for name in ATTRIBUTES if name in stored.user_attrs}
-    return Trial(
-        stored.number,
-        state,
-        {knob: values[knob] for knob in search.space if knob in values},
-        stored.value if state == COMPLETE else None,
-        **attributes,
-    )
-
-
-def _importance(search: Search, study: Any, trials: Sequence[Trial]) -> dict[str, float]:
-    """Return how much each knob decides whether a trial is in the best quarter, by PED-ANOVA (Watanabe et al. 2023)."""
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-
-    objectives = [trial.objective for trial in trials if trial.state == COMPLETE]
-    if len(objectives) < IMPORTANCE_TRIALS or len(set(objectives)) == 1 or len(search.space) == 1:
-        return {}
-    with plain_errors(search.path / DATABASE):
-        shares = get_param_importances(
-            study, evaluator=PedAnovaImportanceEvaluator(target_quantile=BEST_SHARE)
-        )
-    return {knob: round(float(share), 4) for knob, share in shares.items()}
-
-
 def _say_begin(trials: Sequence[Trial], number: int, values: Values, total: int) -> None:
     took = [trial.seconds for trial in trials if trial.seconds]
     left = total - sum(trial.state != RUNNING for trial in trials)
@@ -524,13 +366,3 @@ def _say_end(best: Trial, outcome: Trial) -> None:
             f"trial {outcome.number}: {outcome.objective:.2f}; the best is trial {best.number} with "
             f"{best.objective:.2f}"
         )
-
-
-def in_words(values: Values) -> str:
-    """Return values as "knob=value, ...", with four digits."""
-    return ", ".join(f"{knob}={short(value)}" for knob, value in values.items())
-
-
-def short(value: Any) -> str:
-    """Return a value of a knob for people: numbers have four digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ekd_jax.common.text import table
-from ekd_jax.training.search import COMPLETE, FAILED, PRUNED, RUNNING, Found, Trial, short
+from ekd_jax.training.search_found import COMPLETE, FAILED, PRUNED, RUNNING, Found, Trial, short
 
 MOST_ROWS = 30  # on a terminal
 
