@@ -9,6 +9,7 @@ COMMANDS = {
     "train": ("ekd_jax.main", "Train a family of students, or resume training."),
     "status": ("ekd_jax.status", "Show how far a run is, how good and how fast, also from elsewhere."),
     "compare": ("ekd_jax.compare", "Compare methods on the same network, data, epochs and seeds."),
+    "search": ("ekd_jax.search", "Search for good knobs with Optuna, by accuracy on validation images."),
     "extract": ("ekd_jax.extract", "Extract one student of a run, as a directory that stands alone."),
     "export": (
         "ekd_jax.export",

@@ -103,6 +103,7 @@ COMMANDS = (
     "main",
     "status",
     "compare",
+    "search",
     "extract",
     "export",
     "benchmark",

@@ -301,15 +301,28 @@ def check(runs: list[Entry]) -> None:
             continue
         seen.add(run.label)
         with about(f"label {run.label}"):
-            config, known = run.config, known_facts(run.config)
-            check_batches(config, parallel.make_mesh(fsdp=config.train.fsdp), known.train_examples)
-            check_class_weights(config, known)
-            networks = build_networks(config, known.num_classes, known.input_shape)
-            method = networks.method
-            make_optimizer(config, method, steps_in(config.train.epochs, config, known.train_examples))
-            outside = [source for source in method.teacher_sources if not _is_inside(source, run, runs)]
-            describe(networks, config.model.name, None if method.teacher_sources else ())
-            load_teachers(outside, run.path, known)
+            check_entry(run, runs)
+
+
+def check_entry(run: Entry, runs: list[Entry]) -> None:
+    """Find errors that would end one run, as far as they can be known now. Nothing is written.
+
+    Args:
+        run: that is to be trained.
+        runs: those whose students it may have as teachers before they are trained.
+
+    Raises:
+        UserError: as `single.run`.
+    """
+    config, known = run.config, known_facts(run.config)
+    check_batches(config, parallel.make_mesh(fsdp=config.train.fsdp), known.train_examples)
+    check_class_weights(config, known)
+    networks = build_networks(config, known.num_classes, known.input_shape)
+    method = networks.method
+    make_optimizer(config, method, steps_in(config.train.epochs, config, known.train_examples))
+    outside = [source for source in method.teacher_sources if not _is_inside(source, run, runs)]
+    describe(networks, config.model.name, None if method.teacher_sources else ())
+    load_teachers(outside, run.path, known)
 
 
 def _is_inside(source: str, run: Entry, runs: list[Entry]) -> bool:

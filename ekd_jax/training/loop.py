@@ -12,7 +12,7 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,12 @@ from ekd_jax.training.teaching import frozen_inputs, make_teach
 # Target length of one dispatch: short enough to react to signals, long enough to amortize overhead. On a CPU
 # every dispatch asks for its memory anew, which takes 6 % of a one-second step (docs/performance.md).
 DISPATCH_SECONDS = 3.0
+# What is called with the epoch and the results of each evaluation but the last; an error that it raises ends the run.
+Watch = Callable[[float, Results], None]
+
+
+class DivergedError(UserError):
+    """Training ended because what it computes is not finite."""
 
 
 class NotFiniteError(Exception):
@@ -71,6 +77,7 @@ class Record:
         path: directory of the run.
         checkpoints, writer, progress, interrupt: in that directory, and on the terminal.
         profile: which steps are traced.
+        watch: called after evaluations.
     """
 
     path: pathlib.Path
@@ -79,6 +86,7 @@ class Record:
     progress: Progress
     interrupt: Interrupt
     profile: Profile = dataclasses.field(default_factory=Profile)
+    watch: Watch = lambda epoch, evaluation: None
 
 
 def after_not_finite(setup: Setup, step: int, error: NotFiniteError) -> str:
@@ -163,7 +171,7 @@ class Loop:
 
         Raises:
             NotFiniteError: a metric was not finite; neither recorded nor saved.
-            UserError: more steps were skipped than may be.
+            DivergedError: more steps were skipped than may be.
         """
         interrupt = self.record.interrupt
         number, stop = 1, interrupt.agreed()[1]  # it may have come while the step was compiled
@@ -274,7 +282,7 @@ class Loop:
 
         Raises:
             NotFiniteError: a metric was not finite, and no step may be skipped.
-            UserError: more steps were skipped than may be.
+            DivergedError: more steps were skipped than may be.
         """
         log, train = self.log, self.setup.config.train
         self.tally: Tally = jax.device_get(log.tally)
@@ -287,9 +295,9 @@ class Loop:
         skipped = log.skipped + int(self.tally.skipped)
         limit, saved = train.nonfinite_limit, max(self.record.checkpoints.steps(), default=0)
         if skipped > limit:
-            raise UserError(
+            raise DivergedError(
                 f"{error}, and {skipped} steps had to be skipped; {after_not_finite(self.setup, saved, error)}"
-            )
+            ) from error
         self.record.progress.clear()
         logger.warning(f"{error}: the step is skipped ({skipped} of at most {limit} steps so far)")
         whole = Tally.of(self.tally.sums, int(self.tally.skipped))
@@ -320,6 +328,8 @@ class Loop:
             return interrupt.signal
         if self.log.stopped and self.log.recorded < self.step:
             self._write_record()
+        if not self.complete:  # before the state is saved, so that a run that is killed here calls it again
+            self.record.watch(self.setup.epochs(self.step), evaluation)
         self._save(evaluation)
         return 0
 

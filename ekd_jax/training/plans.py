@@ -27,6 +27,7 @@ from ekd_jax.runs.history import Permit, read_history
 from ekd_jax.runs.records import SUMMARY, Summary
 from ekd_jax.runs.teachers import check_fit, network_of
 from ekd_jax.training import single
+from ekd_jax.training.loop import Watch
 from ekd_jax.training.width_search import widths_within
 
 Runs = dict[pathlib.Path, Any]
@@ -84,6 +85,7 @@ def run(
     source: Source | None = None,
     permit: Permit | None = None,
     profile: int = 0,
+    watch: Watch = lambda epoch, evaluation: None,
 ) -> Summary:
     """Train or resume all runs of the plan and return the summary of the last one.
 
@@ -91,7 +93,7 @@ def run(
     """
     *earlier, _ = planned = runs(config, path)
     if not earlier:
-        return single.run(config, path, mesh, source, permit, profile)
+        return single.run(config, path, mesh, source, permit, profile, watch)
     check(planned, permit)
     for number, directory in enumerate(earlier, 1):
         if not (directory / SUMMARY).exists():
@@ -99,7 +101,7 @@ def run(
             single.run(planned[directory], directory, mesh, source)
     if not (path / SUMMARY).exists():
         logger.info(f"run {len(planned)} of {len(planned)}")
-    return single.run(runs(config, path)[path], path, mesh, source, permit, profile)
+    return single.run(runs(config, path)[path], path, mesh, source, permit, profile, watch)
 
 
 # --- SRM: dictionaries of the teacher's feature maps, then a student that predicts them -----------

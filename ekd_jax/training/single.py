@@ -32,7 +32,7 @@ from ekd_jax.runs.teachers import load_teacher
 from ekd_jax.runs.tracking import Tracker, check_tracker
 from ekd_jax.training.interrupt import Interrupt
 from ekd_jax.training.live import live_table
-from ekd_jax.training.loop import NotFiniteError, Record, after_not_finite, open_loop
+from ekd_jax.training.loop import DivergedError, NotFiniteError, Record, Watch, after_not_finite, open_loop
 from ekd_jax.training.optimizer import make_schedule, rate_factor, rate_in_words
 from ekd_jax.training.profile import FOLDER, Profile
 from ekd_jax.training.report import Log, summarize
@@ -53,6 +53,7 @@ def run(
     source: Source | None = None,
     permit: Permit | None = None,
     profile: int = 0,
+    watch: Watch = lambda epoch, evaluation: None,
 ) -> Summary:
     """Train, or resume training, in the directory `path`.
 
@@ -64,12 +65,14 @@ def run(
         source: the data set itself, if it is in memory.
         permit: what of the configuration may be another one than the run was started with; nothing if not given.
         profile: how many steps are traced by JAX's profiler, into the directory.
+        watch: called with the epoch and the results of each evaluation but the last; its errors end the run.
 
     Returns:
         The summary of the complete run.
 
     Raises:
-        UserError: the directory holds something else, the data is missing, the loss is not finite.
+        UserError: the directory holds something else, the data is missing.
+        DivergedError: the loss is not finite.
         Interrupted: a signal came; a checkpoint was saved.
     """
     check_tracker(config.train.tracker)
@@ -101,7 +104,7 @@ def run(
                 checkpoints, interrupt = Checkpoints(path), Interrupt()
                 stack.callback(checkpoints.close)
                 stack.callback(interrupt.restore)
-                return _train(setup, path, state, checkpoints, interrupt, trace)
+                return _train(setup, path, state, checkpoints, interrupt, trace, watch)
     except OSError as error:
         raise UserError(f"{_what_failed(path, error)}; what was saved before is intact") from error
 
@@ -176,19 +179,20 @@ def _train(
     checkpoints: Checkpoints,
     interrupt: Interrupt,
     profile: Profile,
+    watch: Watch,
 ) -> Summary:
     """Train in a locked directory until the run is complete; rewind it as often as it may be."""
     limit = setup.config.train.nonfinite_limit
     while True:
         rewinds = history.rewinds(path)
         try:
-            log = _train_from(slowed(setup, rewinds), path, first, checkpoints, interrupt, profile)
+            log = _train_from(slowed(setup, rewinds), path, first, checkpoints, interrupt, profile, watch)
             break
         except NotFiniteError as error:
             checkpoints.wait()
             step = max(checkpoints.steps(), default=0)
             if setup.config.train.nonfinite != "rewind" or rewinds >= limit:
-                raise UserError(f"{error}; {after_not_finite(setup, step, error)}") from error
+                raise DivergedError(f"{error}; {after_not_finite(setup, step, error)}") from error
             # a smaller rate did not help: the state is no good
             if step and history.last_rewind(path) == step:
                 checkpoints.discard(step)
@@ -218,6 +222,7 @@ def _train_from(
     checkpoints: Checkpoints,
     interrupt: Interrupt,
     profile: Profile,
+    watch: Watch,
 ) -> Log:
     """Train from the newest checkpoint, or from `state` without one, and return the log of the complete run.
 
@@ -236,7 +241,7 @@ def _train_from(
         progress = Progress("training", setup.steps, step, table=table)
         stack.callback(progress.clear)
         stack.callback(profile.close)
-        record = Record(path, checkpoints, writer, progress, interrupt, profile)
+        record = Record(path, checkpoints, writer, progress, interrupt, profile, watch)
         _announce(setup, step, progress)
         with open_loop(setup, state, log, record) as loop:
             loop.train()
