@@ -25,11 +25,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 from absl import app, flags
+from hlo import Instruction, Module, sizes
 from program import Program, check_models, configuration, is_for_imagenet
 
 from ekd_jax.common.errors import UserError, nearest
@@ -89,12 +90,6 @@ class Collective(NamedTuple):
 
 
 OPS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
-COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
-INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
-LOOP = re.compile(r"condition=%?([\w.-]+), body=%?([\w.-]+)")
-TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-CALLED = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.-]+)")
-BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
 
 
 def collectives_in(text: str) -> list[Collective]:
@@ -105,80 +100,32 @@ def collectives_in(text: str) -> list[Collective]:
     Raises:
         ValueError: a loop of unknown length inside another one has collectives.
     """
-    computations: dict[str, list[str]] = {}
-    entry, lines = "", []
-    for line in text.splitlines():
-        if found := COMPUTATION.match(line):
-            lines = computations[found[2]] = []
-            entry = found[2] if found[1] else entry
-        else:
-            lines.append(line)
-
-    def walk(name: str, times: int, in_steps: bool) -> Iterator[Collective]:
-        shapes: dict[str, str] = {}
-        for line in computations[name]:
-            if not (found := INSTRUCTION.match(line)):
-                continue
-            own, shape, op, rest = found.groups()
-            shapes[own] = shape
-            if re.fullmatch(f"({OPS})(-start)?", op):
-                yield Collective(op.removesuffix("-start"), _arrays(op, shape, rest, shapes), times)
-            elif op == "while":
-                loop, trips = LOOP.search(line), TRIPS.search(line)
-                assert loop, line
-                turns = int(trips[1]) if trips else _bound(computations[loop[1]])
-                unknown = turns is None
-                inner = list(walk(loop[2], times if turns is None else times * turns, in_steps or unknown))
-                if inner and unknown and in_steps:
-                    raise ValueError(
-                        f"{own} in {name}: collectives in a loop of unknown length inside another"
-                    )
-                yield from inner
-            elif op in ("call", "conditional", "async-start"):
-                branches = BRANCHES.search(line)
-                several = re.findall(r"[\w.-]+", branches[1]) if branches else CALLED.findall(line)
-                for called in several:
-                    yield from walk(called, times, in_steps)
-
-    return list(walk(entry, 1, False))
+    module, found = Module(text), []
+    for running in module.running():
+        own = running.instruction
+        if not re.fullmatch(f"({OPS})(-start)?", own.op):
+            continue
+        if running.uncounted > 1:
+            raise ValueError(f"{own.name}: a collective in a loop of unknown length inside another")
+        arrays = _arrays(own, module.computations[running.computation])
+        found.append(Collective(own.op.removesuffix("-start"), arrays, running.times))
+    return found
 
 
-def _bound(condition: list[str]) -> int | None:
-    """Return the only constant in a loop's condition, up to which `lax.scan` and `lax.fori_loop` count."""
-    constants = [
-        m[1] for line in condition if (m := re.search(r"= s(?:32|64)\[\] constant\((\d+)\)", line))
-    ]
-    return int(constants[0]) if len(constants) == 1 else None
-
-
-def _arrays(op: str, shape: str, rest: str, shapes: dict[str, str]) -> tuple[tuple[str, int], ...]:
-    """Return name and bytes of every array of a collective."""
-    sizes = _sizes(shape)
-    if op == "all-gather-start":  # its type is (operands, results)
-        sizes = sizes[len(sizes) // 2 :]
-    elif op == "collective-permute-start":
-        sizes = sizes[1:2]
-    elif op == "reduce-scatter":
-        operands = re.findall(r"%([\w.-]+)", rest.partition(")")[0])
-        sizes = [size for operand in operands for size in _sizes(shapes[operand])]
-    found = re.search(r'op_name="([^"]*)"', rest)
-    name = found[1] if found else ""
+def _arrays(own: Instruction, others: dict[str, Instruction]) -> tuple[tuple[str, int], ...]:
+    """Return name and bytes of every array of a collective; `others` are the instructions beside it."""
+    exchanged = sizes(own.shape)
+    if own.op == "all-gather-start":  # its type is (operands, results)
+        exchanged = exchanged[len(exchanged) // 2 :]
+    elif own.op == "collective-permute-start":
+        exchanged = exchanged[1:2]
+    elif own.op == "reduce-scatter":
+        exchanged = [size for operand in own.operands for size in sizes(others[operand].shape)]
     # Combined arrays with different names are named "prefix/(a:b:c)".
-    combined = re.fullmatch(r"(.*?/|)\((.*:.*)\)", name)
-    names = [combined[1] + part for part in combined[2].split(":")] if combined else [name]
-    names = names if len(names) == len(sizes) else [name] * len(sizes)
-    return tuple(zip(names, sizes, strict=True))
-
-
-def _sizes(shape: str) -> list[int]:
-    """Return the bytes of each array in a type such as "(f32[1,16]{1,0}, bf16[8]{0})"."""
-
-    def bits(dtype: str) -> int:
-        digits = re.search(r"\d+", dtype)
-        return int(digits[0]) if digits else 8 * (dtype == "pred")
-
-    found = re.findall(r"([a-z]\w*)\[([\d,]*)\]", shape)
-    return [math.prod(map(int, filter(None, dims.split(",")))) * bits(dtype) // 8 for dtype, dims in found]
+    combined = re.fullmatch(r"(.*?/|)\((.*:.*)\)", own.op_name)
+    names = [combined[1] + part for part in combined[2].split(":")] if combined else [own.op_name]
+    names = names if len(names) == len(exchanged) else [own.op_name] * len(exchanged)
+    return tuple(zip(names, exchanged, strict=True))
 
 
 # --- purposes ------------------------------------------------------------------------------------

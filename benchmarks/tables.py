@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags
 
@@ -31,7 +32,7 @@ from ekd_jax.training.report import summary_table
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ABOUT = "about.json"
-DOCUMENTS = ("README.md", "docs/results.md", "docs/methods.md")
+DOCUMENTS = ("README.md", "docs/results.md", "docs/methods.md", "docs/performance.md")
 PLACE = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 FLAGS = flags.FLAGS
@@ -125,10 +126,42 @@ def comparison(name: str, recipe: str) -> str:
     return as_markdown(compare(runs), about["command"]).rstrip()
 
 
+def compiled(name: str) -> str:
+    """Return the table of programs that `benchmarks/targets.py` compiled: kernels by part, bytes, and a bound."""
+    found = json.loads((RESULTS / "targets" / f"{name}.json").read_text())
+    parts = list(dict.fromkeys(part for row in found["rows"] for part in row["parts"]))
+    names = [
+        f"{row['model']} x {row['students']}" + (f", {row['execution']}" if row["students"] > 1 else "")
+        for row in found["rows"]
+    ]
+
+    def line(about: str, cell: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [about, *map(cell, found["rows"])]
+
+    rows = [line("kernels", lambda row: f"{row['kernels']:,}")]
+    rows += [
+        line(f"... {part}", lambda row, part=part: f"{row['parts'].get(part, [0])[0]:,}") for part in parts
+    ]  # type: ignore[misc]
+    rows += [
+        line("MB read and written", lambda row: f"{row['bytes'] / 1e6:,.0f}"),
+        line("GFLOP", lambda row: f"{row['flops'] / 1e9:,.0f}"),
+        line("MB temporary", lambda row: f"{row['temporary_bytes'] / 1e6:,.0f}"),
+        *(
+            line(f"ms at least, by {by}", lambda row, by=by: f"{1e3 * row['bounds'][by]:.2f}")  # type: ignore[misc]
+            for by in found["rows"][0]["bounds"]
+        ),
+    ]
+    about = (
+        f"```\n{found['command']}\n```\n\nJAX {found['jax']}, Python {found['python']}; compiled, not run."
+    )
+    return f"{about}\n\n{markdown_table(rows, ['a step', *names])}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "digits_seed0": lambda: one_seed("digits", 0),
     "digits": lambda: over_seeds("digits"),
     "methods": lambda: comparison("methods", "configs/compare_digits.py"),
+    "h100": lambda: compiled("h100"),
 }
 
 

@@ -54,10 +54,7 @@ class Resident:
 
     def select_batch(self, loaded: tuple[Array, ...], i: Array) -> tuple[Array, Array, Array]:
         """Gather batch `i` after the step that was loaded; traced."""
-        images, labels, numbers, offset = loaded
-        chosen = lax.dynamic_slice(numbers, (offset + i * self._batch_size,), (self._batch_size,))
-        chosen = lax.with_sharding_constraint(chosen, parallel.split(self._mesh))
-        return images[chosen], labels[chosen], chosen
+        return gather_batch(self._mesh, self._batch_size, loaded, i)
 
     @property
     def shapes(self) -> tuple[Array, ...]:
@@ -66,6 +63,16 @@ class Resident:
 
     def close(self) -> None:
         """Do nothing: there are no threads or processes."""
+
+
+def gather_batch(
+    mesh: Mesh, batch_size: int, loaded: tuple[Array, ...], i: Array
+) -> tuple[Array, Array, Array]:
+    """Gather batch `i` of what `Resident.load` returns; traced."""
+    images, labels, numbers, offset = loaded
+    chosen = lax.dynamic_slice(numbers, (offset + i * batch_size,), (batch_size,))
+    chosen = lax.with_sharding_constraint(chosen, parallel.split(mesh))
+    return images[chosen], labels[chosen], chosen
 
 
 class ResidentEvaluation:

@@ -332,7 +332,7 @@ def _watch(search: Search, study: Any, trial: Any, config: FrozenConfigDict) -> 
                 trial.report(value, number)
             if search.prune and trial.should_prune():
                 raise PrunedError(
-                    f"{value:.2f} at epoch {epoch:g}: its best was below the median of the others"
+                    f"{value:.2f} at epoch {epoch:.2f}: its best was below the median of the others"
                 )
 
     return watch

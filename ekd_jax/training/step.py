@@ -36,6 +36,7 @@ Array = jax.Array
 Gradients = Any
 
 
+@jax.named_scope("loss")
 def objective(
     method: Method, own: Variables, outputs: Outputs, batch: Batch
 ) -> tuple[Array, tuple[Metrics, Any]]:
@@ -125,8 +126,9 @@ def make_step(
         learners = method.learning_students(state.step, len(ensemble.students))
         if learners is not None:  # the norm of the gradients is that of the students that learn
             gradients = _choose(learners, gradients, jax.tree.map(jnp.zeros_like, gradients))
-        updates, opt_state = optimizer.update(gradients, state.opt_state, learned)
-        params = merged(state.params, optax.apply_updates(learned, updates))
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, learned)
+            params = merged(state.params, optax.apply_updates(learned, updates))
         new = TrainState(state.step + 1, params, stats, opt_state, state.copies)
         if learners is not None:  # momentum and statistics, too
             new = _choose(learners, new, state)
@@ -254,6 +256,7 @@ def make_draw(setup: Setup, feed: Feed, teach: Teach) -> Callable[..., Drawn]:
     classes, batch_size = setup.data.facts.num_classes, setup.config.train.batch_size
     repeats = data.sampler == "balanced"
 
+    @jax.named_scope("draw")
     def draw(step: Array, held: Any, i: Array, frozen: Any) -> Drawn:
         key = jax.random.fold_in(jax.random.wrap_key_data(frozen["key"]), step)
         picked = feed.select_batch(held, i)
@@ -309,7 +312,8 @@ def make_train_steps(setup: Setup, feed: Feed, teach: Teach, shardings: Any = No
         def body(i: Array, carry: tuple[TrainState, Tally]) -> tuple[TrainState, Tally]:
             state, tally = carry
             state, metrics = step(state, *draw(state.step, held, i, frozen).arguments)
-            return state, tally.add(state.step, metrics, skips)
+            with jax.named_scope("tally"):
+                return state, tally.add(state.step, metrics, skips)
 
         state, tally = lax.fori_loop(0, number, body, (state, tally))
         return state, tally, state.step
