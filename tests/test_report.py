@@ -2,10 +2,12 @@
 
 import dataclasses
 import importlib
+import io
 import json
 import math
 import re
 import shutil
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import jax
@@ -15,6 +17,7 @@ import pytest
 from conftest import ROOT, command, fresh_student, one_device, student_from_torch, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from ekd_jax.common.errors import UserError
 from ekd_jax.config.recipes import DATA, paper
@@ -22,12 +25,25 @@ from ekd_jax.config.resolve import resolve
 from ekd_jax.data.augment import normalize
 from ekd_jax.runs.report import answers, charts, plot, statistics
 from ekd_jax.runs.report.document import Figures, Missing, Table
+from ekd_jax.runs.report.figure_files import SHARP, draw
 from ekd_jax.runs.report.gradcam import activation_maps, class_activation, similarity
 from ekd_jax.runs.report.page import check_new, make_document, write_report
 from ekd_jax.runs.report.paper import paper_row, published
-from ekd_jax.runs.report.plot import DARK, LIGHT, SURFACES, Series
+from ekd_jax.runs.report.plot import Series
 from ekd_jax.runs.report.predictions import predict_all, read_images, test_data
 from ekd_jax.runs.report.reading import Group, baselines, find_runs, read_groups, training_times
+from ekd_jax.runs.report.shapes import (
+    DARK,
+    LIGHT,
+    SURFACES,
+    WIDTH,
+    Box,
+    Canvas,
+    Mark,
+    color_of,
+    colors,
+)
+from ekd_jax.runs.report.svg import svg
 from ekd_jax.runs.run import load_run
 from ekd_jax.students.formats import html
 from ekd_jax.students.formats.chromium import chromium, find_chromium
@@ -178,7 +194,7 @@ def test_logarithmic_ticks_cover_the_data(values):
 
 def numbers_of(figure):
     """All elements of a figure that have a place, with the corners of what they cover."""
-    for element in ElementTree.fromstring(figure.svg(alone=True)).iter():
+    for element in ElementTree.fromstring(svg(figure, alone=True)).iter():
         kind, own = element.tag.rpartition("}")[2], element.attrib
         if kind in ("polyline", "polygon"):
             yield kind, [tuple(map(float, pair.split(","))) for pair in own["points"].split()]
@@ -198,7 +214,7 @@ def numbers_of(figure):
 def assert_inside(figure):
     for kind, corners in numbers_of(figure):
         for x, y in corners:
-            assert -1 <= x <= plot.WIDTH + 1, (figure.key, kind, corners)
+            assert -1 <= x <= WIDTH + 1, (figure.key, kind, corners)
             assert -1 <= y <= figure.height + 1, (figure.key, kind, corners)
 
 
@@ -235,12 +251,12 @@ def all_kinds():
 @pytest.mark.parametrize("figure", list(all_kinds()), ids=lambda figure: figure.key)
 def test_figures_stay_in_their_box_and_say_what_they_show(figure):
     assert_inside(figure)
-    root = ElementTree.fromstring(figure.svg(alone=True))
+    root = ElementTree.fromstring(svg(figure, alone=True))
     assert root.attrib["role"] == "img"
     assert [child.tag.rpartition("}")[2] for child in root][:2] == ["title", "desc"]
     assert all(child.text for child in list(root)[:2])
-    assert "script" not in figure.svg()
-    assert len(figure.svg()) < 60_000
+    assert "script" not in svg(figure)
+    assert len(svg(figure)) < 60_000
     assert all(len(row) == len(figure.header) for row in figure.rows)
 
 
@@ -248,9 +264,9 @@ def test_no_two_series_look_the_same():
     looks = set()
     for number in range(20):
         own = Series("a", ((0.0, 1.0),), number)
-        canvas = plot.Canvas()
+        canvas = Canvas()
         canvas.mark(0, 0, number)
-        looks.add((plot.color_of(number), plot.dash_of(own), str(canvas)))
+        looks.add((color_of(number), plot.dash_of(own), canvas.shapes))
     assert len(looks) == 20
 
 
@@ -267,6 +283,41 @@ def test_points_are_at_their_places():
     ticks = [corners[0][1] for corners in rules if corners[0][1] == corners[1][1]]
     assert min(ticks) == pytest.approx(y2, abs=0.1)
     assert max(ticks) == pytest.approx(y0, abs=0.1)
+
+
+def pixel(png, x, y):
+    """The color of a PNG at a place of the figure."""
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    return "#{:02x}{:02x}{:02x}".format(*image.getpixel((round(x * SHARP), round(y * SHARP))))
+
+
+KINDS = [each for each in all_kinds() if each.key in ("lines", "point", "bars", "heat-5")]
+
+
+@pytest.mark.parametrize("figure", KINDS, ids=lambda figure: figure.key)
+def test_png_and_pdf_have_the_shapes_of_the_svg(figure):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e '.[figures]'")
+    png = draw(figure, "png")
+    assert Image.open(io.BytesIO(png)).size == (WIDTH * SHARP, int(figure.height * SHARP))
+    drawn = [shape for shape in figure.shapes if isinstance(shape, Box | Mark)]
+    for i, shape in enumerate(drawn):
+        later = drawn[i + 1 :]
+        if isinstance(shape, Mark) and not any(abs(shape.x - o.x) + abs(shape.y - o.y) < 20 for o in later):
+            assert pixel(png, shape.x, shape.y) == colors("light")[shape.color]
+    pdf = draw(figure, "pdf")
+    assert pdf.startswith(b"%PDF")
+    assert figure.title.encode() in pdf
+    assert (png, pdf) == (draw(figure, "png"), draw(figure, "pdf")), (
+        "the same files, whenever they are made"
+    )
+
+
+def test_formats_that_cannot_be_drawn_are_refused_before_anything_is_computed(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="'eps' is none of png, pdf"):
+        write_report([str(tmp_path)], tmp_path / "out", formats=["png", "eps"])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=re.escape("pip install 'ekd_jax[figures]'")):
+        write_report([str(tmp_path)], tmp_path / "out", formats=["pdf"])
 
 
 def luminance(color):
@@ -713,6 +764,7 @@ def test_a_directory_of_compare_stands_for_its_runs(finished, alone, tmp_path):
     assert find_runs([str(tmp_path)]) == [tmp_path / "baseline" / "seed0", tmp_path / "oem" / "seed0"]
     labels = [group.label for group in read_groups(find_runs([str(tmp_path)]))]
     assert labels == ["baseline", "oem"]
+    assert find_runs([str(tmp_path / "oem")]) == [tmp_path / "oem" / "seed0"], "a folder of several seeds"
 
 
 def test_groups_of_one_method_have_different_labels(finished, tmp_path):

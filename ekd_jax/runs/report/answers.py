@@ -23,9 +23,9 @@ from ekd_jax.runs.report.document import (
     picture,
 )
 from ekd_jax.runs.report.gradcam import activation_maps, similarity
-from ekd_jax.runs.report.plot import Figure
 from ekd_jax.runs.report.predictions import Predictions, predict_all, read_images, test_data
 from ekd_jax.runs.report.reading import BASELINE, Alone, Group, baselines
+from ekd_jax.runs.report.shapes import Figure
 from ekd_jax.runs.report.statistics import (
     BINS,
     calibration,

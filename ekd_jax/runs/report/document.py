@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ekd_jax.runs.report.plot import Figure
+from ekd_jax.runs.report.shapes import Figure
 
 NO_RESULT = "-"
 LEAST_SIDE = 72  # smaller images are enlarged to so many pixels or more

@@ -164,7 +164,7 @@ class Group:
 
 
 def find_runs(given: Sequence[str]) -> list[pathlib.Path]:
-    """Return the directories of runs: those that are given, and the runs in a directory that `compare` filled.
+    """Return the directories of runs: those that are given, and the runs of a comparison or of several seeds.
 
     Raises:
         UserError: a directory is no run and holds none, or is given twice.
@@ -172,14 +172,18 @@ def find_runs(given: Sequence[str]) -> list[pathlib.Path]:
     paths: list[pathlib.Path] = []
     for name in given:
         path = pathlib.Path(name)
-        inside = (
-            [] if (path / CONFIG).exists() else sorted(f.parent for f in path.glob(f"*/seed*/{CONFIG}"))
-        )
+        inside: list[pathlib.Path] = []
+        if not (path / CONFIG).exists():
+            several = (
+                f"seed*/{CONFIG}",
+                f"*/seed*/{CONFIG}",
+            )  # of `ekd train` with seeds, of `ekd compare`
+            inside = sorted(file.parent for pattern in several for file in path.glob(pattern))
         if not inside and not (path / CONFIG).exists():
             kind = (
                 "is no directory"
                 if not path.is_dir()
-                else f"has no {CONFIG}, and no runs as `compare` makes them"
+                else f"has no {CONFIG}, and no runs of several seeds or of a comparison"
             )
             raise UserError(
                 f"{path} is not {A_RUN}: it {kind}: pass the --workdir of `ekd train` or `ekd compare`"

@@ -17,7 +17,7 @@ from ekd_jax.runs.report.document import (
     heading,
     listed,
 )
-from ekd_jax.runs.report.plot import Figure, Series
+from ekd_jax.runs.report.plot import Series
 from ekd_jax.runs.report.reading import (
     BASELINE,
     Alone,
@@ -28,6 +28,7 @@ from ekd_jax.runs.report.reading import (
     loss_terms,
     training_times,
 )
+from ekd_jax.runs.report.shapes import Figure
 from ekd_jax.runs.report.statistics import Spread, pareto_front
 from ekd_jax.students.formats.timing import Measurement
 
