@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ekd_jax.common.errors import UserError
+from ekd_jax.common.spread import spread
 from ekd_jax.config.recipes import DATA, paper
 from ekd_jax.config.resolve import resolve
 from ekd_jax.data.augment import normalize
@@ -30,7 +31,7 @@ from ekd_jax.runs.report.gradcam import activation_maps, class_activation, simil
 from ekd_jax.runs.report.page import check_new, make_document, write_report
 from ekd_jax.runs.report.paper import paper_row, published
 from ekd_jax.runs.report.plot import Series
-from ekd_jax.runs.report.predictions import predict_all, read_images, test_data
+from ekd_jax.runs.report.predictions import Answers, ask, predict_all, read_images, test_data
 from ekd_jax.runs.report.reading import Group, baselines, find_runs, read_groups, training_times
 from ekd_jax.runs.report.shapes import (
     DARK,
@@ -124,10 +125,11 @@ def test_the_pareto_front_is_all_that_nothing_beats(points):
 
 
 def test_spread():
-    found = statistics.spread([90.0, 92.0, 97.0])
+    found = spread([90.0, 92.0, 97.0])
     assert (found.mean, found.std) == (pytest.approx(93), pytest.approx(np.std([90, 92, 97], ddof=1)))
     assert str(found) == "93.00 ± 3.61"
-    assert str(statistics.spread([90.0])) == "90.00"
+    assert f"{found:.3f}" == "93.000 ± 3.606"
+    assert str(spread([90.0])) == "90.00"
 
 
 # --- the paper -----------------------------------------------------------------------------------
@@ -542,10 +544,10 @@ def test_many_classes_are_lists(predicted, groups, monkeypatch):
     monkeypatch.setattr(answers, "MATRIX", 9)
     monkeypatch.setattr(answers, "LISTED", 4)
     monkeypatch.setattr(answers, "_disputed", lambda *_: [])
-    monkeypatch.setattr(answers, "_gradcam", lambda *_: [])
+    monkeypatch.setattr(answers, "explanations", lambda *_: [])
     group = groups[0]
     _, data, given = predicted
-    sections = answers.answer_sections([answers.Answers(group, given, data)], [group])
+    sections = answers.answer_sections([Answers(group, (group.run,), (given,), data)], [group])
     gains, mistakes, _ = next(s for s in sections if s.key == "classes").parts
     recall = statistics.recall_by_class(given.predicted, given.labels, 10)
     difference = dict(zip(group.run.description.class_names, recall[1] - recall[0], strict=True))
@@ -555,6 +557,43 @@ def test_many_classes_are_lists(predicted, groups, monkeypatch):
     counts = [int(row[2]) for row in mistakes.rows]
     matrix = statistics.confusion(given.predicted[1], given.labels, 10)
     assert counts == sorted(matrix[~np.eye(10, dtype=bool)], reverse=True)[:4]
+
+
+def test_numbers_are_of_all_seeds_and_pictures_of_the_first(predicted, groups, monkeypatch):
+    monkeypatch.setattr(answers, "explanations", lambda *_: [])
+    group = groups[0]
+    _, data, given = predicted
+    generator = np.random.default_rng(0)
+    worse = np.where(generator.random(given.predicted.shape) < 0.3, 0, given.predicted)
+    second = dataclasses.replace(given, predicted=worse, confidence=given.confidence**2)
+    both = (given, second)
+    asked = Answers(group, tuple(run.run for run in group.runs), both, data, ("seed 9 has no checkpoint",))
+    sections = {section.key: section.parts for section in answers.answer_sections([asked], [group])}
+    table, figures, *_, missing = sections["calibration"]
+    eces = [statistics.calibration(each.confidence[1], each.correct[1]).ece for each in both]
+    assert table.rows[1][3] == str(spread(eces))
+    assert table.rows[1][1] == str(spread(100 * each.correct[1].mean() for each in both))
+    assert "n = 2" in table.caption
+    assert f"seed {group.first.seed}, ECE" in figures.figures[0].title
+    assert missing.reason == "seed 9 has no checkpoint"
+    agreement = sections["agreement"][1].figures[0]
+    same = np.mean([100 * (each.predicted[0] == each.predicted[1]).mean() for each in both])
+    assert agreement.rows[0][2] == f"{same:.1f}"
+    gains, *_, confusion = sections["classes"][0].figures
+    recall = np.mean([statistics.recall_by_class(each.predicted, each.labels, 10) for each in both], 0)
+    assert [float(row[1]) for row in gains.rows] == pytest.approx(recall[1] - recall[0], abs=0.051)
+    counts = np.mean([np.bincount(each.predicted[-1], minlength=10)[0] for each in both])
+    assert sum(float(row[1] or 0) for row in confusion.rows) == pytest.approx(counts, abs=0.5)
+    assert f"seed {group.first.seed}" in sections["disputed"][0].caption
+
+
+def test_a_seed_without_a_checkpoint_is_said_and_the_others_count(finished, tmp_path):
+    whole, broken = (another(finished[0], tmp_path / str(seed), {"seed": seed}) for seed in (1, 2))
+    shutil.rmtree(broken / "checkpoints")
+    (asked,) = ask(read_groups([whole, broken]))
+    assert [run.config.seed for run in asked.runs] == [1]
+    assert len(asked.each) == 1
+    assert any("checkpoint" in reason for reason in asked.reasons)
 
 
 def test_maps_of_a_trained_student_have_the_size_of_the_images(predicted):
@@ -785,7 +824,7 @@ def test_a_run_of_one_student_has_no_agreement(predicted, groups):
     run = dataclasses.replace(groups[1].first, run=dataclasses.replace(own, description=description))
     group = Group("alone", (run,))
     sections = {
-        s.key: s.parts for s in answers.answer_sections([answers.Answers(group, one, data)], [group])
+        s.key: s.parts for s in answers.answer_sections([Answers(group, (run.run,), (one,), data)], [group])
     }
     for key in ("agreement", "disputed", "gradcam"):
         (part,) = sections[key]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from ekd_jax.common.errors import UserError, reason
 from ekd_jax.common.files import replacing
 from ekd_jax.common.progress import Progress
-from ekd_jax.runs.report.answers import answer_sections, ask, not_asked
+from ekd_jax.runs.report.answers import answer_sections
 from ekd_jax.runs.report.document import (
     Document,
     Figures,
@@ -22,6 +22,7 @@ from ekd_jax.runs.report.document import (
     Text,
 )
 from ekd_jax.runs.report.figure_files import check_figures, draw
+from ekd_jax.runs.report.predictions import ask, not_asked
 from ekd_jax.runs.report.reading import Group, find_runs, read_groups
 from ekd_jax.runs.report.results import (
     accuracy_section,

@@ -9,13 +9,13 @@ from functools import cached_property
 from typing import Any
 
 from ekd_jax.common.errors import UserError
+from ekd_jax.common.spread import Spread, spread
 from ekd_jax.config.resolve import read_config, result_fields, steps_in, to_dict
 from ekd_jax.methods.base import EARLIER
 from ekd_jax.runs.benchmarking import pinned
 from ekd_jax.runs.metrics import METRICS, read_metrics
 from ekd_jax.runs.records import A_RUN, CONFIG, SUMMARY, StudentInfo, Summary
 from ekd_jax.runs.report.paper import PaperRow, paper_row
-from ekd_jax.runs.report.statistics import Spread, spread
 from ekd_jax.runs.run import Run, load_run
 from ekd_jax.runs.workdir import read_environments, read_summary
 
@@ -122,6 +122,11 @@ class Group:
     def run(self) -> Run:
         """The first run, read back."""
         return self.first.run
+
+    @property
+    def named(self) -> str:
+        """The label, and how many runs there are if several."""
+        return f"{self.label}, n = {len(self.runs)}" if len(self.runs) > 1 else self.label
 
     @property
     def complete(self) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from ekd_jax.common.spread import Spread
 from ekd_jax.common.text import clock, human, three_digits
 from ekd_jax.runs.benchmarking import read_benchmark
 from ekd_jax.runs.describe import width_label
@@ -29,7 +30,7 @@ from ekd_jax.runs.report.reading import (
     training_times,
 )
 from ekd_jax.runs.report.shapes import Figure
-from ekd_jax.runs.report.statistics import Spread, pareto_front
+from ekd_jax.runs.report.statistics import pareto_front
 from ekd_jax.students.formats.timing import Measurement
 
 
@@ -90,7 +91,7 @@ def _side_by_side(groups: Sequence[Group]) -> Table:
     rows = []
     for group in filter(_tested, groups):
         own = {row.predictor: row for row in group.rows}
-        rows.append((_named(group), *(_cell(own[name].last) if name in own else "" for name in names)))
+        rows.append((group.named, *(_cell(own[name].last) if name in own else "" for name in names)))
     caption = f"Side by side: top-1, per cent of the test set, after the last epoch{_spread_note(groups)}."
     return Table(f"{caption}{_going_note(groups)}", ("runs", *map(heading, names)), tuple(rows))
 
@@ -100,7 +101,7 @@ def _single_students(groups: Sequence[Group]) -> Table:
     for group in filter(_tested, groups):
         (row, *_), (info,) = group.rows, group.run.description.students
         width = width_label(info, group.run.description.model)
-        rows.append((_named(group), width, f"{info.parameters:,}", _cell(row.last), _cell(row.best)))
+        rows.append((group.named, width, f"{info.parameters:,}", _cell(row.last), _cell(row.best)))
     caption = (
         f"Runs of one student: top-1, per cent of the test set, after the last epoch{_spread_note(groups)}."
     )
@@ -133,15 +134,11 @@ def _by_student(groups: Sequence[Group]) -> list[Part]:
             spreads = tuple(found.std or 0.0 for _, found in points) if len(group.runs) > 1 else ()
             places = tuple((x, found.mean) for x, found in points)
             shift = 4 * (number - (len(groups) + 1) / 2) if any(len(g.runs) > 1 for g in groups) else 0.0
-            series.append(Series(_named(group), places, number, spreads, shift=shift))
+            series.append(Series(group.named, places, number, spreads, shift=shift))
     if not series:
         return []
     title = "Accuracy of each student"
     return [Figures("", (line_chart("accuracy", title, series, ("student", "top-1, per cent")),))]
-
-
-def _named(group: Group) -> str:
-    return f"{group.label}, n = {len(group.runs)}" if len(group.runs) > 1 else group.label
 
 
 def _cell(found: Spread | None) -> str:
@@ -175,12 +172,10 @@ def _accuracies(group: Group, groups: Sequence[Group]) -> Table:
         rows.append(tuple(cells))
     tested = "test" if _tested(group) else "validation"
     watched = "" if group.first.watched == tested else f"; best on the {group.first.watched} set"
-    notes = [
-        f"{_named(group)}: top-1, per cent of the {tested} set, {when}{_spread_note([group])}{watched}."
-    ]
+    notes = [f"{group.named}: top-1, per cent of the {tested} set, {when}{_spread_note([group])}{watched}."]
     for other in dict.fromkeys(each.group.label for each in alone.values()):
         its = next(each.group for each in alone.values() if each.group.label == other)
-        notes.append(f"Alone: {_named(its)}.")
+        notes.append(f"Alone: {its.named}.")
     if not alone and group.method != BASELINE and any(g.method == BASELINE for g in groups):
         notes.append("No baseline with the same networks and as many epochs.")
     if paper:
@@ -288,7 +283,7 @@ def _cost_figure(key: str, label: str, cost: Cost, groups: Sequence[Group]) -> t
             else ()
         )
         places = tuple((p[3], p[4]) for p in own)
-        series.append(Series(_named(own[0][1]), places, number, spreads, numbers, joined=False))
+        series.append(Series(own[0][1].named, places, number, spreads, numbers, joined=False))
     joined = [(points[i][3], points[i][4]) for i in front]
     title = f"Top-1 over {label}"
     figure = line_chart(f"cost-{key}", title, series, (label, "top-1, per cent"), log_x=True, front=joined)
@@ -388,7 +383,7 @@ def curves_section(groups: Sequence[Group]) -> Section:
             ),
         ]
         if drawn := [figure for figure in figures if figure]:
-            parts.append(Figures(_named(group), tuple(drawn)))
+            parts.append(Figures(group.named, tuple(drawn)))
         else:
             parts.append(Missing(f"Curves of {group.label}", "it has no records yet"))
     if any(len(group.runs) > 1 for group in groups):
