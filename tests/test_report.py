@@ -14,7 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, command, fresh_student, one_device, student_from_torch, tiny_config
+from conftest import (
+    ROOT,
+    command,
+    contrast,
+    fresh_student,
+    luminance,
+    one_device,
+    student_from_torch,
+    tiny_config,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -320,17 +329,6 @@ def test_formats_that_cannot_be_drawn_are_refused_before_anything_is_computed(mo
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=re.escape("pip install 'ekd_jax[figures]'")):
         write_report([str(tmp_path)], tmp_path / "out", formats=["pdf"])
-
-
-def luminance(color):
-    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one, other):
-    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
 
 
 @pytest.mark.parametrize(("scheme", "colors"), [("light", LIGHT), ("dark", DARK)])

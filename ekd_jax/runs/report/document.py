@@ -1,4 +1,4 @@
-"""What a report consists of: sections of texts, tables, figures and images. `page` writes them down."""
+"""A report as sections of texts, tables, figures and images, which `page` writes as HTML and Markdown."""
 
 import dataclasses
 import io

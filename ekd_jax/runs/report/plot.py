@@ -1,4 +1,4 @@
-"""What charts have in common: axes with ticks, a legend, and series of points."""
+"""The parts of charts: axes with ticks, a legend, and series of points."""
 
 import dataclasses
 import math

@@ -1,5 +1,6 @@
 """The sections of a report that need no images: accuracy, costs, time and curves, from what runs have recorded."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from ekd_jax.common.spread import Spread
@@ -400,3 +401,14 @@ def _curves(group: Group, key: str, title: str, split: str, metric: str, unit: s
     if not series:
         return None
     return line_chart(key, title, series, ("epoch", unit), log_y=metric != "top1")
+
+
+def run_figures(group: Group) -> list[Figure]:
+    """Return the figures of a single run that need no images: curves and costs, under names without numbers."""
+    sections = (cost_section([group]), curves_section([group]))
+    parts = [part for section in sections for part in section.parts if isinstance(part, Figures)]
+    return [
+        dataclasses.replace(figure, key=figure.key.replace("curves-1-", "curves-"))
+        for part in parts
+        for figure in part.figures
+    ]
