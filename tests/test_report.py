@@ -720,22 +720,56 @@ def test_accuracy_on_held_out_images_is_not_taken_for_test_accuracy(groups, fini
     assert len(points) == sum(len(group.run.description.students) for group in groups)
 
 
-def test_the_paper_is_beside_its_own_setting(finished, tmp_path):
+def in_the_papers_setting(source, path, students, seconds):
+    """A copy of a run that claims to be of ResNet-20 on CIFAR-10, as in the paper; all students are the first one."""
+    another(source, path)
     ours = paper("resnet20", "cifar10").to_dict()
-    path = another(finished[0], tmp_path / "run", {})
+    if students == 1:
+        ours["method"] = json.loads((source / "config.json").read_text())["method"]
+        ours["model"]["students"] = [1.0]
     (path / "config.json").write_text(json.dumps(ours))
     for name in ("students.json", "summary.json"):
         record = json.loads((path / name).read_text())
-        record["students"] = [record["students"][0] | {"student": i + 1} for i in range(5)]
+        record["students"] = [record["students"][0] | {"student": i + 1} for i in range(students)]
+        record |= {"seconds": {"train": seconds}} if name == "summary.json" else {}
         (path / name).write_text(json.dumps(record))
-    document = make_document(read_groups([path]), predictions=False)
+    return path
+
+
+def test_the_paper_is_beside_its_own_setting(finished, alone, tmp_path):
+    ours = in_the_papers_setting(finished[0], tmp_path / "oem", 5, 100.0)
+    single_one = in_the_papers_setting(alone, tmp_path / "alone", 1, 40.0)
+    document = make_document(read_groups([ours, single_one]), predictions=False)
     accuracy, time = (next(s for s in document.sections if s.key == key) for key in ("accuracy", "time"))
-    table = next(part for part in accuracy.parts if isinstance(part, Table))
+    table = next(part for part in accuracy.parts if isinstance(part, Table) and "paper" in part.header)
     assert [row[-2:] for row in table.rows[:2]] == [("92.13", "91.34"), ("92.18", "91.12")]
     assert "Table 2" in table.caption
-    (figures,) = [part for part in time.parts if isinstance(part, Figures)]
-    assert "Figure 2b" in figures.figures[0].title
-    assert figures.figures[0].rows[1] == ("alone, in turn", "1,223 (2.18)")
+    ((own, papers),) = [part.figures for part in time.parts if isinstance(part, Figures)]
+    assert own.rows == (
+        ("oem", "0:01:40 (1.00)"),
+        ("alone, in turn", "0:03:20 (2.00)"),
+        ("alone, in parallel", "40.0 s (0.40)"),
+    )
+    assert "Figure 2b" in papers.title
+    assert papers.rows == (
+        ("ensemble", "560 (1.00)"),
+        ("alone, in turn", "1,223 (2.18)"),
+        ("alone, in parallel", "898 (1.60)"),
+    )
+
+
+def test_the_papers_minutes_are_those_of_the_documentation():
+    text = " ".join((ROOT / "docs/reference/published_results.md").read_text().split())
+    for datasets, said in (
+        (("cifar10", "cifar100"), "1.7 to 3.9 times less than five baselines one after another on CIFAR"),
+        (("svhn",), "1.4 to 8 times on SVHN"),
+        (("imagenet",), "1.4 to 1.5 times on ImageNet"),
+    ):
+        each = [own["minutes"] for data in datasets for own in published()[data].values()]
+        ratios = [turn / ensemble for ensemble, turn, _ in each]
+        assert said.startswith(f"{min(ratios):.1f} to {max(ratios):.2g} times")
+        assert said in text
+        assert all(ensemble < parallel < turn for ensemble, turn, parallel in each)
 
 
 # --- mistakes ------------------------------------------------------------------------------------

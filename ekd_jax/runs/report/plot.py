@@ -183,8 +183,11 @@ def draw_series(own: Plane, series: Series, marks: bool) -> None:
         for place in places:
             canvas.mark(*place, series.number)
     for (x, y), label in zip(places, series.labels, strict=False):
-        near_edge = x + 8 + len(label) * CHARACTER > WIDTH
-        canvas.text(x - 8 if near_edge else x + 7, max(y - 5, 12), label, "end" if near_edge else "start")
+        # The Pareto front rises: below it on the right, and above it on the left, there is room.
+        if x + 8 + len(label) * CHARACTER > WIDTH:
+            canvas.text(x - 8, max(y - 5, 12), label, "end")
+        else:
+            canvas.text(x + 7, min(y + 13, own.bottom - 3), label)
 
 
 def dash_of(series: Series) -> tuple[int, ...]:

@@ -305,7 +305,7 @@ def time_section(groups: Sequence[Group]) -> Section:
     parts: list[Part] = []
     for number, group in enumerate(groups, 1):
         found = training_times(group, groups)
-        bars = []
+        bars, figures = [], []
         if found:
             ensemble = found.ensemble.mean
             given = [
@@ -322,16 +322,7 @@ def time_section(groups: Sequence[Group]) -> Section:
         if len(bars) > 1:
             title = f"Time of training: {group.label}"
             unit = "time (relative to the first)"
-            parts.append(Figures("", (bar_chart(f"time-{number}", title, bars, unit, "run"),)))
-        if found and found.missing:
-            reason = (
-                f"{_students(found.missing)} of {group.label} would each need a run of the method baseline"
-            )
-            parts.append(Missing("In turn and in parallel", f"{reason} of {group.epochs:g} epochs"))
-        if found and len(found.devices) > 1:
-            parts.append(
-                Text(f"These runs were not trained on the same devices: {listed(list(found.devices))}.")
-            )
+            figures.append(bar_chart(f"time-{number}", title, bars, unit, "run"))
         if group.paper:
             ours, turn, parallel = group.paper.minutes
             minutes = [
@@ -342,7 +333,18 @@ def time_section(groups: Sequence[Group]) -> Section:
             shown = [(n, v, c, f"{v:,.0f} ({v / ours:.2f})") for n, v, c in minutes]
             unit = "minutes on GTX 1080 Ti (relative to the first)"
             title = f"Time of training in the paper, Figure 2b: {group.run.config.model.name}"
-            parts.append(Figures("", (bar_chart(f"time-paper-{number}", title, shown, unit, "run"),)))
+            figures.append(bar_chart(f"time-paper-{number}", title, shown, unit, "run"))
+        if figures:
+            parts.append(Figures("", tuple(figures)))
+        if found and found.missing:
+            reason = (
+                f"{_students(found.missing)} of {group.label} would each need a run of the method baseline"
+            )
+            parts.append(Missing("In turn and in parallel", f"{reason} of {group.epochs:g} epochs"))
+        if found and len(found.devices) > 1:
+            parts.append(
+                Text(f"These runs were not trained on the same devices: {listed(list(found.devices))}.")
+            )
     if not any(isinstance(part, Figures) for part in parts):
         reason = (
             "no complete ensemble is among the runs together with baselines of the same networks and epochs"
