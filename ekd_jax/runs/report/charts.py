@@ -18,6 +18,7 @@ from ekd_jax.runs.report.plot import (
 )
 from ekd_jax.runs.report.shapes import CHARACTER, LINE, WIDTH, Canvas, Figure, fitting
 
+WIDE = 4  # largest value over the smallest, from which an axis may be logarithmic
 MARKED = 15  # lines of at most so many points have marks
 NAMES = 0.34  # share of the width for names of rows
 SHADE = 0.5  # opacity of the darkest cell, on which text is read
@@ -39,7 +40,7 @@ def line_chart(
         key, title, description: as in `Figure`; if not given, the description names the series and their last values.
         series: at least one, each with at least one point.
         labels: of the two axes.
-        log_x, log_y: logarithmic axes; a series whose values are not all above 0 has a linear one.
+        log_x, log_y: logarithmic axes, unless a value is not above 0 or all are alike.
         front: points of the series that a line of its own joins, such as the Pareto front.
     """
     canvas = Canvas()
@@ -54,7 +55,7 @@ def line_chart(
         for (_, y), half in zip(each.points, each.spread, strict=False)
         for s in (-1, 1)
     ]
-    log_x, log_y = log_x and min(xs) > 0, log_y and min([*ys, *ends]) > 0
+    log_x, log_y = log_x and _wide(xs), log_y and _wide([*ys, *ends])
     across = log_axis(xs) if log_x else linear_axis(xs)
     upwards = log_axis([*ys, *ends]) if log_y else linear_axis([*ys, *ends])
     own = plane(canvas, across, upwards, labels, top, height)
@@ -84,6 +85,11 @@ def line_chart(
         header,
         rows,
     )
+
+
+def _wide(values: Sequence[float]) -> bool:
+    """Return whether values can have a logarithmic axis and gain by it; on a narrow one there is hardly a tick."""
+    return min(values) > 0 and max(values) >= WIDE * min(values)
 
 
 def bar_chart(
