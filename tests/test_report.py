@@ -830,12 +830,15 @@ def test_the_command(finished, tmp_path):
 
 
 def test_a_directory_of_compare_stands_for_its_runs(finished, alone, tmp_path):
-    for label, source in (("baseline", alone), ("oem", finished[0])):
+    for label, source in (("alone", alone), ("with_kd", finished[0])):
         shutil.copytree(source, tmp_path / label / "seed0")
-    assert find_runs([str(tmp_path)]) == [tmp_path / "baseline" / "seed0", tmp_path / "oem" / "seed0"]
-    labels = [group.label for group in read_groups(find_runs([str(tmp_path)]))]
-    assert labels == ["baseline", "oem"]
-    assert find_runs([str(tmp_path / "oem")]) == [tmp_path / "oem" / "seed0"], "a folder of several seeds"
+    assert find_runs([str(tmp_path)]) == [tmp_path / "alone" / "seed0", tmp_path / "with_kd" / "seed0"]
+    searched = {"seed": 1, "model.students": [1.0, 0.7]}  # widths that a method found for this seed
+    another(finished[0], tmp_path / "with_kd" / "seed1", searched)
+    found = read_groups(find_runs([str(tmp_path)]))
+    assert [(group.label, len(group.runs)) for group in found] == [("alone", 1), ("with_kd", 2)]
+    own = tmp_path / "with_kd"
+    assert find_runs([str(own)]) == [own / "seed0", own / "seed1"], "a folder of several seeds"
 
 
 def test_groups_of_one_method_have_different_labels(finished, tmp_path):

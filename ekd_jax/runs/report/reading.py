@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -205,6 +206,7 @@ def find_runs(given: Sequence[str]) -> list[pathlib.Path]:
 def read_groups(paths: Sequence[pathlib.Path]) -> list[Group]:
     """Read runs back, and sort them into groups in the order of their first runs.
 
+    Runs of one label of a comparison belong together, although the widths that a method finds may differ by seed.
     Runs of the method `baseline` that a plan trained first (`earlier/NAME`) come along.
 
     Raises:
@@ -220,7 +222,8 @@ def read_groups(paths: Sequence[pathlib.Path]) -> list[Group]:
                 runs.append(earlier)
     by_key: dict[str, list[ReportedRun]] = {}
     for number, run in enumerate(runs):
-        own = by_key.setdefault(f"{_key(run.run)} {run.summary is not None or run.seed}", [])
+        key = str(run.run.path.parent.resolve()) if compared_as(run.run.path) else _key(run.run)
+        own = by_key.setdefault(f"{key} {run.summary is not None or run.seed}", [])
         same = next((other for other in own if other.seed == run.seed), None)
         if same is None:
             own.append(run)
@@ -269,6 +272,14 @@ def check_same_data(first: ReportedRun, other: ReportedRun) -> None:
             )
 
 
+def compared_as(path: pathlib.Path) -> str:
+    """Return the label that a run has in a comparison, whose directories are LABEL/seed0, ...; "" outside of one."""
+    if not re.fullmatch(r"seed\d+", path.name):
+        return ""
+    labels = {config.parent.parent for config in path.parent.parent.glob(f"*/seed*/{CONFIG}")}
+    return path.parent.name if len(labels) > 1 else ""
+
+
 def _key(run: Run) -> str:
     """Return text that two runs share if they differ in their seed alone, their teachers included."""
     fields = result_fields(to_dict(run.config))
@@ -296,7 +307,7 @@ def _source_key(source: Any) -> str:
 
 
 def _labels(groups: Sequence[Sequence[ReportedRun]]) -> list[str]:
-    """Return a name for each group: its method, and the knobs in which groups of this method differ."""
+    """Return a name for each group: its label in a comparison, or its method and the knobs in which these differ."""
     knobs = [result_fields(to_dict(group[0].run.config)) for group in groups]
     labels = []
     for group, own in zip(groups, knobs, strict=True):
@@ -306,8 +317,10 @@ def _labels(groups: Sequence[Sequence[ReportedRun]]) -> list[str]:
         shown = [f"{name.rpartition('.')[2]} {_short(own[name])}" for name in differ[:SHOWN_KNOBS]]
         more = [f"{len(differ) - SHOWN_KNOBS} more"] * (len(differ) > SHOWN_KNOBS)
         state = [] if group[0].summary is not None else [f"seed {group[0].seed}", "not complete"]
-        notes = ", ".join([*shown, *more, *state])
-        labels.append(f"{config.method.name} ({notes})" if notes else str(config.method.name))
+        label = compared_as(group[0].run.path)
+        notes = ", ".join(state if label else [*shown, *more, *state])
+        name = label or str(config.method.name)
+        labels.append(f"{name} ({notes})" if notes else name)
     twice = {label for label in labels if labels.count(label) > 1}
     return [
         f"{label}, {group[0].run.path}" if label in twice else label
