@@ -22,9 +22,9 @@ from ekd_jax.api import load_recipe
 from ekd_jax.common.errors import UserError, nearest
 from ekd_jax.common.files import write_bytes, write_json
 from ekd_jax.common.records import read_record
+from ekd_jax.common.spread import spread
 from ekd_jax.common.text import markdown_table
 from ekd_jax.runs.records import A_RUN, ENVIRONMENT, SUMMARY, Result, Summary
-from ekd_jax.runs.report.statistics import spread
 from ekd_jax.training.comparison import entries
 from ekd_jax.training.comparison_table import as_markdown, compare
 from ekd_jax.training.report import summary_table

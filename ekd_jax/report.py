@@ -1,12 +1,13 @@
 """Write a report on runs: one HTML page, the same as Markdown, and its figures as SVG.
 
-    python -m ekd_jax.report RUN [RUN ...] --output=DIR [--nopredictions]
+    python -m ekd_jax.report RUN [RUN ...] --output=DIR [--nopredictions] [--figures=png,pdf]
 
-RUN is a directory of `ekd train`, or of `ekd compare`, which stands for all its runs. A run may still be training, or
-have no baselines beside it: a part that cannot be had is left out, and the page says why. Runs that differ in their
-seed alone are one row, with mean and standard deviation. All runs must be of the same data.
+RUN is a directory of `ekd train`, or one of several seeds or of `ekd compare`, which stands for all runs in it. A run
+may still be training, or have no baselines beside it: a part that cannot be had is left out, and the page says why.
+Runs that differ in their seed alone are one row, with mean and standard deviation. All runs must be of the same data.
 
-DIR/report.html needs no other file, no network and no scripts. docs/reporting.md explains the numbers.
+DIR/report.html needs no other file, no network and no scripts. --figures=png,pdf writes each figure in these formats,
+too, with matplotlib (pip install 'ekd_jax[figures]'). docs/reporting.md explains the numbers.
 """
 
 import pathlib
@@ -29,6 +30,7 @@ def define_flags() -> None:
     flags.DEFINE_boolean(
         "predictions", True, "predict the test images: for calibration, agreement, classes and Grad-CAM"
     )
+    flags.DEFINE_list("figures", [], "formats of the figures besides SVG: png, pdf; they need matplotlib")
 
 
 def main(runs: list[str]) -> None:
@@ -36,7 +38,7 @@ def main(runs: list[str]) -> None:
     if not runs:
         raise UserError("name at least one run: ekd report RUN --output=DIR")
     output = pathlib.Path(FLAGS.output)
-    document = write_report(runs, output, FLAGS.predictions)
+    document = write_report(runs, output, FLAGS.predictions, FLAGS.figures)
     missing = [part for section in document.sections for part in section.parts if isinstance(part, Missing)]
     for part in missing:
         print(f"left out: {part.what}: {part.reason}")

@@ -204,3 +204,16 @@ def fresh_student(class_names: tuple[str, ...], shape: tuple[int, int, int] = (8
         own, parameters=count_parameters(variables["params"]), macs=trace.cost(1).macs
     )
     return LoadedStudent(own, variables)
+
+
+def luminance(color):
+    """Relative luminance of a color like "#1a5fd0", as WCAG 2 defines it."""
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    """Contrast of two colors, from 1 to 21; level AA of WCAG 2 is 4.5 for text."""
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import ROOT, command, fresh_student
+from conftest import ROOT, command, contrast, fresh_student
 from PIL import Image
 from test_export import exported
 
@@ -240,6 +240,17 @@ def test_other_images_take_no_drawings():
 
 
 # ---- in a browser
+
+
+def test_colors_of_texts_and_of_focus_stand_out_from_the_page():
+    """WCAG 2, level AA: 4.5 for text; the accent is also that of links in the report."""
+    sheet = (pathlib.Path(ekd_jax.__file__).parent / "students/formats/page/page.css").read_text()
+    schemes = sheet.partition("@media (prefers-color-scheme: dark)")
+    for text in (schemes[0], schemes[2]):
+        colors = dict(re.findall(r"--(\w+): (#\w{6})", text))
+        for name in ("text", "quiet", "accent", "problem"):
+            for ground in ("paper", "card"):
+                assert contrast(colors[name], colors[ground]) >= 4.5, (name, ground)
 
 
 @needs_runtime

@@ -2,32 +2,58 @@
 
 import dataclasses
 import importlib
+import io
 import json
 import math
 import re
 import shutil
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, command, fresh_student, one_device, student_from_torch, tiny_config
+from conftest import (
+    ROOT,
+    command,
+    contrast,
+    fresh_student,
+    luminance,
+    one_device,
+    student_from_torch,
+    tiny_config,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from ekd_jax.common.errors import UserError
+from ekd_jax.common.spread import spread
 from ekd_jax.config.recipes import DATA, paper
 from ekd_jax.config.resolve import resolve
 from ekd_jax.data.augment import normalize
 from ekd_jax.runs.report import answers, charts, plot, statistics
 from ekd_jax.runs.report.document import Figures, Missing, Table
+from ekd_jax.runs.report.figure_files import SHARP, draw
 from ekd_jax.runs.report.gradcam import activation_maps, class_activation, similarity
 from ekd_jax.runs.report.page import check_new, make_document, write_report
 from ekd_jax.runs.report.paper import paper_row, published
-from ekd_jax.runs.report.plot import DARK, LIGHT, SURFACES, Series
-from ekd_jax.runs.report.predictions import predict_all, read_images, test_data
+from ekd_jax.runs.report.plot import Series
+from ekd_jax.runs.report.predictions import Answers, ask, predict_all, read_images, test_data
 from ekd_jax.runs.report.reading import Group, baselines, find_runs, read_groups, training_times
+from ekd_jax.runs.report.shapes import (
+    DARK,
+    LIGHT,
+    SURFACES,
+    WIDTH,
+    Box,
+    Canvas,
+    Mark,
+    color_of,
+    colors,
+)
+from ekd_jax.runs.report.svg import svg
 from ekd_jax.runs.run import load_run
 from ekd_jax.students.formats import html
 from ekd_jax.students.formats.chromium import chromium, find_chromium
@@ -108,10 +134,11 @@ def test_the_pareto_front_is_all_that_nothing_beats(points):
 
 
 def test_spread():
-    found = statistics.spread([90.0, 92.0, 97.0])
+    found = spread([90.0, 92.0, 97.0])
     assert (found.mean, found.std) == (pytest.approx(93), pytest.approx(np.std([90, 92, 97], ddof=1)))
     assert str(found) == "93.00 ± 3.61"
-    assert str(statistics.spread([90.0])) == "90.00"
+    assert f"{found:.3f}" == "93.000 ± 3.606"
+    assert str(spread([90.0])) == "90.00"
 
 
 # --- the paper -----------------------------------------------------------------------------------
@@ -178,7 +205,7 @@ def test_logarithmic_ticks_cover_the_data(values):
 
 def numbers_of(figure):
     """All elements of a figure that have a place, with the corners of what they cover."""
-    for element in ElementTree.fromstring(figure.svg(alone=True)).iter():
+    for element in ElementTree.fromstring(svg(figure, alone=True)).iter():
         kind, own = element.tag.rpartition("}")[2], element.attrib
         if kind in ("polyline", "polygon"):
             yield kind, [tuple(map(float, pair.split(","))) for pair in own["points"].split()]
@@ -198,7 +225,7 @@ def numbers_of(figure):
 def assert_inside(figure):
     for kind, corners in numbers_of(figure):
         for x, y in corners:
-            assert -1 <= x <= plot.WIDTH + 1, (figure.key, kind, corners)
+            assert -1 <= x <= WIDTH + 1, (figure.key, kind, corners)
             assert -1 <= y <= figure.height + 1, (figure.key, kind, corners)
 
 
@@ -235,12 +262,12 @@ def all_kinds():
 @pytest.mark.parametrize("figure", list(all_kinds()), ids=lambda figure: figure.key)
 def test_figures_stay_in_their_box_and_say_what_they_show(figure):
     assert_inside(figure)
-    root = ElementTree.fromstring(figure.svg(alone=True))
+    root = ElementTree.fromstring(svg(figure, alone=True))
     assert root.attrib["role"] == "img"
     assert [child.tag.rpartition("}")[2] for child in root][:2] == ["title", "desc"]
     assert all(child.text for child in list(root)[:2])
-    assert "script" not in figure.svg()
-    assert len(figure.svg()) < 60_000
+    assert "script" not in svg(figure)
+    assert len(svg(figure)) < 60_000
     assert all(len(row) == len(figure.header) for row in figure.rows)
 
 
@@ -248,9 +275,9 @@ def test_no_two_series_look_the_same():
     looks = set()
     for number in range(20):
         own = Series("a", ((0.0, 1.0),), number)
-        canvas = plot.Canvas()
+        canvas = Canvas()
         canvas.mark(0, 0, number)
-        looks.add((plot.color_of(number), plot.dash_of(own), str(canvas)))
+        looks.add((color_of(number), plot.dash_of(own), canvas.shapes))
     assert len(looks) == 20
 
 
@@ -269,15 +296,39 @@ def test_points_are_at_their_places():
     assert max(ticks) == pytest.approx(y0, abs=0.1)
 
 
-def luminance(color):
-    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+def pixel(png, x, y):
+    """The color of a PNG at a place of the figure."""
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    return "#{:02x}{:02x}{:02x}".format(*image.getpixel((round(x * SHARP), round(y * SHARP))))
 
 
-def contrast(one, other):
-    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
+KINDS = [each for each in all_kinds() if each.key in ("lines", "point", "bars", "heat-5")]
+
+
+@pytest.mark.parametrize("figure", KINDS, ids=lambda figure: figure.key)
+def test_png_and_pdf_have_the_shapes_of_the_svg(figure):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e '.[figures]'")
+    png = draw(figure, "png")
+    assert Image.open(io.BytesIO(png)).size == (WIDTH * SHARP, int(figure.height * SHARP))
+    drawn = [shape for shape in figure.shapes if isinstance(shape, Box | Mark)]
+    for i, shape in enumerate(drawn):
+        later = drawn[i + 1 :]
+        if isinstance(shape, Mark) and not any(abs(shape.x - o.x) + abs(shape.y - o.y) < 20 for o in later):
+            assert pixel(png, shape.x, shape.y) == colors("light")[shape.color]
+    pdf = draw(figure, "pdf")
+    assert pdf.startswith(b"%PDF")
+    assert figure.title.encode() in pdf
+    assert (png, pdf) == (draw(figure, "png"), draw(figure, "pdf")), (
+        "the same files, whenever they are made"
+    )
+
+
+def test_formats_that_cannot_be_drawn_are_refused_before_anything_is_computed(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="'eps' is none of png, pdf"):
+        write_report([str(tmp_path)], tmp_path / "out", formats=["png", "eps"])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=re.escape("pip install 'ekd_jax[figures]'")):
+        write_report([str(tmp_path)], tmp_path / "out", formats=["pdf"])
 
 
 @pytest.mark.parametrize(("scheme", "colors"), [("light", LIGHT), ("dark", DARK)])
@@ -491,10 +542,10 @@ def test_many_classes_are_lists(predicted, groups, monkeypatch):
     monkeypatch.setattr(answers, "MATRIX", 9)
     monkeypatch.setattr(answers, "LISTED", 4)
     monkeypatch.setattr(answers, "_disputed", lambda *_: [])
-    monkeypatch.setattr(answers, "_gradcam", lambda *_: [])
+    monkeypatch.setattr(answers, "explanations", lambda *_: [])
     group = groups[0]
     _, data, given = predicted
-    sections = answers.answer_sections([answers.Answers(group, given, data)], [group])
+    sections = answers.answer_sections([Answers(group, (group.run,), (given,), data)], [group])
     gains, mistakes, _ = next(s for s in sections if s.key == "classes").parts
     recall = statistics.recall_by_class(given.predicted, given.labels, 10)
     difference = dict(zip(group.run.description.class_names, recall[1] - recall[0], strict=True))
@@ -504,6 +555,43 @@ def test_many_classes_are_lists(predicted, groups, monkeypatch):
     counts = [int(row[2]) for row in mistakes.rows]
     matrix = statistics.confusion(given.predicted[1], given.labels, 10)
     assert counts == sorted(matrix[~np.eye(10, dtype=bool)], reverse=True)[:4]
+
+
+def test_numbers_are_of_all_seeds_and_pictures_of_the_first(predicted, groups, monkeypatch):
+    monkeypatch.setattr(answers, "explanations", lambda *_: [])
+    group = groups[0]
+    _, data, given = predicted
+    generator = np.random.default_rng(0)
+    worse = np.where(generator.random(given.predicted.shape) < 0.3, 0, given.predicted)
+    second = dataclasses.replace(given, predicted=worse, confidence=given.confidence**2)
+    both = (given, second)
+    asked = Answers(group, tuple(run.run for run in group.runs), both, data, ("seed 9 has no checkpoint",))
+    sections = {section.key: section.parts for section in answers.answer_sections([asked], [group])}
+    table, figures, *_, missing = sections["calibration"]
+    eces = [statistics.calibration(each.confidence[1], each.correct[1]).ece for each in both]
+    assert table.rows[1][3] == str(spread(eces))
+    assert table.rows[1][1] == str(spread(100 * each.correct[1].mean() for each in both))
+    assert "n = 2" in table.caption
+    assert f"seed {group.first.seed}, ECE" in figures.figures[0].title
+    assert missing.reason == "seed 9 has no checkpoint"
+    agreement = sections["agreement"][1].figures[0]
+    same = np.mean([100 * (each.predicted[0] == each.predicted[1]).mean() for each in both])
+    assert agreement.rows[0][2] == f"{same:.1f}"
+    gains, *_, confusion = sections["classes"][0].figures
+    recall = np.mean([statistics.recall_by_class(each.predicted, each.labels, 10) for each in both], 0)
+    assert [float(row[1]) for row in gains.rows] == pytest.approx(recall[1] - recall[0], abs=0.051)
+    counts = np.mean([np.bincount(each.predicted[-1], minlength=10)[0] for each in both])
+    assert sum(float(row[1] or 0) for row in confusion.rows) == pytest.approx(counts, abs=0.5)
+    assert f"seed {group.first.seed}" in sections["disputed"][0].caption
+
+
+def test_a_seed_without_a_checkpoint_is_said_and_the_others_count(finished, tmp_path):
+    whole, broken = (another(finished[0], tmp_path / str(seed), {"seed": seed}) for seed in (1, 2))
+    shutil.rmtree(broken / "checkpoints")
+    (asked,) = ask(read_groups([whole, broken]))
+    assert [run.config.seed for run in asked.runs] == [1]
+    assert len(asked.each) == 1
+    assert any("checkpoint" in reason for reason in asked.reasons)
 
 
 def test_maps_of_a_trained_student_have_the_size_of_the_images(predicted):
@@ -632,22 +720,56 @@ def test_accuracy_on_held_out_images_is_not_taken_for_test_accuracy(groups, fini
     assert len(points) == sum(len(group.run.description.students) for group in groups)
 
 
-def test_the_paper_is_beside_its_own_setting(finished, tmp_path):
+def in_the_papers_setting(source, path, students, seconds):
+    """A copy of a run that claims to be of ResNet-20 on CIFAR-10, as in the paper; all students are the first one."""
+    another(source, path)
     ours = paper("resnet20", "cifar10").to_dict()
-    path = another(finished[0], tmp_path / "run", {})
+    if students == 1:
+        ours["method"] = json.loads((source / "config.json").read_text())["method"]
+        ours["model"]["students"] = [1.0]
     (path / "config.json").write_text(json.dumps(ours))
     for name in ("students.json", "summary.json"):
         record = json.loads((path / name).read_text())
-        record["students"] = [record["students"][0] | {"student": i + 1} for i in range(5)]
+        record["students"] = [record["students"][0] | {"student": i + 1} for i in range(students)]
+        record |= {"seconds": {"train": seconds}} if name == "summary.json" else {}
         (path / name).write_text(json.dumps(record))
-    document = make_document(read_groups([path]), predictions=False)
+    return path
+
+
+def test_the_paper_is_beside_its_own_setting(finished, alone, tmp_path):
+    ours = in_the_papers_setting(finished[0], tmp_path / "oem", 5, 100.0)
+    single_one = in_the_papers_setting(alone, tmp_path / "alone", 1, 40.0)
+    document = make_document(read_groups([ours, single_one]), predictions=False)
     accuracy, time = (next(s for s in document.sections if s.key == key) for key in ("accuracy", "time"))
-    table = next(part for part in accuracy.parts if isinstance(part, Table))
+    table = next(part for part in accuracy.parts if isinstance(part, Table) and "paper" in part.header)
     assert [row[-2:] for row in table.rows[:2]] == [("92.13", "91.34"), ("92.18", "91.12")]
     assert "Table 2" in table.caption
-    (figures,) = [part for part in time.parts if isinstance(part, Figures)]
-    assert "Figure 2b" in figures.figures[0].title
-    assert figures.figures[0].rows[1] == ("alone, in turn", "1,223 (2.18)")
+    ((own, papers),) = [part.figures for part in time.parts if isinstance(part, Figures)]
+    assert own.rows == (
+        ("oem", "0:01:40 (1.00)"),
+        ("alone, in turn", "0:03:20 (2.00)"),
+        ("alone, in parallel", "40.0 s (0.40)"),
+    )
+    assert "Figure 2b" in papers.title
+    assert papers.rows == (
+        ("ensemble", "560 (1.00)"),
+        ("alone, in turn", "1,223 (2.18)"),
+        ("alone, in parallel", "898 (1.60)"),
+    )
+
+
+def test_the_papers_minutes_are_those_of_the_documentation():
+    text = " ".join((ROOT / "docs/reference/published_results.md").read_text().split())
+    for datasets, said in (
+        (("cifar10", "cifar100"), "1.7 to 3.9 times less than five baselines one after another on CIFAR"),
+        (("svhn",), "1.4 to 8 times on SVHN"),
+        (("imagenet",), "1.4 to 1.5 times on ImageNet"),
+    ):
+        each = [own["minutes"] for data in datasets for own in published()[data].values()]
+        ratios = [turn / ensemble for ensemble, turn, _ in each]
+        assert said.startswith(f"{min(ratios):.1f} to {max(ratios):.2g} times")
+        assert said in text
+        assert all(ensemble < parallel < turn for ensemble, turn, parallel in each)
 
 
 # --- mistakes ------------------------------------------------------------------------------------
@@ -708,11 +830,15 @@ def test_the_command(finished, tmp_path):
 
 
 def test_a_directory_of_compare_stands_for_its_runs(finished, alone, tmp_path):
-    for label, source in (("baseline", alone), ("oem", finished[0])):
+    for label, source in (("alone", alone), ("with_kd", finished[0])):
         shutil.copytree(source, tmp_path / label / "seed0")
-    assert find_runs([str(tmp_path)]) == [tmp_path / "baseline" / "seed0", tmp_path / "oem" / "seed0"]
-    labels = [group.label for group in read_groups(find_runs([str(tmp_path)]))]
-    assert labels == ["baseline", "oem"]
+    assert find_runs([str(tmp_path)]) == [tmp_path / "alone" / "seed0", tmp_path / "with_kd" / "seed0"]
+    searched = {"seed": 1, "model.students": [1.0, 0.7]}  # widths that a method found for this seed
+    another(finished[0], tmp_path / "with_kd" / "seed1", searched)
+    found = read_groups(find_runs([str(tmp_path)]))
+    assert [(group.label, len(group.runs)) for group in found] == [("alone", 1), ("with_kd", 2)]
+    own = tmp_path / "with_kd"
+    assert find_runs([str(own)]) == [own / "seed0", own / "seed1"], "a folder of several seeds"
 
 
 def test_groups_of_one_method_have_different_labels(finished, tmp_path):
@@ -733,7 +859,7 @@ def test_a_run_of_one_student_has_no_agreement(predicted, groups):
     run = dataclasses.replace(groups[1].first, run=dataclasses.replace(own, description=description))
     group = Group("alone", (run,))
     sections = {
-        s.key: s.parts for s in answers.answer_sections([answers.Answers(group, one, data)], [group])
+        s.key: s.parts for s in answers.answer_sections([Answers(group, (run.run,), (one,), data)], [group])
     }
     for key in ("agreement", "disputed", "gradcam"):
         (part,) = sections[key]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -36,9 +36,11 @@ def draw_preview(config: FrozenConfigDict, data: Data, examples: int, epochs: in
         epochs: number of columns besides the image as stored.
     """
     numbers = make_sampler(config, data).epoch(0)[:examples]
+    classes = data.facts.num_classes
+    augmented = jax.jit(functools.partial(training_batch, num_classes=classes, data=config.data))
     columns = [
         _as_stored(config, data, numbers),
-        *(_as_seen(config, data, numbers, epoch) for epoch in range(epochs)),
+        *(_as_seen(config, data, numbers, epoch, augmented) for epoch in range(epochs)),
     ]
     rows = [list(row) for row in zip(*columns, strict=True)]
     return draw(rows, ["as stored", *(f"epoch {epoch + 1}" for epoch in range(epochs))])
@@ -51,7 +53,9 @@ def _as_stored(config: FrozenConfigDict, data: Data, numbers: np.ndarray) -> lis
     return [Cell(image, data.facts.class_names[label]) for image, label in read]
 
 
-def _as_seen(config: FrozenConfigDict, data: Data, numbers: np.ndarray, epoch: int) -> list[Cell]:
+def _as_seen(
+    config: FrozenConfigDict, data: Data, numbers: np.ndarray, epoch: int, augmented: Any
+) -> list[Cell]:
     """Return the examples as in training, except that they come first in every epoch."""
     section, facts = config.data, data.facts
     positions = epoch * len(data.train) + np.arange(len(numbers))
@@ -63,7 +67,6 @@ def _as_seen(config: FrozenConfigDict, data: Data, numbers: np.ndarray, epoch: i
     ]
     images, labels = (np.asarray(column) for column in zip(*read, strict=True))
     key = jax.random.fold_in(jax.random.key(config.seed), epoch)
-    augmented = jax.jit(functools.partial(training_batch, num_classes=facts.num_classes, data=section))
     seen, targets = jax.device_get(augmented(key, images, labels, numbers))
     colors = np.clip((seen * section.std + section.mean) * 255, 0, 255).round().astype(np.uint8)
     return [

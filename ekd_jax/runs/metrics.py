@@ -1,16 +1,19 @@
 """The metrics of a run: one record per line of `metrics.jsonl`, and the same for TensorBoard and a tracker."""
 
 import contextlib
+import io
 import json
 import logging
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from PIL import Image
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import scalar
 
 from ekd_jax.common.errors import UserError, reason
@@ -75,6 +78,7 @@ class MetricWriter:
         tracker: gets every record besides.
 
     Attributes:
+        path: the run's directory; None where nothing is written.
         latest: what the records say, those before the run resumed included.
     """
 
@@ -84,16 +88,17 @@ class MetricWriter:
         self.latest, self._tracker = Latest(), tracker
         self._file: Any = None
         self._board: Any = None
+        self.path = workdir
         if workdir is None:
             return
-        self.path = workdir / METRICS
-        records = read_metrics(workdir) if self.path.exists() else []
+        file = workdir / METRICS
+        records = read_metrics(workdir) if file.exists() else []
         last = {"train": step}  # of each split
         kept = [record for record in records if record["step"] <= last.get(record["split"], evaluated)]
         for record in kept:
             self.latest.add(record)
-        write_bytes(self.path, "".join(map(_as_line, kept)).encode())
-        self._file = open(self.path, "a", encoding="utf-8")
+        write_bytes(file, "".join(map(_as_line, kept)).encode())
+        self._file = open(file, "a", encoding="utf-8")
         self._board = _Board(workdir / "tensorboard", step)
 
     def write(self, step: int, epoch: float, split: str, values: dict[str, float]) -> None:
@@ -108,6 +113,11 @@ class MetricWriter:
         self._board.write(step, named)
         if self._tracker is not None:
             self._tracker.write(step, named)
+
+    def images(self, step: int, images: dict[str, bytes]) -> None:
+        """Write images for TensorBoard alone: name -> PNG."""
+        if self._board is not None:
+            self._board.write(step, images)
 
     def close(self) -> None:
         """Close the files, and finish the tracker."""
@@ -137,13 +147,14 @@ class _Board:
             begun = SessionLog(status=SessionLog.START)
             self._writer.write_event(Event(wall_time=time.time(), step=step + 1, session_log=begun))
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Write the metrics of a step."""
+    def write(self, step: int, values: Mapping[str, float | bytes]) -> None:
+        """Write metrics of a step, or images, which are PNG."""
         if self._writer is None:
             return
         with self._not_essential(self._writer._file_name):
             for name, value in values.items():
-                event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+                summary = _image(name, value) if isinstance(value, bytes) else scalar(name, value)
+                event = Event(wall_time=time.time(), step=step, summary=summary)
                 self._writer.write_event(event)
             self._writer.flush()
 
@@ -162,6 +173,12 @@ class _Board:
             logger.warning(
                 f"{path} cannot be written ({reason(error)}): training goes on without TensorBoard"
             )
+
+
+def _image(name: str, png: bytes) -> Summary:
+    width, height = Image.open(io.BytesIO(png)).size
+    image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
+    return Summary(value=[Summary.Value(tag=name, image=image)])
 
 
 def read_metrics(workdir: pathlib.Path, quiet: bool = False) -> list[Record]:

@@ -27,7 +27,7 @@ MOST_PARTS = 200  # runs in a directory that are listed
 
 @dataclasses.dataclass(frozen=True)
 class PredictorStatus:
-    """What is known of one student, or of the ensemble. Accuracies are in per cent.
+    """The latest results of one student, or of the ensemble. Accuracies are in per cent.
 
     Attributes:
         name: `student_1`, ..., `ensemble`.

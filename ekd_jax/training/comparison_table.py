@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from scipy.special import stdtrit
 
 from ekd_jax.common.errors import UserError
+from ekd_jax.common.spread import spread
 from ekd_jax.common.text import human, markdown_table, table
 from ekd_jax.runs.records import Result, StudentResult
 from ekd_jax.training.comparison import Entry
@@ -131,8 +132,8 @@ def _row(runs: Sequence[Entry]) -> Row:
 
 
 def _accuracy(results: Sequence[Result | StudentResult]) -> Accuracy:
-    top1 = tuple(result.top1_last for result in results)
-    return Accuracy(top1, statistics.fmean(top1), statistics.stdev(top1) if len(top1) > 1 else None)
+    found = spread(result.top1_last for result in results)
+    return Accuracy(found.values, found.mean, found.std)
 
 
 def _with_differences(row: Row, base: Row) -> Row:

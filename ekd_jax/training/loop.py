@@ -30,6 +30,7 @@ from ekd_jax.runs.metrics import MEMORY, MetricWriter
 from ekd_jax.runs.run import make_predict
 from ekd_jax.runs.state import TrainState
 from ekd_jax.training.autotune import choose_execution
+from ekd_jax.training.board import BoardImages
 from ekd_jax.training.interrupt import Interrupt
 from ekd_jax.training.profile import Profile
 from ekd_jax.training.report import Log, best_of, early_stop, early_stop_line, evaluation_line, train_line
@@ -142,6 +143,7 @@ class Loop:
         self, setup: Setup, feed: Feed, watched: EvaluationSet, state: TrainState, log: Log, record: Record
     ):
         self.setup, self.feed, self.watched, self.log, self.record = setup, feed, watched, log, record
+        self.images = BoardImages(setup, record.writer)
         self.step = int(state.step)
         config, mesh = setup.config, setup.mesh
         self.nothing = Tally.of(dict.fromkeys(log.tally.sums, 0.0))
@@ -331,6 +333,7 @@ class Loop:
         if not self.complete:  # before the state is saved, so that a run that is killed here calls it again
             self.record.watch(self.setup.epochs(self.step), evaluation)
         self._save(evaluation)
+        self.images.after_evaluation(self.step, self.complete)
         return 0
 
     def _evaluate(self) -> Results | None:

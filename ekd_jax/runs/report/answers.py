@@ -1,20 +1,16 @@
-"""The sections of a report that need the test images: calibration, agreement, classes, disputed images, Grad-CAM."""
+"""The sections of a report that need the test images. Numbers are means over the seeds; pictures are of the first."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ekd_jax.common.errors import UserError
-from ekd_jax.common.log import logger
-from ekd_jax.data.opening import Data
+from ekd_jax.common.spread import spread
 from ekd_jax.runs.report.charts import heat_map, reliability
 from ekd_jax.runs.report.document import (
-    NO_RESULT,
     Figures,
     Missing,
     Part,
-    Picture,
     Pictures,
     Section,
     Table,
@@ -22,10 +18,10 @@ from ekd_jax.runs.report.document import (
     heading,
     picture,
 )
-from ekd_jax.runs.report.gradcam import activation_maps, similarity
-from ekd_jax.runs.report.plot import Figure
-from ekd_jax.runs.report.predictions import Predictions, predict_all, read_images, test_data
-from ekd_jax.runs.report.reading import BASELINE, Alone, Group, baselines
+from ekd_jax.runs.report.explanations import explanations
+from ekd_jax.runs.report.predictions import Answers, Predictions, read_images
+from ekd_jax.runs.report.reading import Alone, Group, baselines
+from ekd_jax.runs.report.shapes import Figure
 from ekd_jax.runs.report.statistics import (
     BINS,
     calibration,
@@ -35,58 +31,15 @@ from ekd_jax.runs.report.statistics import (
     recall_by_class,
 )
 
-DISPUTED, EXPLAINED, COMPARED = 8, 6, 256  # images that are shown, and on which Grad-CAM maps are compared
-FIRST = "student 1"
+DISPUTED = 8  # images that are shown
 MATRIX = 25  # more classes are a list
 LISTED = 20
-NOT_ASKED = "the test images were not to be read (--nopredictions)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Answers:
-    """The answers of the first run of a group, and its data; or why there are none.
-
-    Attributes:
-        group: whose run it is.
-        given: the answers; None if the data or the checkpoint is missing.
-        data: the test images.
-        reason: why there are no answers.
-    """
-
-    group: Group
-    given: Predictions | None = None
-    data: Data | None = None
-    reason: str = ""
-
-    @property
-    def name(self) -> str:
-        """The group's label, and which of its runs it is if it has several."""
-        several = len(self.group.runs) > 1
-        return f"{self.group.label}, seed {self.group.first.seed}" if several else self.group.label
-
-
-def ask(groups: Sequence[Group]) -> list[Answers]:
-    """Predict all test images by the first run of every group; what cannot be had has a reason."""
-    found = []
-    for group in groups:
-        try:
-            data = test_data(group.run)
-            found.append(Answers(group, predict_all(group.run, data), data))
-        except UserError as error:
-            logger.warning(f"{group.label}: no predictions: {error}")
-            found.append(Answers(group, reason=str(error)))
-    return found
-
-
-def not_asked(groups: Sequence[Group]) -> list[Answers]:
-    """Return no answers, because they were not asked for."""
-    return [Answers(group, reason=NOT_ASKED) for group in groups]
 
 
 def answer_sections(asked: Sequence[Answers], groups: Sequence[Group]) -> list[Section]:
     """Return all sections that need the test images."""
-    if all(each.given is None for each in asked):
-        reasons = dict.fromkeys(each.reason for each in asked)
+    if not any(own.each for own in asked):
+        reasons = dict.fromkeys(reason for own in asked for reason in own.reasons)
         what = "Calibration, agreement, classes, disputed images, Grad-CAM"
         return [Section("answers", "Test images", tuple(Missing(what, reason) for reason in reasons))]
     makers = [
@@ -94,17 +47,17 @@ def answer_sections(asked: Sequence[Answers], groups: Sequence[Group]) -> list[S
         ("agreement", "Agreement of the students", _agreement),
         ("classes", "Classes", _classes),
         ("disputed", "Images that students disagree on", _disputed),
-        ("gradcam", "Grad-CAM", _gradcam),
+        ("gradcam", "Grad-CAM", explanations),
     ]
-    by_label = {each.group.label: each for each in asked}
+    by_label = {own.group.label: own for own in asked}
     sections = []
     for key, title, make in makers:
         parts: list[Part] = []
-        for number, each in enumerate(asked, 1):
-            if each.given is None:
-                parts.append(Missing(each.group.label, each.reason))
-            else:
-                parts += make(number, each, each.given, baselines(each.group, groups), by_label)
+        for number, own in enumerate(asked, 1):
+            if own.each:
+                parts += make(number, own, baselines(own.group, groups), by_label)
+            if key == makers[0][0] or not own.each:
+                parts += [Missing(own.group.label, reason) for reason in own.reasons]
         if not parts:
             parts.append(Missing(title, "no run has several students that were trained together"))
         sections.append(Section(key, title, tuple(parts)))
@@ -115,62 +68,72 @@ Others = Mapping[str, Answers]
 AloneOf = Mapping[str, Alone]
 
 
-def _calibration(number: int, own: Answers, given: Predictions, _: AloneOf, __: Others) -> list[Part]:
-    each = [calibration(c, right) for c, right in zip(given.confidence, given.correct, strict=True)]
-    sure = given.confidence.mean(-1)
-    rows = tuple(
-        (heading(name), f"{100 * right.mean():.2f}", f"{100 * s:.2f}", f"{c.ece:.2f}")
-        for name, right, s, c in zip(given.names, given.correct, sure, each, strict=True)
-    )
-    caption = (
-        f"{own.name}, {len(given.labels):,} test images: calibration error (ECE) with {BINS} bins, per cent"
-    )
+def _calibration(number: int, own: Answers, _: AloneOf, __: Others) -> list[Part]:
+    given = own.first
+    found = [[calibration(c, r) for c, r in zip(g.confidence, g.correct, strict=True)] for g in own.each]
+    rows = []
+    for place, name in enumerate(given.names):
+        columns = (
+            [100 * each.correct[place].mean() for each in own.each],
+            [100 * each.confidence[place].mean() for each in own.each],
+            [each[place].ece for each in found],
+        )
+        rows.append((heading(name), *(str(spread(map(float, values))) for values in columns)))
+    caption = f"{own.named}, {len(given.labels):,} test images: calibration error (ECE) with {BINS} bins, per cent"
     figures = [
         reliability(
             f"reliability-{number}-{given.names[place]}",
-            f"Reliability of {heading(given.names[place])}, ECE {each[place].ece:.2f}",
-            each[place].confidence,
-            each[place].accuracy,
-            each[place].counts,
-            each[place].ece,
+            f"Reliability of {heading(given.names[place])}{_seed(own)}, ECE {found[0][place].ece:.2f}",
+            found[0][place].confidence,
+            found[0][place].accuracy,
+            found[0][place].counts,
+            found[0][place].ece,
         )
-        for place in _extremes(own, given)
+        for place in _extremes(own)
     ]
     note = "Bars: accuracy in each bin of confidence, pale with fewer than 10 images; dashed: perfect calibration."
-    table = Table(caption, ("", "top-1", "mean confidence", "ECE"), rows)
+    table = Table(caption, ("", "top-1", "mean confidence", "ECE"), tuple(rows))
     return [table, Figures("", tuple(figures)), *([Text(note)] if number == 1 else [])]
 
 
-def _extremes(own: Answers, given: Predictions) -> list[int]:
+def _seed(own: Answers) -> str:
+    """Return which run a figure is of, if there are several."""
+    return f", seed {own.runs[0].config.seed}" if len(own.group.runs) > 1 else ""
+
+
+def _extremes(own: Answers) -> list[int]:
     """Return the places of the first student, the last one, and the ensemble."""
-    last = len(own.group.run.description.students)
+    last, present = len(own.group.run.description.students), own.first.names
     names = ["student_1", f"student_{last}", *(["ensemble"] if last > 1 else [])]
-    return [given.names.index(name) for name in dict.fromkeys(names) if name in given.names]
+    return [present.index(name) for name in dict.fromkeys(names) if name in present]
 
 
 def _students(given: Predictions) -> list[int]:
     return [place for place, name in enumerate(given.names) if name.startswith("student_")]
 
 
-def _agreement(number: int, own: Answers, given: Predictions, _: AloneOf, __: Others) -> list[Part]:
-    places = _students(given)
+def _agreement(number: int, own: Answers, _: AloneOf, __: Others) -> list[Part]:
+    places = _students(own.first)
     if len(places) < 2:
         return []
-    names = [heading(given.names[p]).removeprefix("student ") for p in places]
-    found = diversity(given.predicted[places], given.labels)
+    names = [heading(own.first.names[p]).removeprefix("student ") for p in places]
+    found = [diversity(each.predicted[places], each.labels) for each in own.each]
     facts = (
-        ("mean disagreement of two students", f"{found.disagreement:.2f}"),
-        ("images that all students have right", f"{found.all_right:.2f}"),
-        ("images that all students have wrong", f"{found.all_wrong:.2f}"),
+        ("mean disagreement of two students", str(spread(each.disagreement for each in found))),
+        ("images that all students have right", str(spread(each.all_right for each in found))),
+        ("images that all students have wrong", str(spread(each.all_wrong for each in found))),
     )
     pair = ("student", "student")
+    same = np.mean([each.agreement for each in found], 0)
+    errors = _mean_there([each.error_correlation for each in found])
+    over = f", mean of {len(found)} seeds" if len(found) > 1 else ""
     agreement = heat_map(
-        f"agreement-{number}", "Agreement: same class, per cent", found.agreement, names, names, 1, pair
+        f"agreement-{number}", f"Agreement: same class, per cent{over}", same, names, names, 1, pair
     )
-    errors = heat_map(
+    correlation = heat_map(
         f"errors-{number}",
-        "Correlation of errors",
-        found.error_correlation,
+        f"Correlation of errors{over}",
+        errors,
         names,
         names,
         2,
@@ -178,51 +141,62 @@ def _agreement(number: int, own: Answers, given: Predictions, _: AloneOf, __: Ot
         limits=(0.0, 1.0),
     )
     return [
-        Table(f"{own.name}, per cent of the test images", ("", "per cent"), facts),
-        Figures("", (agreement, errors)),
+        Table(f"{own.named}, per cent of the test images", ("", "per cent"), facts),
+        Figures("", (agreement, correlation)),
     ]
 
 
-def _classes(number: int, own: Answers, given: Predictions, alone: AloneOf, others: Others) -> list[Part]:
-    names = own.group.run.description.class_names
-    recall = recall_by_class(given.predicted, given.labels, len(names))
+def _mean_there(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the mean of arrays, element by element, of what is not nan; nan where nothing is left."""
+    stacked = np.stack(arrays)
+    there = ~np.isnan(stacked)
+    count, total = there.sum(0), np.where(there, stacked, 0).sum(0)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
+def _recall(own: Answers, name: str, classes: int) -> np.ndarray:
+    """Return the recall of a predictor in each class, (K,), mean over the seeds."""
+    place = own.first.names.index(name)
+    found = [recall_by_class(each.predicted[[place]], each.labels, classes)[0] for each in own.each]
+    return _mean_there(found)
+
+
+def _classes(number: int, own: Answers, alone: AloneOf, others: Others) -> list[Part]:
+    names, given = own.group.run.description.class_names, own.first
     figures: list[Figure] = []
     parts: list[Part] = []
-    students = _students(given)
+    students = [given.names[place] for place in _students(given)]
     columns, gains = [], []
-    for place in students:
-        name = given.names[place]
+    for name in students:
         beside = alone.get(name)
-        its = others[beside.group.label].given if beside else None
-        if its and beside:
-            before = recall_by_class(its.predicted, its.labels, len(names))[
-                its.names.index(beside.row.predictor)
-            ]
-        elif not alone and place != students[0]:
-            before = recall[students[0]]
+        its = others[beside.group.label] if beside else None
+        if its and its.each and beside:
+            before = _recall(its, beside.row.predictor, len(names))
+        elif not alone and name != students[0]:
+            before = _recall(own, students[0], len(names))
         else:
             continue
         columns.append(heading(name).removeprefix("student "))
-        gains.append(recall[place] - before)
+        gains.append(_recall(own, name, len(names)) - before)
     against = "the same network trained alone" if alone else "student 1"
+    over = f", mean of {len(own.each)} seeds" if len(own.each) > 1 else ""
     if gains and len(names) <= MATRIX:
-        key, title = f"gains-{number}", f"Gain in recall over {against}, points"
+        key, title = f"gains-{number}", f"Gain in recall over {against}, points{over}"
         figures.append(
             heat_map(key, title, np.stack(gains, -1), names, columns, 1, ("class", "student"), signed=True)
         )
     elif gains:
         parts.append(_largest_gains(own, names, columns, np.stack(gains, -1), against))
-    for place in _extremes(own, given)[1:] or _extremes(own, given):
-        counts = confusion(given.predicted[place], given.labels, len(names))
-        title = f"Confusion of {heading(given.names[place])}, images"
+    for place in _extremes(own)[1:] or _extremes(own):
+        each = [confusion(answers.predicted[place], answers.labels, len(names)) for answers in own.each]
+        counts, digits = np.mean(each, 0), int(len(each) > 1)
+        title = f"Confusion of {heading(given.names[place])}, images{over}"
         if len(names) <= MATRIX:
             key, axes = f"confusion-{number}-{given.names[place]}", ("class", "answer")
-            figures.append(
-                heat_map(key, title, counts.astype(float), names, names, 0, axes, hide_zero=True)
-            )
+            figures.append(heat_map(key, title, counts, names, names, digits, axes, hide_zero=True))
         else:
-            parts.append(_most_confused(f"{own.name}: {title}", names, counts))
-    return [*([Figures(own.name, tuple(figures))] if figures else []), *parts]
+            parts.append(_most_confused(f"{own.named}: {title}", names, counts, digits))
+    return [*([Figures(own.named, tuple(figures))] if figures else []), *parts]
 
 
 def _largest_gains(
@@ -233,34 +207,36 @@ def _largest_gains(
     shown = order if len(order) <= LISTED else [*order[: LISTED // 2], *order[-LISTED // 2 :]]
     rows = tuple((names[i], *(f"{gain:+.1f}" for gain in gains[i])) for i in shown)
     caption = (
-        f"{own.name}: gain in recall over {against}, points; classes with the largest gains and losses"
+        f"{own.named}: gain in recall over {against}, points; classes with the largest gains and losses"
     )
     return Table(caption, ("class", *(f"student {name}" for name in columns)), rows)
 
 
-def _most_confused(caption: str, names: Sequence[str], counts: np.ndarray) -> Table:
+def _most_confused(caption: str, names: Sequence[str], counts: np.ndarray, digits: int) -> Table:
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
-    order = [divmod(int(i), len(names)) for i in np.argsort(-wrong, axis=None)[:LISTED]]
+    order = [divmod(int(i), len(names)) for i in np.argsort(-wrong, axis=None, kind="stable")[:LISTED]]
     rows = tuple(
-        (names[i], names[j], f"{wrong[i, j]:,}", f"{counts[i].sum():,}") for i, j in order if wrong[i, j]
+        (names[i], names[j], f"{wrong[i, j]:,.{digits}f}", f"{counts[i].sum():,.0f}")
+        for i, j in order
+        if wrong[i, j]
     )
     return Table(f"{caption}: most frequent mistakes", ("class", "answer", "images", "of"), rows)
 
 
-def _disputed(number: int, own: Answers, given: Predictions, _: AloneOf, __: Others) -> list[Part]:
-    students = _students(given)
+def _disputed(number: int, own: Answers, _: AloneOf, __: Others) -> list[Part]:
+    given, students, name = own.first, _students(own.first), own.first_named
     if len(students) < 2:
         return []
     names = own.group.run.description.class_names
     places = most_disputed(given.predicted[students], given.labels, DISPUTED)
     if not places:
-        return [Missing(own.name, "its students agree on every test image")]
+        return [Missing(name, "its students agree on every test image")]
     assert own.data is not None
     try:
         images = read_images(own.data, places, given.labels)
     except UserError as error:
-        return [Missing(own.name, str(error))]
+        return [Missing(name, str(error))]
     rows = []
     for image, place in zip(images, places, strict=True):
         answers = tuple(names[given.predicted[p, place]] for p in range(len(given.names)))
@@ -269,89 +245,12 @@ def _disputed(number: int, own: Answers, given: Predictions, _: AloneOf, __: Oth
         picture(image, f"{label}", f"test image {place}, class {label}") for image, label, _, place in rows
     )
     table = Table(
-        f"{own.name}: what each network takes them for",
+        f"{name}: what each network takes them for",
         ("image, class", *map(heading, given.names)),
         tuple((f"{place}, {label}", *answers) for _, label, answers, place in rows),
     )
     header = tuple(f"image {place}" for *_, place in rows)
     return [
-        Pictures(f"disputed-{number}", f"{own.name}: images and their classes", header, (("", pictures),)),
+        Pictures(f"disputed-{number}", f"{name}: images and their classes", header, (("", pictures),)),
         table,
     ]
-
-
-def _gradcam(number: int, own: Answers, given: Predictions, alone: AloneOf, _: Others) -> list[Part]:
-    group = own.group
-    if group.method == BASELINE or len(group.run.description.students) < 2:
-        return []
-    assert own.data is not None
-    places = np.linspace(0, len(given.labels) - 1, min(COMPARED, len(given.labels))).astype(int)
-    try:
-        images = read_images(own.data, [int(p) for p in places], given.labels)
-        labels = given.labels[places]
-        maps = {FIRST: activation_maps(group.run.student(1), images, labels)}
-        for student in range(2, len(group.run.description.students) + 1):
-            maps[f"student {student}"] = activation_maps(group.run.student(student), images, labels)
-        for name, beside in alone.items():
-            its = beside.group.run.student(int(beside.row.predictor.removeprefix("student_")))
-            if its.input_shape == images.shape[1:]:
-                maps[f"{heading(name)} alone"] = activation_maps(its, images, labels)
-    except UserError as error:
-        return [Missing(own.name, str(error))]
-    scores = {name: similarity(maps[FIRST], each) for name, each in maps.items()}
-    parts: list[Part] = [_similarities(own, scores, bool(alone))]
-    last = f"student {len(group.run.description.students)}"
-    shown = [name for name in (FIRST, "student 2", last, f"{last} alone") if name in maps]
-    chosen = np.linspace(0, len(images) - 1, min(EXPLAINED, len(images))).astype(int)
-    names = group.run.description.class_names
-    rows: list[tuple[str, tuple[Picture, ...]]] = []
-    label_texts = [names[labels[i]] for i in chosen]
-    plain = [
-        picture(images[i], text, f"test image of class {text}")
-        for i, text in zip(chosen, label_texts, strict=True)
-    ]
-    rows.append(("image", tuple(plain)))
-    for name in dict.fromkeys(shown):
-        laid = [
-            picture(
-                images[i], _score(scores[name][i]), f"Grad-CAM of {name} for class {text}", maps[name][i]
-            )
-            for i, text in zip(chosen, label_texts, strict=True)
-        ]
-        rows.append((name, tuple(laid)))
-    caption = (
-        f"{own.name}: Grad-CAM for the class of the image; below, the correlation with the map of student 1"
-    )
-    parts.append(Pictures(f"gradcam-{number}", caption, tuple(label_texts), tuple(rows)))
-    if not alone:
-        parts.append(
-            Missing(
-                "Grad-CAM of baseline students",
-                "no run of the method baseline has the same networks and epochs",
-            )
-        )
-    return parts
-
-
-def _score(value: float) -> str:
-    return "constant" if np.isnan(value) else f"{value:.2f}"
-
-
-def _similarities(own: Answers, scores: Mapping[str, np.ndarray], has_alone: bool) -> Table:
-    header = ["", "in this run", "images", *["alone", "images"] * has_alone]
-    rows = []
-    for name in [name for name in scores if name != FIRST and not name.endswith(" alone")]:
-        cells = [name, *_mean(scores[name])]
-        if has_alone:
-            cells += _mean(scores[f"{name} alone"]) if f"{name} alone" in scores else ["", ""]
-        rows.append(tuple(cells))
-    caption = (
-        f"{own.name}: Grad-CAM, similarity to student 1, the pseudo teacher: mean Pearson correlation over test images "
-        f"whose two maps are not constant"
-    )
-    return Table(caption, tuple(header), tuple(rows))
-
-
-def _mean(values: np.ndarray) -> list[str]:
-    there = values[~np.isnan(values)]
-    return [f"{there.mean():.3f}" if len(there) else NO_RESULT, f"{len(there)} of {len(values)}"]

@@ -5,13 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ekd_jax.runs.report.plot import (
-    CHARACTER,
     HEIGHT,
-    LINE,
-    WIDTH,
     Axis,
-    Canvas,
-    Figure,
     Series,
     dash_of,
     draw_series,
@@ -21,13 +16,12 @@ from ekd_jax.runs.report.plot import (
     plane,
     short,
 )
-from ekd_jax.runs.report.plot import _fitting as fitting
+from ekd_jax.runs.report.shapes import CHARACTER, LINE, WIDTH, Canvas, Figure, fitting
 
+WIDE = 4  # largest value over the smallest, from which an axis may be logarithmic
 MARKED = 15  # lines of at most so many points have marks
-NAMES, SHADE = (
-    0.34,
-    0.5,
-)  # share of the width for names of rows; opacity of the darkest cell, on which text is read
+NAMES = 0.34  # share of the width for names of rows
+SHADE = 0.5  # opacity of the darkest cell, on which text is read
 
 
 def line_chart(
@@ -46,7 +40,7 @@ def line_chart(
         key, title, description: as in `Figure`; if not given, the description names the series and their last values.
         series: at least one, each with at least one point.
         labels: of the two axes.
-        log_x, log_y: logarithmic axes; a series whose values are not all above 0 has a linear one.
+        log_x, log_y: logarithmic axes, unless a value is not above 0 or all are alike.
         front: points of the series that a line of its own joins, such as the Pareto front.
     """
     canvas = Canvas()
@@ -61,12 +55,12 @@ def line_chart(
         for (_, y), half in zip(each.points, each.spread, strict=False)
         for s in (-1, 1)
     ]
-    log_x, log_y = log_x and min(xs) > 0, log_y and min([*ys, *ends]) > 0
+    log_x, log_y = log_x and _wide(xs), log_y and _wide([*ys, *ends])
     across = log_axis(xs) if log_x else linear_axis(xs)
     upwards = log_axis([*ys, *ends]) if log_y else linear_axis([*ys, *ends])
     own = plane(canvas, across, upwards, labels, top, height)
     if front:
-        canvas.path([own.at(*point) for point in front], 0, "2 3")
+        canvas.path([own.at(*point) for point in front], 0, (2, 3))
     for each in series:
         draw_series(own, each, not each.joined or len(each.points) <= MARKED)
     said = "; ".join(
@@ -86,11 +80,16 @@ def line_chart(
         key,
         title,
         description or f"{labels[1]} over {labels[0]}. {said}.",
-        str(canvas),
+        canvas.shapes,
         height,
         header,
         rows,
     )
+
+
+def _wide(values: Sequence[float]) -> bool:
+    """Return whether values can have a logarithmic axis and gain by it; on a narrow one there is hardly a tick."""
+    return min(values) > 0 and max(values) >= WIDE * min(values)
 
 
 def bar_chart(
@@ -101,16 +100,16 @@ def bar_chart(
     left, row = 8 + min(max(len(each[0]) for each in bars) * CHARACTER, WIDTH * 0.42), 26.0
     room = WIDTH - left - 12 - max(len(each[3]) for each in bars) * CHARACTER
     longest = max(max(each[1] for each in bars), 1e-12)
-    canvas.text(4, 14, fitting(unit, WIDTH - 8), kind="quiet")
+    canvas.text(4, 14, fitting(unit, WIDTH - 8), quiet=True)
     for i, (label, value, color, text) in enumerate(bars):
         y = LINE + 8 + i * row
         canvas.text(4, y + 14, fitting(label, left - 8))
-        canvas.rect(left, y + 2, max(room * value / longest, 0.5), row - 8, color)
+        canvas.box(left, y + 2, max(room * value / longest, 0.5), row - 8, color)
         canvas.text(left + room * value / longest + 6, y + 14, text)
     rows = tuple((label, text) for label, _, _, text in bars)
     said = "; ".join(f"{label}: {text}" for label, text in rows)
     return Figure(
-        key, title, f"{unit}. {said}.", str(canvas), LINE + 16 + row * len(bars), (name, unit), rows
+        key, title, f"{unit}. {said}.", canvas.shapes, LINE + 16 + row * len(bars), (name, unit), rows
     )
 
 
@@ -145,13 +144,12 @@ def heat_map(
     longest = max(map(len, columns)) * CHARACTER
     turned = longest > cell - 4
     head = min(longest + 10, 110.0) if turned else 20.0
-    canvas.text(4, 12, fitting(f"{names[0]} by {names[1]}", WIDTH - 8), kind="quiet")
+    canvas.text(4, 12, fitting(f"{names[0]} by {names[1]}", WIDTH - 8), quiet=True)
     top = LINE + head
     for j, name in enumerate(columns):
         x = left + (j + 0.5) * cell
         if turned:
-            turn = f' transform="rotate(-90 {x + 4:.1f} {top - 5:.1f})"'
-            canvas.text(x + 4, top - 5, fitting(name, head - 8), more=turn)
+            canvas.text(x + 4, top - 5, fitting(name, head - 8), upwards=True)
         else:
             canvas.text(x, top - 6, name, "middle")
     finite = values[np.isfinite(values)]
@@ -171,7 +169,7 @@ def heat_map(
             if not np.isnan(value):
                 part = abs(value) / scale if signed else (value - low) / scale
                 color = 2 if signed and value < 0 else 1
-                canvas.rect(
+                canvas.box(
                     left + j * cell,
                     y,
                     cell - 1,
@@ -183,7 +181,7 @@ def heat_map(
                 canvas.text(left + (j + 0.5) * cell - 0.5, y + tall / 2 + 4, text, "middle")
     table = tuple((name, *map(written, row)) for name, row in zip(rows, values, strict=True))
     text = f"A matrix: {names[0]} in rows, {names[1]} in columns, from {short(float(low))} to {short(float(high))}."
-    return Figure(key, title, text, str(canvas), top + tall * len(rows) + 4, (names[0], *columns), table)
+    return Figure(key, title, text, canvas.shapes, top + tall * len(rows) + 4, (names[0], *columns), table)
 
 
 def reliability(
@@ -202,8 +200,8 @@ def reliability(
     for i, (right, count) in enumerate(zip(accuracy, counts, strict=True)):
         if count:
             x, y = own.left + i * width, own.at(0, right)[1]
-            canvas.rect(x + 1, y, width - 2, max(own.bottom - y, 0.5), 1, 0.35 if count < 10 else 0.85)
-    canvas.path([own.at(0, 0), own.at(100, 100)], 0, "4 4")
+            canvas.box(x + 1, y, width - 2, max(own.bottom - y, 0.5), 1, 0.35 if count < 10 else 0.85)
+    canvas.path([own.at(0, 0), own.at(100, 100)], 0, (4, 4))
     for c, a, n in zip(confidence, accuracy, counts, strict=True):
         if n:
             canvas.mark(*own.at(c, a), 2)
@@ -219,5 +217,11 @@ def reliability(
     )
     text = f"Accuracy over confidence in {len(counts)} bins; expected calibration error {ece:.2f} per cent."
     return Figure(
-        key, title, text, str(canvas), HEIGHT, ("confidence", "images", "mean confidence", "accuracy"), rows
+        key,
+        title,
+        text,
+        canvas.shapes,
+        HEIGHT,
+        ("confidence", "images", "mean confidence", "accuracy"),
+        rows,
     )

@@ -1,4 +1,4 @@
-"""What a report consists of: sections of texts, tables, figures and images. `page` writes them down."""
+"""A report as sections of texts, tables, figures and images, which `page` writes as HTML and Markdown."""
 
 import dataclasses
 import io
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ekd_jax.runs.report.plot import Figure
+from ekd_jax.runs.report.shapes import Figure
 
 NO_RESULT = "-"
 LEAST_SIDE = 72  # smaller images are enlarged to so many pixels or more

@@ -4,6 +4,8 @@ Selvaraju, Cogswell, Das, Vedantam, Parikh, Batra, "Grad-CAM: visual explanation
 localization", ICCV 2017.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,13 +62,16 @@ def class_activation(
     return maps, jnp.abs(logits - outputs.logits).max() / (outputs.logits.std() + 1e-12)
 
 
-def activation_maps(student: LoadedStudent, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def activation_maps(
+    student: LoadedStudent, images: np.ndarray, labels: np.ndarray, network: Student | None = None
+) -> np.ndarray:
     """Return Grad-CAM maps of a student for the classes of the images, bilinearly enlarged to their size.
 
     Args:
         student: as `run.student(n)` returns it.
         images: (N, H, W, C) uint8.
         labels: (N,).
+        network: the same network as the student's, such as that of another seed; what was compiled for it is used.
 
     Returns:
         (N, H, W) float32, at least 0.
@@ -74,25 +79,33 @@ def activation_maps(student: LoadedStudent, images: np.ndarray, labels: np.ndarr
     Raises:
         UserError: the network's head does more than to classify one pooled map.
     """
-    own, network = student.description.preprocessing, student.network
-
-    @jax.jit
-    def of_batch(pixels: jax.Array, classes: jax.Array) -> tuple[jax.Array, jax.Array]:
-        maps, apart = class_activation(
-            network, student.variables, normalize(pixels, own.mean, own.std), classes
-        )
-        return jax.image.resize(maps, (len(maps), *pixels.shape[1:3]), "bilinear"), apart
-
+    own = student.description.preprocessing
+    means = tuple(own.mean), tuple(own.std)
     found = []
     for start in range(0, len(images), BATCH):
         place = np.minimum(start + np.arange(BATCH), len(images) - 1)
-        maps, apart = jax.device_get(of_batch(images[place], labels[place]))
+        maps, apart = jax.device_get(
+            _of_batch(network or student.network, *means, student.variables, images[place], labels[place])
+        )
         if not apart <= TOLERANCE:
             raise UserError(
                 f"the head of {student.description.network.name} does not classify one pooled map"
             )
         found.append(maps[: len(images) - start])
     return np.concatenate(found)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _of_batch(
+    network: Student,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    variables: Variables,
+    pixels: jax.Array,
+    classes: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    maps, apart = class_activation(network, variables, normalize(pixels, mean, std), classes)
+    return jax.image.resize(maps, (len(maps), *pixels.shape[1:3]), "bilinear"), apart
 
 
 def similarity(maps: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 from ekd_jax.common.errors import UserError, reason
 from ekd_jax.common.files import replacing
-from ekd_jax.runs.report.answers import answer_sections, ask, not_asked
+from ekd_jax.common.progress import Progress
+from ekd_jax.common.text import markdown_table
+from ekd_jax.runs.report.answers import answer_sections
 from ekd_jax.runs.report.document import (
     Document,
     Figures,
@@ -20,7 +22,8 @@ from ekd_jax.runs.report.document import (
     Table,
     Text,
 )
-from ekd_jax.runs.report.plot import Figure, style
+from ekd_jax.runs.report.figure_files import check_figures, draw
+from ekd_jax.runs.report.predictions import ask, not_asked
 from ekd_jax.runs.report.reading import Group, find_runs, read_groups
 from ekd_jax.runs.report.results import (
     accuracy_section,
@@ -29,27 +32,34 @@ from ekd_jax.runs.report.results import (
     runs_section,
     time_section,
 )
+from ekd_jax.runs.report.shapes import Figure
+from ekd_jax.runs.report.svg import style, svg
 from ekd_jax.version import __version__
 
 PAGE, MARKDOWN, FIGURES, IMAGES = "report.html", "report.md", "figures", "images"
 
 
-def write_report(runs: Sequence[str], output: pathlib.Path, predictions: bool = True) -> Document:
+def write_report(
+    runs: Sequence[str], output: pathlib.Path, predictions: bool = True, formats: Sequence[str] = ()
+) -> Document:
     """Write a report on runs to a new directory: everything or nothing.
 
     Args:
         runs: directories of runs, complete or not, or of comparisons.
         output: the new directory.
         predictions: also let the networks predict the test images.
+        formats: of FORMATS, in which figures are written besides SVG.
 
     Raises:
-        UserError: a directory is no run, runs are of different data, or the output exists or cannot be written.
+        UserError: a directory is no run, runs are of different data, the output exists or cannot be written, or
+            matplotlib is missing and needed.
     """
     check_new(output)
+    check_figures(formats)
     document = make_document(read_groups(find_runs(runs)), predictions)
     try:
         with replacing(output) as partial:
-            _write(document, partial)
+            _write(document, partial, formats)
     except OSError as error:
         raise UserError(
             f"cannot write --output={output}: {reason(error)}; nothing of it is left"
@@ -89,12 +99,18 @@ def make_document(groups: Sequence[Group], predictions: bool = True) -> Document
     return Document(title, about, sections)
 
 
-def _write(document: Document, folder: pathlib.Path) -> None:
+def _write(document: Document, folder: pathlib.Path, formats: Sequence[str]) -> None:
     (folder / FIGURES).mkdir(parents=True)
     (folder / PAGE).write_text(as_html(document), encoding="utf-8")
     (folder / MARKDOWN).write_text(as_markdown(document), encoding="utf-8")
+    progress = Progress("figures", len(document.figures), unit="figures")
     for figure in document.figures:
-        (folder / FIGURES / f"{figure.key}.svg").write_text(figure.svg(alone=True) + "\n", encoding="utf-8")
+        file = folder / FIGURES / f"{figure.key}.svg"
+        file.write_text(svg(figure, alone=True) + "\n", encoding="utf-8")
+        for kind in formats:
+            file.with_suffix(f".{kind}").write_bytes(draw(figure, kind))
+        progress.add(1)
+    progress.clear()
     for name, png in _images(document).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(png)
@@ -185,7 +201,7 @@ def _figure(figure: Figure) -> str:
     title = html.escape(figure.title)
     table = _table(figure.title, figure.header, figure.rows)
     numbers = f'<summary>Numbers<span class="hidden"> of: {title}</span></summary>{table}'
-    return f"<figure><figcaption>{title}</figcaption>{figure.svg()}<details>{numbers}</details></figure>"
+    return f"<figure><figcaption>{title}</figcaption>{svg(figure)}<details>{numbers}</details></figure>"
 
 
 def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -267,8 +283,7 @@ def _markdown(part: Part) -> list[str]:
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines)
+    return markdown_table([list(map(_plain, row)) for row in rows], list(map(_plain, header)))
 
 
 def _plain(text: str) -> str:

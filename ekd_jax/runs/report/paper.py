@@ -21,7 +21,7 @@ STUDENTS = 5
 
 @dataclasses.dataclass(frozen=True)
 class PaperRow:
-    """What the paper reports for a network and a data set.
+    """The paper's results for a network and a data set.
 
     Attributes:
         table: number of the paper's table.

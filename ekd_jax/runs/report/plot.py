@@ -1,80 +1,20 @@
-"""Figures as SVG, drawn from a few primitives: axes, lines, points, bars, heat maps.
-
-A figure is readable without scripts, has a title and a description, and takes its colors from the page, light or dark.
-Series differ in color, in the marks of their points and in their dashes, so that color alone says nothing.
-"""
+"""The parts of charts: axes with ticks, a legend, and series of points."""
 
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from xml.sax.saxutils import escape, quoteattr
 
-WIDTH, HEIGHT = 380, 270
-CHARACTER, LINE = 6.6, 16  # pixels of a character and of a line of text
-# After Okabe and Ito, made darker for a light page and lighter for a dark one: each has a contrast of 3 or more.
-LIGHT = ("#1c1d20", "#0072b2", "#d55e00", "#00805e", "#b14a84", "#8f6400", "#2b86b9")
-DARK = ("#e8e9eb", "#56b4e9", "#ff8a3d", "#2ccb9b", "#e59ac4", "#f0c03c", "#9fd6f7")
-SURFACES = {"light": ("#ffffff", "#d9d9d4", "#5c5f66"), "dark": ("#1d2024", "#363b42", "#a3a8b0")}
-MARKS = ("circle", "square", "triangle", "diamond", "cross", "nabla")
-DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4", "1 2")
+from ekd_jax.runs.report.shapes import (
+    CHARACTER,
+    DASHES,
+    LINE,
+    WIDTH,
+    Canvas,
+    fitting,
+    turn,
+)
 
-
-def style() -> str:
-    """Return the style of figures; a page that has its own surface colors needs only this."""
-    classes = "".join(f".c{i}{{color:var(--c{i})}}" for i in range(len(LIGHT)))
-    rules = (
-        ".figure{display:block;width:100%;height:auto}"
-        ".figure text{font:12px system-ui,sans-serif;fill:var(--c0)}.figure text.quiet{fill:var(--quiet)}"
-        ".figure .grid{stroke:var(--line);stroke-width:1}.figure .axis{stroke:var(--quiet);stroke-width:1}"
-        ".figure .line{fill:none;stroke:currentColor;stroke-width:2;stroke-linejoin:round}"
-        ".figure .mark{fill:currentColor;stroke:var(--card);stroke-width:1}"
-    )
-    light, dark = (
-        f":root{{{_variables(scheme, colors)}}}" for scheme, colors in (("light", LIGHT), ("dark", DARK))
-    )
-    return f"{light}@media (prefers-color-scheme:dark){{{dark}}}{rules}{classes}"
-
-
-def _variables(scheme: str, colors: Sequence[str]) -> str:
-    card, line, quiet = SURFACES[scheme]
-    series = "".join(f"--c{i}:{color};" for i, color in enumerate(colors))
-    return f"--card:{card};--line:{line};--quiet:{quiet};{series}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Figure:
-    """A figure, and the same numbers as a table.
-
-    Attributes:
-        key: its name as a file, such as "cost-parameters".
-        title: one line.
-        description: what it shows, for those who do not see it.
-        body: SVG elements.
-        height: of the view box, which is WIDTH wide.
-        header, rows: the numbers.
-    """
-
-    key: str
-    title: str
-    description: str
-    body: str
-    height: float
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def svg(self, alone: bool = False) -> str:
-        """Return the figure as an SVG element, or as a file of its own with its style."""
-        own = f"<style>{escape(style())}</style>" if alone else ""
-        name = ' xmlns="http://www.w3.org/2000/svg"' if alone else ""
-        size = f' width="{WIDTH}" height="{self.height:g}"' if alone else ""
-        surface = f'<rect width="{WIDTH}" height="{self.height:g}" fill="var(--card)"/>' if alone else ""
-        ids = f"{self.key}-title", f"{self.key}-text"
-        box = f'viewBox="0 0 {WIDTH} {self.height:g}"{size}'
-        return (
-            f'<svg{name} class="figure" id={quoteattr(self.key)} {box} role="img" '
-            f'aria-labelledby="{ids[0]} {ids[1]}"><title id="{ids[0]}">{escape(self.title)}</title>'
-            f'<desc id="{ids[1]}">{escape(self.description)}</desc>{own}{surface}{self.body}</svg>'
-        )
+HEIGHT = 270  # of a chart whose legend is short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,81 +106,6 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _fitting(text: str, room: float) -> str:
-    """Return a text, cut to the room that it has in pixels."""
-    most = max(1, int(room / CHARACTER))
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-class Canvas:
-    """Collects SVG elements."""
-
-    def __init__(self) -> None:
-        self.parts: list[str] = []
-
-    def text(
-        self, x: float, y: float, text: str, anchor: str = "start", kind: str = "", more: str = ""
-    ) -> None:
-        """Write a text; `y` is its base line."""
-        own = f' class="{kind}"' if kind else ""
-        where = "" if anchor == "start" else f' text-anchor="{anchor}"'
-        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}"{where}{own}{more}>{escape(text)}</text>')
-
-    def line(self, x1: float, y1: float, x2: float, y2: float, kind: str = "grid", more: str = "") -> None:
-        """Draw a straight line."""
-        self.parts.append(
-            f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"{more}/>'
-        )
-
-    def path(self, points: Sequence[tuple[float, float]], number: int, dash: str = "") -> None:
-        """Join points by a line in the color of a series."""
-        dashes = f' stroke-dasharray="{dash}"' if dash else ""
-        places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        self.parts.append(f'<polyline class="line c{color_of(number)}" points="{places}"{dashes}/>')
-
-    def rect(
-        self, x: float, y: float, width: float, height: float, color: int, opacity: float = 1.0
-    ) -> None:
-        """Fill a rectangle."""
-        shade = "" if opacity == 1 else f' fill-opacity="{opacity:.2f}"'
-        self.parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="var(--c{color})"{shade}/>'
-        )
-
-    def mark(self, x: float, y: float, number: int) -> None:
-        """Draw the mark of a series."""
-        color, kind, r = color_of(number), MARKS[_turn(number) % len(MARKS)], 4.5  # half the width
-        if kind == "circle":
-            self.parts.append(f'<circle class="mark c{color}" cx="{x:.1f}" cy="{y:.1f}" r="{r}"/>')
-            return
-        shapes: dict[str, list[tuple[float, float]]] = {
-            "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
-            "triangle": [(0, -1.2), (1.1, 0.9), (-1.1, 0.9)],
-            "nabla": [(0, 1.2), (1.1, -0.9), (-1.1, -0.9)],
-            "diamond": [(0, -1.35), (1.35, 0), (0, 1.35), (-1.35, 0)],
-            "cross": [
-                *((-0.4, -1.2), (0.4, -1.2), (0.4, -0.4), (1.2, -0.4), (1.2, 0.4), (0.4, 0.4)),
-                *((0.4, 1.2), (-0.4, 1.2), (-0.4, 0.4), (-1.2, 0.4), (-1.2, -0.4), (-0.4, -0.4)),
-            ],
-        }
-        corners = shapes[kind]
-        places = " ".join(f"{x + r * dx:.1f},{y + r * dy:.1f}" for dx, dy in corners)
-        self.parts.append(f'<polygon class="mark c{color}" points="{places}"/>')
-
-    def __str__(self) -> str:
-        return "".join(self.parts)
-
-
-def color_of(number: int) -> int:
-    """Return the color of the series with a number: 0 for 0; those from 1 come again after the last."""
-    return 1 + (number - 1) % (len(LIGHT) - 1) if number else 0
-
-
-def _turn(number: int) -> int:
-    """Return the place of a series in marks and dashes: when a color comes again, it is with others."""
-    return number + max(0, number - 1) // (len(LIGHT) - 1)
-
-
 @dataclasses.dataclass
 class Plane:
     """Two axes on a canvas, and where values are on it."""
@@ -266,17 +131,17 @@ def plane(
     widest = max(len(short(tick)) for tick in y.ticks)
     left, right, bottom = 12 + widest * CHARACTER, WIDTH - 18, height - 42
     own = Plane(canvas, x, y, left, top + LINE, right, bottom)
-    canvas.text(4, top + 6, _fitting(labels[1], WIDTH - 20), kind="quiet")
+    canvas.text(4, top + 6, fitting(labels[1], WIDTH - 20), quiet=True)
     for tick in y.ticks:
         _, down = own.at(x.low, tick)
-        canvas.line(left, down, right, down)
-        canvas.text(left - 6, down + 4, short(tick), "end", "quiet")
+        canvas.rule(left, down, right, down)
+        canvas.text(left - 6, down + 4, short(tick), "end", quiet=True)
     for tick in _thinned(x, right - left):
         across, _ = own.at(tick, y.low)
-        canvas.line(across, bottom, across, bottom + 4, "axis")
-        canvas.text(across, bottom + 17, short(tick), "middle", "quiet")
-    canvas.line(left, bottom, right, bottom, "axis")
-    canvas.text((left + right) / 2, height - 8, _fitting(labels[0], right - left), "middle", "quiet")
+        canvas.rule(across, bottom, across, bottom + 4, "quiet")
+        canvas.text(across, bottom + 17, short(tick), "middle", quiet=True)
+    canvas.rule(left, bottom, right, bottom, "quiet")
+    canvas.text((left + right) / 2, height - 8, fitting(labels[0], right - left), "middle", quiet=True)
     return own
 
 
@@ -287,11 +152,13 @@ def _thinned(axis: Axis, room: float) -> list[float]:
     return list(axis.ticks[::every])
 
 
-def legend(canvas: Canvas, entries: Sequence[tuple[str, int, str | None]], top: float = 14) -> float:
+def legend(
+    canvas: Canvas, entries: Sequence[tuple[str, int, tuple[int, ...] | None]], top: float = 14
+) -> float:
     """Draw (name, number, dash or None for no line) of series in rows, and return where the next thing can begin."""
     x, y = 4.0, top
     for name, number, dash in entries:
-        shown = _fitting(name, WIDTH - 50)
+        shown = fitting(name, WIDTH - 50)
         width = 34 + len(shown) * CHARACTER + 8
         if x > 4 and x + width > WIDTH:
             x, y = 4.0, y + LINE + 2
@@ -316,10 +183,13 @@ def draw_series(own: Plane, series: Series, marks: bool) -> None:
         for place in places:
             canvas.mark(*place, series.number)
     for (x, y), label in zip(places, series.labels, strict=False):
-        near_edge = x + 8 + len(label) * CHARACTER > WIDTH
-        canvas.text(x - 8 if near_edge else x + 7, max(y - 5, 12), label, "end" if near_edge else "start")
+        # The Pareto front rises: below it on the right, and above it on the left, there is room.
+        if x + 8 + len(label) * CHARACTER > WIDTH:
+            canvas.text(x - 8, max(y - 5, 12), label, "end")
+        else:
+            canvas.text(x + 7, min(y + 13, own.bottom - 3), label)
 
 
-def dash_of(series: Series) -> str:
+def dash_of(series: Series) -> tuple[int, ...]:
     """Return how the line of a series is dashed."""
-    return DASHES[_turn(series.number) % len(DASHES)]
+    return DASHES[turn(series.number) % len(DASHES)]

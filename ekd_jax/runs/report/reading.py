@@ -4,18 +4,19 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from ekd_jax.common.errors import UserError
+from ekd_jax.common.spread import Spread, spread
 from ekd_jax.config.resolve import read_config, result_fields, steps_in, to_dict
 from ekd_jax.methods.base import EARLIER
 from ekd_jax.runs.benchmarking import pinned
 from ekd_jax.runs.metrics import METRICS, read_metrics
 from ekd_jax.runs.records import A_RUN, CONFIG, SUMMARY, StudentInfo, Summary
 from ekd_jax.runs.report.paper import PaperRow, paper_row
-from ekd_jax.runs.report.statistics import Spread, spread
 from ekd_jax.runs.run import Run, load_run
 from ekd_jax.runs.workdir import read_environments, read_summary
 
@@ -124,6 +125,11 @@ class Group:
         return self.first.run
 
     @property
+    def named(self) -> str:
+        """The label, and how many runs there are if several."""
+        return f"{self.label}, n = {len(self.runs)}" if len(self.runs) > 1 else self.label
+
+    @property
     def complete(self) -> bool:
         """Whether the runs were trained to their end."""
         return self.first.summary is not None
@@ -164,7 +170,7 @@ class Group:
 
 
 def find_runs(given: Sequence[str]) -> list[pathlib.Path]:
-    """Return the directories of runs: those that are given, and the runs in a directory that `compare` filled.
+    """Return the directories of runs: those that are given, and the runs of a comparison or of several seeds.
 
     Raises:
         UserError: a directory is no run and holds none, or is given twice.
@@ -172,14 +178,18 @@ def find_runs(given: Sequence[str]) -> list[pathlib.Path]:
     paths: list[pathlib.Path] = []
     for name in given:
         path = pathlib.Path(name)
-        inside = (
-            [] if (path / CONFIG).exists() else sorted(f.parent for f in path.glob(f"*/seed*/{CONFIG}"))
-        )
+        inside: list[pathlib.Path] = []
+        if not (path / CONFIG).exists():
+            several = (
+                f"seed*/{CONFIG}",
+                f"*/seed*/{CONFIG}",
+            )  # of `ekd train` with seeds, of `ekd compare`
+            inside = sorted(file.parent for pattern in several for file in path.glob(pattern))
         if not inside and not (path / CONFIG).exists():
             kind = (
                 "is no directory"
                 if not path.is_dir()
-                else f"has no {CONFIG}, and no runs as `compare` makes them"
+                else f"has no {CONFIG}, and no runs of several seeds or of a comparison"
             )
             raise UserError(
                 f"{path} is not {A_RUN}: it {kind}: pass the --workdir of `ekd train` or `ekd compare`"
@@ -196,6 +206,7 @@ def find_runs(given: Sequence[str]) -> list[pathlib.Path]:
 def read_groups(paths: Sequence[pathlib.Path]) -> list[Group]:
     """Read runs back, and sort them into groups in the order of their first runs.
 
+    Runs of one label of a comparison belong together, although the widths that a method finds may differ by seed.
     Runs of the method `baseline` that a plan trained first (`earlier/NAME`) come along.
 
     Raises:
@@ -211,7 +222,8 @@ def read_groups(paths: Sequence[pathlib.Path]) -> list[Group]:
                 runs.append(earlier)
     by_key: dict[str, list[ReportedRun]] = {}
     for number, run in enumerate(runs):
-        own = by_key.setdefault(f"{_key(run.run)} {run.summary is not None or run.seed}", [])
+        key = str(run.run.path.parent.resolve()) if compared_as(run.run.path) else _key(run.run)
+        own = by_key.setdefault(f"{key} {run.summary is not None or run.seed}", [])
         same = next((other for other in own if other.seed == run.seed), None)
         if same is None:
             own.append(run)
@@ -260,6 +272,14 @@ def check_same_data(first: ReportedRun, other: ReportedRun) -> None:
             )
 
 
+def compared_as(path: pathlib.Path) -> str:
+    """Return the label that a run has in a comparison, whose directories are LABEL/seed0, ...; "" outside of one."""
+    if not re.fullmatch(r"seed\d+", path.name):
+        return ""
+    labels = {config.parent.parent for config in path.parent.parent.glob(f"*/seed*/{CONFIG}")}
+    return path.parent.name if len(labels) > 1 else ""
+
+
 def _key(run: Run) -> str:
     """Return text that two runs share if they differ in their seed alone, their teachers included."""
     fields = result_fields(to_dict(run.config))
@@ -287,7 +307,7 @@ def _source_key(source: Any) -> str:
 
 
 def _labels(groups: Sequence[Sequence[ReportedRun]]) -> list[str]:
-    """Return a name for each group: its method, and the knobs in which groups of this method differ."""
+    """Return a name for each group: its label in a comparison, or its method and the knobs in which these differ."""
     knobs = [result_fields(to_dict(group[0].run.config)) for group in groups]
     labels = []
     for group, own in zip(groups, knobs, strict=True):
@@ -297,8 +317,10 @@ def _labels(groups: Sequence[Sequence[ReportedRun]]) -> list[str]:
         shown = [f"{name.rpartition('.')[2]} {_short(own[name])}" for name in differ[:SHOWN_KNOBS]]
         more = [f"{len(differ) - SHOWN_KNOBS} more"] * (len(differ) > SHOWN_KNOBS)
         state = [] if group[0].summary is not None else [f"seed {group[0].seed}", "not complete"]
-        notes = ", ".join([*shown, *more, *state])
-        labels.append(f"{config.method.name} ({notes})" if notes else str(config.method.name))
+        label = compared_as(group[0].run.path)
+        notes = ", ".join(state if label else [*shown, *more, *state])
+        name = label or str(config.method.name)
+        labels.append(f"{name} ({notes})" if notes else name)
     twice = {label for label in labels if labels.count(label) > 1}
     return [
         f"{label}, {group[0].run.path}" if label in twice else label

@@ -1,7 +1,9 @@
 """The sections of a report that need no images: accuracy, costs, time and curves, from what runs have recorded."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
+from ekd_jax.common.spread import Spread
 from ekd_jax.common.text import clock, human, three_digits
 from ekd_jax.runs.benchmarking import read_benchmark
 from ekd_jax.runs.describe import width_label
@@ -17,7 +19,7 @@ from ekd_jax.runs.report.document import (
     heading,
     listed,
 )
-from ekd_jax.runs.report.plot import Figure, Series
+from ekd_jax.runs.report.plot import Series
 from ekd_jax.runs.report.reading import (
     BASELINE,
     Alone,
@@ -28,7 +30,8 @@ from ekd_jax.runs.report.reading import (
     loss_terms,
     training_times,
 )
-from ekd_jax.runs.report.statistics import Spread, pareto_front
+from ekd_jax.runs.report.shapes import Figure
+from ekd_jax.runs.report.statistics import pareto_front
 from ekd_jax.students.formats.timing import Measurement
 
 
@@ -89,7 +92,7 @@ def _side_by_side(groups: Sequence[Group]) -> Table:
     rows = []
     for group in filter(_tested, groups):
         own = {row.predictor: row for row in group.rows}
-        rows.append((_named(group), *(_cell(own[name].last) if name in own else "" for name in names)))
+        rows.append((group.named, *(_cell(own[name].last) if name in own else "" for name in names)))
     caption = f"Side by side: top-1, per cent of the test set, after the last epoch{_spread_note(groups)}."
     return Table(f"{caption}{_going_note(groups)}", ("runs", *map(heading, names)), tuple(rows))
 
@@ -99,7 +102,7 @@ def _single_students(groups: Sequence[Group]) -> Table:
     for group in filter(_tested, groups):
         (row, *_), (info,) = group.rows, group.run.description.students
         width = width_label(info, group.run.description.model)
-        rows.append((_named(group), width, f"{info.parameters:,}", _cell(row.last), _cell(row.best)))
+        rows.append((group.named, width, f"{info.parameters:,}", _cell(row.last), _cell(row.best)))
     caption = (
         f"Runs of one student: top-1, per cent of the test set, after the last epoch{_spread_note(groups)}."
     )
@@ -132,15 +135,11 @@ def _by_student(groups: Sequence[Group]) -> list[Part]:
             spreads = tuple(found.std or 0.0 for _, found in points) if len(group.runs) > 1 else ()
             places = tuple((x, found.mean) for x, found in points)
             shift = 4 * (number - (len(groups) + 1) / 2) if any(len(g.runs) > 1 for g in groups) else 0.0
-            series.append(Series(_named(group), places, number, spreads, shift=shift))
+            series.append(Series(group.named, places, number, spreads, shift=shift))
     if not series:
         return []
     title = "Accuracy of each student"
     return [Figures("", (line_chart("accuracy", title, series, ("student", "top-1, per cent")),))]
-
-
-def _named(group: Group) -> str:
-    return f"{group.label}, n = {len(group.runs)}" if len(group.runs) > 1 else group.label
 
 
 def _cell(found: Spread | None) -> str:
@@ -174,12 +173,10 @@ def _accuracies(group: Group, groups: Sequence[Group]) -> Table:
         rows.append(tuple(cells))
     tested = "test" if _tested(group) else "validation"
     watched = "" if group.first.watched == tested else f"; best on the {group.first.watched} set"
-    notes = [
-        f"{_named(group)}: top-1, per cent of the {tested} set, {when}{_spread_note([group])}{watched}."
-    ]
+    notes = [f"{group.named}: top-1, per cent of the {tested} set, {when}{_spread_note([group])}{watched}."]
     for other in dict.fromkeys(each.group.label for each in alone.values()):
         its = next(each.group for each in alone.values() if each.group.label == other)
-        notes.append(f"Alone: {_named(its)}.")
+        notes.append(f"Alone: {its.named}.")
     if not alone and group.method != BASELINE and any(g.method == BASELINE for g in groups):
         notes.append("No baseline with the same networks and as many epochs.")
     if paper:
@@ -287,7 +284,7 @@ def _cost_figure(key: str, label: str, cost: Cost, groups: Sequence[Group]) -> t
             else ()
         )
         places = tuple((p[3], p[4]) for p in own)
-        series.append(Series(_named(own[0][1]), places, number, spreads, numbers, joined=False))
+        series.append(Series(own[0][1].named, places, number, spreads, numbers, joined=False))
     joined = [(points[i][3], points[i][4]) for i in front]
     title = f"Top-1 over {label}"
     figure = line_chart(f"cost-{key}", title, series, (label, "top-1, per cent"), log_x=True, front=joined)
@@ -308,7 +305,7 @@ def time_section(groups: Sequence[Group]) -> Section:
     parts: list[Part] = []
     for number, group in enumerate(groups, 1):
         found = training_times(group, groups)
-        bars = []
+        bars, figures = [], []
         if found:
             ensemble = found.ensemble.mean
             given = [
@@ -325,16 +322,7 @@ def time_section(groups: Sequence[Group]) -> Section:
         if len(bars) > 1:
             title = f"Time of training: {group.label}"
             unit = "time (relative to the first)"
-            parts.append(Figures("", (bar_chart(f"time-{number}", title, bars, unit, "run"),)))
-        if found and found.missing:
-            reason = (
-                f"{_students(found.missing)} of {group.label} would each need a run of the method baseline"
-            )
-            parts.append(Missing("In turn and in parallel", f"{reason} of {group.epochs:g} epochs"))
-        if found and len(found.devices) > 1:
-            parts.append(
-                Text(f"These runs were not trained on the same devices: {listed(list(found.devices))}.")
-            )
+            figures.append(bar_chart(f"time-{number}", title, bars, unit, "run"))
         if group.paper:
             ours, turn, parallel = group.paper.minutes
             minutes = [
@@ -345,7 +333,18 @@ def time_section(groups: Sequence[Group]) -> Section:
             shown = [(n, v, c, f"{v:,.0f} ({v / ours:.2f})") for n, v, c in minutes]
             unit = "minutes on GTX 1080 Ti (relative to the first)"
             title = f"Time of training in the paper, Figure 2b: {group.run.config.model.name}"
-            parts.append(Figures("", (bar_chart(f"time-paper-{number}", title, shown, unit, "run"),)))
+            figures.append(bar_chart(f"time-paper-{number}", title, shown, unit, "run"))
+        if figures:
+            parts.append(Figures("", tuple(figures)))
+        if found and found.missing:
+            reason = (
+                f"{_students(found.missing)} of {group.label} would each need a run of the method baseline"
+            )
+            parts.append(Missing("In turn and in parallel", f"{reason} of {group.epochs:g} epochs"))
+        if found and len(found.devices) > 1:
+            parts.append(
+                Text(f"These runs were not trained on the same devices: {listed(list(found.devices))}.")
+            )
     if not any(isinstance(part, Figures) for part in parts):
         reason = (
             "no complete ensemble is among the runs together with baselines of the same networks and epochs"
@@ -387,7 +386,7 @@ def curves_section(groups: Sequence[Group]) -> Section:
             ),
         ]
         if drawn := [figure for figure in figures if figure]:
-            parts.append(Figures(_named(group), tuple(drawn)))
+            parts.append(Figures(group.named, tuple(drawn)))
         else:
             parts.append(Missing(f"Curves of {group.label}", "it has no records yet"))
     if any(len(group.runs) > 1 for group in groups):
@@ -404,3 +403,14 @@ def _curves(group: Group, key: str, title: str, split: str, metric: str, unit: s
     if not series:
         return None
     return line_chart(key, title, series, ("epoch", unit), log_y=metric != "top1")
+
+
+def run_figures(group: Group) -> list[Figure]:
+    """Return the figures of a single run that need no images: curves and costs, under names without numbers."""
+    sections = (cost_section([group]), curves_section([group]))
+    parts = [part for section in sections for part in section.parts if isinstance(part, Figures)]
+    return [
+        dataclasses.replace(figure, key=figure.key.replace("curves-1-", "curves-"))
+        for part in parts
+        for figure in part.figures
+    ]

@@ -1,36 +1,11 @@
-"""What predictions and costs say: spread over seeds, calibration, agreement, gains by class, the Pareto front."""
+"""Statistics of predictions and costs: calibration, agreement, recall of classes, the Pareto front."""
 
 import dataclasses
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 BINS = 15  # of equal width, as in Guo et al. 2017
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """A quantity over several runs that differ in their seed alone.
-
-    Attributes:
-        values: one per run.
-        mean: of these.
-        std: their sample standard deviation; None for one run.
-    """
-
-    values: tuple[float, ...]
-    mean: float
-    std: float | None
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f}" if self.std is None else f"{self.mean:.2f} ± {self.std:.2f}"
-
-
-def spread(values: Iterable[float]) -> Spread:
-    """Return mean and sample standard deviation of at least one value."""
-    each = tuple(values)
-    return Spread(each, statistics.fmean(each), statistics.stdev(each) if len(each) > 1 else None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ SCRIPT, WASM = "dist/ort.wasm.bundle.min.mjs", "dist/ort-wasm-simd-threaded.wasm
 
 @dataclasses.dataclass(frozen=True)
 class WebRuntime:
-    """What a page needs of onnxruntime-web.
+    """The files of onnxruntime-web that a page needs.
 
     Attributes:
         version: of the package.
