@@ -20,6 +20,7 @@ from ekd_jax.runs.report.shapes import CHARACTER, LINE, WIDTH, Canvas, Figure, f
 
 WIDE = 4  # largest value over the smallest, from which an axis may be logarithmic
 MARKED = 15  # lines of at most so many points have marks
+DIGIT = 7.7  # width of a digit where the font is wide; names such as n01440764 are not cut
 NAMES = 0.34  # share of the width for names of rows
 SHADE = 0.5  # opacity of the darkest cell, on which text is read
 
@@ -138,10 +139,10 @@ def heat_map(
         limits: values of the lightest and the darkest cell; those of the data if not given.
     """
     canvas = Canvas()
-    left = 8 + min(max(map(len, rows)) * CHARACTER, WIDTH * NAMES)
+    left = 8 + min(max(map(len, rows)) * DIGIT, WIDTH * NAMES)
     cell = (WIDTH - left - 4) / max(len(columns), 1)
     tall = min(30.0, max(20.0, cell))
-    longest = max(map(len, columns)) * CHARACTER
+    longest = max(map(len, columns)) * DIGIT
     turned = longest > cell - 4
     head = min(longest + 10, 110.0) if turned else 20.0
     canvas.text(4, 12, fitting(f"{names[0]} by {names[1]}", WIDTH - 8), quiet=True)
