@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, a tiny configuration, and commands run as a user runs them."""
 
+import atexit
 import dataclasses
 import importlib
 import importlib.metadata
@@ -30,7 +31,12 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ekd_jax-cache-")  # not the user's
+# Compiled programs are kept, not in the user's directory, but in one that all workers of pytest-xdist share: many
+# tests train the same tiny runs.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ekd_jax-cache-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 import numpy as np
@@ -38,6 +44,7 @@ import pytest
 
 from ekd_jax import cli
 from ekd_jax.common import parallel
+from ekd_jax.common.compilation import keep_compiled_programs
 from ekd_jax.config.knobs import default_config
 from ekd_jax.config.resolve import resolve
 from ekd_jax.models.cost import count_parameters
@@ -46,6 +53,8 @@ from ekd_jax.students.description import NetworkDescription, Preprocessing, Prov
 from ekd_jax.students.student import LoadedStudent
 from ekd_jax.students.torch_arrays import match_arrays
 from ekd_jax.training import single
+
+keep_compiled_programs()
 
 # A shell's background jobs ignore SIGINT, those of nohup SIGHUP, and so would the commands that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -119,20 +128,41 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([f"ekd_jax.{name}" for name in COMMANDS])
 
 
-def command(module: str, *args: object, largest_file: int = 0) -> subprocess.CompletedProcess:
-    """Run a command on one device, in a process of its own, which may write no file of more bytes than that."""
-    with tempfile.TemporaryDirectory() as directory:
-        files = [pathlib.Path(directory) / name for name in ("stdout", "stderr")]
-        process = FORKS.Process(
-            target=_run_command, args=(module, list(map(str, args)), files, largest_file)
+class Started:
+    """A command in a process, and process group, of its own, on one device; it may write no larger file than that."""
+
+    def __init__(self, module: str, *args: object, largest_file: int = 0):
+        self._directory = tempfile.TemporaryDirectory()
+        self._files = [pathlib.Path(self._directory.name) / name for name in ("stdout", "stderr")]
+        self._process = FORKS.Process(
+            target=_run_command, args=(module, list(map(str, args)), self._files, largest_file)
         )
-        process.start()
-        process.join(300)
-        assert process.exitcode is not None, f"{module} did not end"
-        return subprocess.CompletedProcess(args, process.exitcode, *(file.read_text() for file in files))
+        self._process.start()
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while the command runs."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process, or to none if it has ended."""
+        if self.poll() is None:
+            os.kill(self._process.pid, number)
+
+    def ended(self, seconds: float = 300) -> subprocess.CompletedProcess:
+        """Wait for the end; return the exit code and what was printed."""
+        self._process.join(seconds)
+        assert self.poll() is not None, f"{self._process} did not end"
+        printed = [file.read_text() if file.exists() else "" for file in self._files]
+        return subprocess.CompletedProcess((), self.poll(), *printed)
+
+
+def command(module: str, *args: object, largest_file: int = 0) -> subprocess.CompletedProcess:
+    """Run a command, as `Started` does, to its end."""
+    return Started(module, *args, largest_file=largest_file).ended()
 
 
 def _run_command(module: str, args: list[str], files: list[pathlib.Path], largest_file: int) -> None:
+    os.setsid()
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     for number, file in enumerate(files, 1):
