@@ -31,9 +31,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiled programs are kept, not in the user's directory, but in one that all workers of pytest-xdist share: many
-# tests train the same tiny runs.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+# Compiled programs are kept, not in the user's directory but in one that all workers of pytest-xdist and all commands
+# share: many tests train the same tiny runs.
+if "ekd_jax-cache-" not in os.environ.get("XDG_CACHE_HOME", ""):
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ekd_jax-cache-")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
@@ -54,7 +54,8 @@ from ekd_jax.students.student import LoadedStudent
 from ekd_jax.students.torch_arrays import match_arrays
 from ekd_jax.training import single
 
-keep_compiled_programs()
+if not multiprocessing.parent_process():  # a command does so itself
+    keep_compiled_programs()
 
 # A shell's background jobs ignore SIGINT, those of nohup SIGHUP, and so would the commands that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -129,13 +130,33 @@ FORKS.set_forkserver_preload([f"ekd_jax.{name}" for name in COMMANDS])
 
 
 class Started:
-    """A command in a process, and process group, of its own, on one device; it may write no larger file than that."""
+    """A command in a process, and process group, of its own.
 
-    def __init__(self, module: str, *args: object, largest_file: int = 0):
+    Args:
+        module: of the command.
+        args: its arguments.
+        largest_file: how many bytes a file may have that it writes; 0 for any number.
+        environment: what is different in its environment; one device if not given.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        *args: object,
+        largest_file: int = 0,
+        environment: dict[str, str] | None = None,
+    ):
         self._directory = tempfile.TemporaryDirectory()
         self._files = [pathlib.Path(self._directory.name) / name for name in ("stdout", "stderr")]
         self._process = FORKS.Process(
-            target=_run_command, args=(module, list(map(str, args)), self._files, largest_file)
+            target=_run_command,
+            args=(
+                module,
+                list(map(str, args)),
+                self._files,
+                largest_file,
+                environment or plain_environment(),
+            ),
         )
         self._process.start()
 
@@ -152,22 +173,27 @@ class Started:
         """Wait for the end; return the exit code and what was printed."""
         self._process.join(seconds)
         assert self.poll() is not None, f"{self._process} did not end"
-        printed = [file.read_text() if file.exists() else "" for file in self._files]
-        return subprocess.CompletedProcess((), self.poll(), *printed)
+        return subprocess.CompletedProcess((), self.poll(), *self.printed())
+
+    def printed(self) -> list[str]:
+        """Return what came on standard output and on standard error so far."""
+        return [file.read_text() if file.exists() else "" for file in self._files]
 
 
 def command(module: str, *args: object, largest_file: int = 0) -> subprocess.CompletedProcess:
-    """Run a command, as `Started` does, to its end."""
+    """Run a command on one device, in a process of its own, to its end."""
     return Started(module, *args, largest_file=largest_file).ended()
 
 
-def _run_command(module: str, args: list[str], files: list[pathlib.Path], largest_file: int) -> None:
+def _run_command(
+    module: str, args: list[str], files: list[pathlib.Path], largest_file: int, environment: dict[str, str]
+) -> None:
     os.setsid()
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
-    os.environ.update(plain_environment())
+    os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = [module, *args]
     cli.run(importlib.import_module(f"ekd_jax.{module}"))
