@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import gc
 import importlib
 import importlib.metadata
 import multiprocessing
@@ -56,6 +57,10 @@ from ekd_jax.training import single
 
 if not multiprocessing.parent_process():  # a command does so itself
     keep_compiled_programs()
+
+# A fifth of the time would go into looking for garbage among the million objects of programs that were traced.
+gc.freeze()
+gc.set_threshold(50_000, 20, 100)
 
 # A shell's background jobs ignore SIGINT, those of nohup SIGHUP, and so would the commands that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
