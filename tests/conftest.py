@@ -1,6 +1,8 @@
 """Eight virtual CPU devices, a tiny configuration, and commands run as a user runs them."""
 
+import atexit
 import dataclasses
+import gc
 import importlib
 import importlib.metadata
 import multiprocessing
@@ -30,7 +32,12 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ekd_jax-cache-")  # not the user's
+# Compiled programs are kept, not in the user's directory but in one that all workers of pytest-xdist and all commands
+# share: many tests train the same tiny runs.
+if "ekd_jax-cache-" not in os.environ.get("XDG_CACHE_HOME", ""):
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ekd_jax-cache-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 import numpy as np
@@ -38,6 +45,7 @@ import pytest
 
 from ekd_jax import cli
 from ekd_jax.common import parallel
+from ekd_jax.common.compilation import keep_compiled_programs
 from ekd_jax.config.knobs import default_config
 from ekd_jax.config.resolve import resolve
 from ekd_jax.models.cost import count_parameters
@@ -46,6 +54,13 @@ from ekd_jax.students.description import NetworkDescription, Preprocessing, Prov
 from ekd_jax.students.student import LoadedStudent
 from ekd_jax.students.torch_arrays import match_arrays
 from ekd_jax.training import single
+
+if not multiprocessing.parent_process():  # a command does so itself
+    keep_compiled_programs()
+
+# A fifth of the time would go into looking for garbage among the million objects of programs that were traced.
+gc.freeze()
+gc.set_threshold(50_000, 20, 100)
 
 # A shell's background jobs ignore SIGINT, those of nohup SIGHUP, and so would the commands that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -120,25 +135,71 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([f"ekd_jax.{name}" for name in COMMANDS])
 
 
-def command(module: str, *args: object, largest_file: int = 0) -> subprocess.CompletedProcess:
-    """Run a command on one device, in a process of its own, which may write no file of more bytes than that."""
-    with tempfile.TemporaryDirectory() as directory:
-        files = [pathlib.Path(directory) / name for name in ("stdout", "stderr")]
-        process = FORKS.Process(
-            target=_run_command, args=(module, list(map(str, args)), files, largest_file)
+class Started:
+    """A command in a process, and process group, of its own.
+
+    Args:
+        module: of the command.
+        args: its arguments.
+        largest_file: how many bytes a file may have that it writes; 0 for any number.
+        environment: what is different in its environment; one device if not given.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        *args: object,
+        largest_file: int = 0,
+        environment: dict[str, str] | None = None,
+    ):
+        self._directory = tempfile.TemporaryDirectory()
+        self._files = [pathlib.Path(self._directory.name) / name for name in ("stdout", "stderr")]
+        self._process = FORKS.Process(
+            target=_run_command,
+            args=(
+                module,
+                list(map(str, args)),
+                self._files,
+                largest_file,
+                environment or plain_environment(),
+            ),
         )
-        process.start()
-        process.join(300)
-        assert process.exitcode is not None, f"{module} did not end"
-        return subprocess.CompletedProcess(args, process.exitcode, *(file.read_text() for file in files))
+        self._process.start()
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while the command runs."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process, or to none if it has ended."""
+        if self.poll() is None:
+            os.kill(self._process.pid, number)
+
+    def ended(self, seconds: float = 300) -> subprocess.CompletedProcess:
+        """Wait for the end; return the exit code and what was printed."""
+        self._process.join(seconds)
+        assert self.poll() is not None, f"{self._process} did not end"
+        return subprocess.CompletedProcess((), self.poll(), *self.printed())
+
+    def printed(self) -> list[str]:
+        """Return what came on standard output and on standard error so far."""
+        return [file.read_text() if file.exists() else "" for file in self._files]
 
 
-def _run_command(module: str, args: list[str], files: list[pathlib.Path], largest_file: int) -> None:
+def command(module: str, *args: object, largest_file: int = 0) -> subprocess.CompletedProcess:
+    """Run a command on one device, in a process of its own, to its end."""
+    return Started(module, *args, largest_file=largest_file).ended()
+
+
+def _run_command(
+    module: str, args: list[str], files: list[pathlib.Path], largest_file: int, environment: dict[str, str]
+) -> None:
+    os.setsid()
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
-    os.environ.update(plain_environment())
+    os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = [module, *args]
     cli.run(importlib.import_module(f"ekd_jax.{module}"))

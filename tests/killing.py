@@ -60,12 +60,13 @@ def train_teacher(path):
 @contextlib.contextmanager
 def compiled_once(folder: pathlib.Path) -> Iterator[None]:
     """Let all processes share the programs that one of them has compiled."""
+    before = jax.config.jax_compilation_cache_dir
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     reset_cache()
     yield
     del os.environ["JAX_COMPILATION_CACHE_DIR"]
-    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_compilation_cache_dir", before)
     reset_cache()
 
 

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 from conftest import one_device, tiny_config
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.extend.core import jaxprs_in_params
 from test_processes import STEADY, assert_same_run
 
@@ -236,13 +235,9 @@ def setup_of(method="oem", **changes):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """Return the user's cache, empty. Programs are compiled once."""
+    """Return the user's cache, empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
-    reset_cache()
-    yield user_cache()
-    jax.config.update("jax_compilation_cache_dir", None)
-    reset_cache()
+    return user_cache()
 
 
 def test_the_fastest_mode_is_measured_and_kept(cache):

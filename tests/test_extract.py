@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import tiny_config
+from conftest import forward, one_device, tiny_config
 
 import ekd_jax
 from ekd_jax.common.errors import UserError
@@ -50,7 +50,8 @@ def test_weights_and_logits_are_those_of_the_branch(finished, ensemble, tmp_path
     test = open_data(tiny_config()).test
     images = np.stack([test[i].image for i in range(64)])
     config = tiny_config()
-    outputs, _ = network.apply(variables, normalize(images, config.data.mean, config.data.std), train=False)
+    given = normalize(images, config.data.mean, config.data.std)
+    outputs, _ = forward(network, variables, given, train=False)
     expected = outputs.logits_SxBxK[student - 1]
     np.testing.assert_allclose(loaded.logits(images), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(jax.jit(loaded.logits)(images), expected, rtol=1e-5, atol=1e-5)
@@ -182,17 +183,15 @@ def test_a_truncated_checkpoint_is_found(copy):
         load_run(copy).evaluate()
 
 
-def test_latest_and_best_are_kept_over_a_resume(tmp_path):
+def test_latest_and_best_are_kept_over_a_resume(copy):
     """The best survives later checkpoints, also of a run that was stopped and goes on."""
-    path = tmp_path / "run"
-    run(tiny_config(), path)
+    path = copy
     tests = [r for r in read_metrics(path) if r["split"] == "test"]
     best = max(tests, key=lambda r: r["ensemble/top1"])["step"]
     with open_checkpoints(path) as checkpoints:
         assert checkpoints.steps() == sorted({best, 18, 19})
         assert checkpoints.choose(best_by="ensemble/top1") in (best, 19)
-    (path / "summary.json").unlink()
-    run(tiny_config(), path)
+    run(tiny_config(), path, one_device())
     assert json.loads((path / "summary.json").read_text())["steps"] == 19
     with open_checkpoints(path) as checkpoints:
         assert best in checkpoints.steps()

@@ -45,9 +45,10 @@ def ekd(place, command, *arguments):
 
 @pytest.fixture(scope="module")
 def trained(place):
-    """The run, killed once in the middle and resumed by the same command."""
+    """The run, of half as many epochs, killed once in the middle and resumed by the same command."""
     run = place / "run"
-    process = start(place, "train", "--config=recipe.py", "--workdir=run")
+    train = ("train", "--config=recipe.py", "--config.train.epochs=5", "--workdir=run")
+    process = start(place, *train)
     deadline = time.monotonic() + 200
     complete = lambda: any(path.name.isdecimal() for path in run.glob("checkpoints/*"))
     while not complete() or (run / METRICS).read_bytes().count(b"\n") < 8:
@@ -57,7 +58,7 @@ def trained(place):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (run / "summary.json").exists()
-    code, out, errors = ekd(place, "train", "--config=recipe.py", "--workdir=run")
+    code, out, errors = ekd(place, *train)
     assert code == 0, errors
     assert "resuming from step" in errors
     return run, out

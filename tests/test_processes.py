@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, latest_state, one_device, plain_environment, tiny_flags
+from conftest import ROOT, Started, command, latest_state, one_device, plain_environment, tiny_flags
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
@@ -36,34 +36,25 @@ def free_port():
 def processes(number, path, each=None, devices=2, timeout=60, **changes):
     """So many processes of one run; `each` changes knobs of single ones. Ends them with the block."""
     xla_flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
-    environment = os.environ | {"XLA_FLAGS": xla_flags}
     port = free_port()
     started = []
     for i in range(number):
         flags = [*tiny_flags(**changes | (each or {}).get(i, {})), f"--workdir={path}", f"--process_id={i}"]
         flags += [f"--coordinator=localhost:{port}", f"--num_processes={number}"]
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "ekd_jax.main", *flags, f"--coordinator_timeout={timeout}"],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
+        flags += [f"--coordinator_timeout={timeout}"]
+        started.append(Started("main", *flags, environment={"XLA_FLAGS": xla_flags}))
     try:
         yield started
     finally:
         for process in started:
-            process.kill()
-            process.wait()
+            process.send_signal(signal.SIGKILL)
+            process.ended()
 
 
 def ended(started):
     """Exit codes and what was printed, of all of them."""
-    printed = [process.communicate(timeout=200)[0] for process in started]
-    return [process.returncode for process in started], printed
+    done = [process.ended(200) for process in started]
+    return [each.returncode for each in done], [each.stdout + each.stderr for each in done]
 
 
 def wait_for_records(path, number, process):
@@ -254,11 +245,13 @@ def test_killed_again_and_again(tmp_path):
     for who, records in ((1, None), (0, None), (0, 4), (1, 9)):
         with processes(2, tmp_path / "killed", **frequent) as started:
             if records is None:  # it compiles
-                assert any("training from step" in line for line in started[0].stdout)
+                while "training from step" not in "".join(started[0].printed()):
+                    assert started[0].poll() is None, started[0].ended()
+                    time.sleep(0.02)
                 time.sleep(random.uniform(0, 2))
             else:
                 wait_for_records(tmp_path / "killed", records, started[0])
-            started[who].kill()
+            started[who].send_signal(signal.SIGKILL)
             codes, printed = ended(started)
         assert codes[who] == -signal.SIGKILL
         assert codes[1 - who] == TRY_AGAIN, printed
@@ -289,13 +282,7 @@ def test_nobody_answers(number, tmp_path):
     """One line with the address and the time that it waited."""
     port = free_port()
     address = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={number}"]
-    failed = subprocess.run(
-        [sys.executable, "-m", "ekd_jax.main", *tiny_flags(), *address, "--coordinator_timeout=2"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    failed = command("main", *tiny_flags(), *address, "--coordinator_timeout=2")
     assert failed.returncode == TRY_AGAIN
     (line,) = failed.stderr.splitlines()
     what = f"waited 2 s at localhost:{port}" if number == 0 else f"at localhost:{port}, in 2 s"
@@ -347,8 +334,8 @@ def test_clusters_are_recognized(cluster):
         )
         for number in range(2)
     ]
-    codes, printed = ended(started)
-    assert codes == [0, 0], printed
+    printed = [process.communicate(timeout=200)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], printed
     for number, text in enumerate(printed):
         assert text.splitlines()[-1] == f"process {number}:  {number == 0} 2 1"
 

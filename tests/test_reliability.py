@@ -440,9 +440,11 @@ with shown():
 
 
 def start(path, *before):
+    """A run that compiles everything anew: a signal may come meanwhile."""
+    own = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     return subprocess.Popen(
         [*before, sys.executable, "-c", START, str(path)],
-        env=plain_environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        env=plain_environment() | own,
         stderr=subprocess.PIPE,
         text=True,
     )

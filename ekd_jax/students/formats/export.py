@@ -54,8 +54,9 @@ def export(asked: Request, formats: Sequence[str], output: pathlib.Path, compare
     for name in formats:
         FORMATS[name].check(asked)
     _check_images(asked)
+    batches = in_batches(asked.images)  # of one size, so that JAX compiles each network once
     expected_SxNxK = [
-        np.concatenate([each.expected(batch) for batch in asked.batches]) for each in asked.networks
+        np.concatenate([each.expected(batch) for batch in batches]) for each in asked.networks
     ]
     in_int8 = _InInt8(asked) if asked.options.quantize else None
     files: Files = {}
