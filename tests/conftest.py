@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 
+# PyTorch's threads would spin while they wait, and take the cores from the other workers of pytest-xdist.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 # Networks are tiny here: compiling is what takes time, and so it is cut short in tests and in what they start.
 os.environ["XLA_FLAGS"] = " ".join(
     dict.fromkeys(  # a process of a test inherits them

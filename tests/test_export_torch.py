@@ -63,7 +63,6 @@ NETWORKS = [
 
 
 COPIED = """
-import timm
 from torch_networks import BasicBlock, CifarResNet, ShuffleNetV1Cifar, Vgg, WideResNet, vgg
 
 def resnet20():
@@ -73,6 +72,7 @@ def resnet8(num_classes):
     return CifarResNet(BasicBlock, 1, num_classes, option="B")
 
 def even():
+    import timm
     return timm.create_model("efficientnet_b0", num_classes=10)
 
 def wrn_16_1():

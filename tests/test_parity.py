@@ -5,6 +5,7 @@ where nothing but the order of additions differs; and logits in float32. The PyT
 (torch_networks.py) were written from the libraries' code, and checked against it, apart from ours.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -41,6 +42,7 @@ def rules_of(name, library=""):
 
 
 RESNEXT = partial(Bottleneck, groups=32, base_width=4)
+EFFICIENTNET = partial(efficientnet.efficientnet, width="0.5", depth="0.3", dropout=0.0)
 # Beside whole networks of every family shallow ones, of blocks that the family's members share.
 SHALLOW = {
     "resnext": (
@@ -63,7 +65,13 @@ SHALLOW = {
         lambda: theirs.DenseNetCifar(layers_per_block=3, num_classes=CLASSES),
         DENSENET_CIFAR,
     ),
+    "efficientnet": (  # one setting of two blocks; whole networks: test_export_torch.py
+        Family(lambda w, o: EFFICIENTNET(w, dataclasses.replace(o, padding="even")), 3),
+        lambda: theirs.EfficientNet(0.5, 0.3, CLASSES),
+        rules_of("efficientnet_b0", "torchvision"),
+    ),
 }
+SIZES = {"densenet_cifar": 32, "resnext": 24, "efficientnet": 48}  # float64 is slow, grouped even more so
 NAMED = {
     "resnet18": 64,
     "resnet8x4": 16,
@@ -104,7 +112,7 @@ def case(name):
             ours = {dtype: build(dtype) for dtype in ("float64", "float32")}
         finally:
             del models.MODELS[name]
-        return ours, network(), rules, 32 if "cifar" in name else 64
+        return ours, network(), rules, SIZES.get(name, 64)
     source = sources(name)[0] if name != "mobilenet_v2" else sources(name)[1]
     options |= source.options
     build = lambda dtype: models.build_ensemble(name, 1, CLASSES, dtype=dtype, **options)
@@ -116,7 +124,7 @@ quickly_compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_
 
 
 # Of a family that another one stands for.
-SECOND = {"resnet18", "bottleneck", "vgg13", "mobilenet_v2", "shufflenet_v2_cifar"}
+SECOND = {"resnet18", "bottleneck", "vgg13", "mobilenet_v2", "shufflenet_v2_cifar", "efficientnet_b0"}
 
 
 @pytest.mark.parametrize(
