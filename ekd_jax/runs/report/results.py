@@ -134,7 +134,8 @@ def _by_student(groups: Sequence[Group]) -> list[Part]:
         if points:
             spreads = tuple(found.std or 0.0 for _, found in points) if len(group.runs) > 1 else ()
             places = tuple((x, found.mean) for x, found in points)
-            shift = 4 * (number - (len(groups) + 1) / 2) if any(len(g.runs) > 1 for g in groups) else 0.0
+            apart = min(4, 30 / len(groups)) if any(len(g.runs) > 1 for g in groups) else 0.0
+            shift = apart * (number - (len(groups) + 1) / 2)
             series.append(Series(group.named, places, number, spreads, shift=shift))
     if not series:
         return []
