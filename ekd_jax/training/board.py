@@ -1,6 +1,6 @@
 """Images for TensorBoard: figures of the report, and training images as the network sees them.
 
-Drawing them takes a second or two, so it happens only after evaluations: once in ten minutes, and at the end of a run
+Drawing them takes seconds, so it happens only after evaluations: once in ten minutes, and at the end of a run
 that has trained for a minute. They repeat what the report shows, so one that cannot be drawn ends nothing.
 """
 

@@ -38,8 +38,8 @@ def explanations(
     Args:
         number: of the group, for names of files.
         own: the group's answers.
-        alone: the same networks trained alone, by the name of the group's student. Runs are compared in the order of
-            their seeds, the first with the first; the group's runs that have no partner count only for themselves.
+        alone: the same networks trained alone, by the name of the group's student. A run is compared with the one of
+            its seed, or with the first if there is none.
         others: not needed.
     """
     if own.group.method == BASELINE or len(own.group.run.description.students) < 2:
@@ -53,8 +53,8 @@ def explanations(
     progress = Progress(f"Grad-CAM of {own.group.label}", len(own.runs), unit="runs")
     try:
         images = read_images(own.data, [int(p) for p in places], labels)
-        for place, run in enumerate(own.runs):
-            maps = _maps(place, run, alone, images, labels[places], networks)
+        for run in own.runs:
+            maps = _maps(run, alone, images, labels[places], networks)
             each.append({name: similarity(maps[FIRST], found) for name, found in maps.items()})
             shown = shown or maps
             progress.add(1)
@@ -71,24 +71,23 @@ def explanations(
 
 
 def _maps(
-    place: int,
     run: Run,
     alone: Mapping[str, Alone],
     images: np.ndarray,
     labels: np.ndarray,
     networks: dict[str, Student],
 ) -> Maps:
-    """Return the maps of a run's students and of those trained alone by the run with the same place.
+    """Return the maps of a run's students, and of those trained alone with its seed, or else of the first.
 
     `networks` collects them by name, so that those of further seeds need not be compiled again.
     """
     students = {f"student {s.student}": run.student(s.student) for s in run.description.students}
     for name, beside in alone.items():
-        if place < len(beside.group.runs):
-            number = int(beside.row.predictor.removeprefix("student_"))
-            its = beside.group.runs[place].run.student(number)
-            if its.input_shape == images.shape[1:]:
-                students[f"{heading(name)} alone"] = its
+        number = int(beside.row.predictor.removeprefix("student_"))
+        runs = {each.run.config.seed: each.run for each in beside.group.runs}
+        its = runs.get(run.config.seed, beside.group.run).student(number)
+        if its.input_shape == images.shape[1:]:
+            students[f"{heading(name)} alone"] = its
     return {
         name: activation_maps(student, images, labels, networks.setdefault(name, student.network))
         for name, student in students.items()
