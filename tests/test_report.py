@@ -841,6 +841,13 @@ def test_a_directory_of_compare_stands_for_its_runs(finished, alone, tmp_path):
     assert find_runs([str(own)]) == [own / "seed0", own / "seed1"], "a folder of several seeds"
 
 
+def test_a_plan_at_its_earlier_runs_stands_for_these(finished, tmp_path):
+    for plan in ("plan", "all/oem/seed0"):
+        shutil.copytree(finished[0], tmp_path / plan / "earlier" / "first")
+    assert find_runs([str(tmp_path / "plan")]) == [tmp_path / "plan" / "earlier" / "first"]
+    assert find_runs([str(tmp_path / "all")]) == [tmp_path / "all" / "oem" / "seed0" / "earlier" / "first"]
+
+
 def test_groups_of_one_method_have_different_labels(finished, tmp_path):
     paths = [
         another(finished[0], tmp_path / str(epochs), {"train.epochs": epochs}) for epochs in (4.0, 5.0)

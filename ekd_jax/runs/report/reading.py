@@ -18,7 +18,7 @@ from ekd_jax.runs.metrics import METRICS, read_metrics
 from ekd_jax.runs.records import A_RUN, CONFIG, SUMMARY, StudentInfo, Summary
 from ekd_jax.runs.report.paper import PaperRow, paper_row
 from ekd_jax.runs.run import Run, load_run
-from ekd_jax.runs.workdir import read_environments, read_summary
+from ekd_jax.runs.workdir import read_environments, read_summary, seed_runs
 
 BASELINE = "baseline"
 SOURCES = ("method.teachers", "model.initial_weights")  # knobs that name other runs
@@ -170,7 +170,7 @@ class Group:
 
 
 def find_runs(given: Sequence[str]) -> list[pathlib.Path]:
-    """Return the directories of runs: those that are given, and the runs of a comparison or of several seeds.
+    """Return the directories of runs: those that are given, and those inside a comparison, several seeds, or a plan.
 
     Raises:
         UserError: a directory is no run and holds none, or is given twice.
@@ -178,29 +178,27 @@ def find_runs(given: Sequence[str]) -> list[pathlib.Path]:
     paths: list[pathlib.Path] = []
     for name in given:
         path = pathlib.Path(name)
-        inside: list[pathlib.Path] = []
-        if not (path / CONFIG).exists():
-            several = (
-                f"seed*/{CONFIG}",
-                f"*/seed*/{CONFIG}",
-            )  # of `ekd train` with seeds, of `ekd compare`
-            inside = sorted(file.parent for pattern in several for file in path.glob(pattern))
-        if not inside and not (path / CONFIG).exists():
-            kind = (
-                "is no directory"
-                if not path.is_dir()
-                else f"has no {CONFIG}, and no runs of several seeds or of a comparison"
-            )
+        inside = [path] if (path / CONFIG).exists() else _runs_inside(path)
+        if not inside:
+            kind = f"has no {CONFIG}, and holds no runs" if path.is_dir() else "is no directory"
             raise UserError(
                 f"{path} is not {A_RUN}: it {kind}: pass the --workdir of `ekd train` or `ekd compare`"
             )
-        paths += inside or [path]
+        paths += inside
     seen: dict[pathlib.Path, pathlib.Path] = {}
     for path in paths:
         if path.resolve() in seen:
             raise UserError(f"{path} is given twice: pass each run once")
         seen[path.resolve()] = path
     return paths
+
+
+def _runs_inside(path: pathlib.Path) -> list[pathlib.Path]:
+    """Return the runs of several seeds, of a comparison, or of a plan whose last run has not begun."""
+    folders = [path, *sorted(file for file in path.glob("*") if file.is_dir())]
+    runs = [run for folder in folders for run in seed_runs(folder).values()]
+    runs = runs or [file.parent for file in sorted(path.glob(f"{EARLIER}/*/{CONFIG}"))]
+    return [inside for run in runs for inside in ([run] if (run / CONFIG).exists() else _runs_inside(run))]
 
 
 def read_groups(paths: Sequence[pathlib.Path]) -> list[Group]:
