@@ -37,9 +37,8 @@ from ml_collections import config_flags
 from ekd_jax import cli
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError, nearest
-from ekd_jax.common.files import write_bytes, write_json
 from ekd_jax.common.log import logger
-from ekd_jax.common.records import as_json
+from ekd_jax.common.records import as_json, write_results
 from ekd_jax.config.knobs import KNOBS
 from ekd_jax.training.comparison import check, check_existing, entries, existing, selected
 from ekd_jax.training.comparison_table import Comparison, as_markdown, as_text, compare
@@ -112,15 +111,8 @@ def _show(found: Comparison, path: pathlib.Path | None, command: str) -> None:
     print(json.dumps(as_json(found), indent=2) if FLAGS.json else as_text(found))
     if path is None:
         return
-    text = as_markdown(found, command)
-    try:
-        write_json(path / JSON, as_json(found))
-        write_bytes(path / MARKDOWN, text.encode())
-    except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename}: {error.strerror}; complete runs are intact: the same command with "
-            f"--report writes the table"
-        ) from error
+    again = "complete runs are intact: the same command with --report writes the table"
+    write_results(path / JSON, as_json(found), path / MARKDOWN, as_markdown(found, command), again)
     logger.info(f"the table is in {path / MARKDOWN}, all numbers in {path / JSON}")
 
 

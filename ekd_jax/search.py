@@ -28,9 +28,8 @@ from ml_collections import config_flags
 
 from ekd_jax import cli
 from ekd_jax.common.errors import UserError
-from ekd_jax.common.files import write_bytes, write_json
 from ekd_jax.common.log import logger
-from ekd_jax.common.records import as_json
+from ekd_jax.common.records import as_json, write_results
 from ekd_jax.config.space import check_space, read_space
 from ekd_jax.training.search import MOST_TRIALS, SAMPLERS, run
 from ekd_jax.training.search_database import check_optuna
@@ -110,14 +109,9 @@ def _own_command() -> str:
 
 def _write(found: Found, path: pathlib.Path, command: str) -> None:
     """Write what was found into the directory of the search."""
-    try:
-        write_json(path / JSON, {**as_json(found), "train": command})
-        write_bytes(path / MARKDOWN, as_markdown(found, _own_command(), command).encode())
-    except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename}: {error.strerror}; all trials are intact: run the same command to write "
-            f"it again"
-        ) from error
+    content, text = {**as_json(found), "train": command}, as_markdown(found, _own_command(), command)
+    again = "all trials are intact: run the same command to write it again"
+    write_results(path / JSON, content, path / MARKDOWN, text, again)
     logger.info(f"the table is in {path / MARKDOWN}, all numbers in {path / JSON}")
 
 

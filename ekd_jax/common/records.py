@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from ekd_jax.common.errors import UserError, reason
-from ekd_jax.common.files import read_bytes, write_json
+from ekd_jax.common.files import read_bytes, write_bytes, write_json
 
 Record = TypeVar("Record")
 MAX_BYTES = 256 * 2**20  # of a JSON file; a million class names take a tenth of that
@@ -16,6 +16,24 @@ MAX_BYTES = 256 * 2**20  # of a JSON file; a million class names take a tenth of
 def write_record(path: pathlib.Path, record: Any) -> None:
     """Write a dataclass as JSON; the file appears whole or not at all."""
     write_json(path, as_json(record))
+
+
+def write_results(file: pathlib.Path, content: Any, document: pathlib.Path, text: str, again: str) -> None:
+    """Write results as JSON, for programs, and as a document, for people.
+
+    Args:
+        file, content: the JSON file and what it holds.
+        document, text: the document and its Markdown.
+        again: what is intact and how both are written again, for the error.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    try:
+        write_json(file, content)
+        write_bytes(document, text.encode())
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename}: {error.strerror}; {again}") from error
 
 
 def as_json(record: Any) -> Any:

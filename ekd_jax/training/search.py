@@ -25,6 +25,7 @@ from ml_collections import FrozenConfigDict
 from ekd_jax.common.errors import UserError, about, reason
 from ekd_jax.common.files import lock
 from ekd_jax.common.log import logger, once
+from ekd_jax.common.spread import spread
 from ekd_jax.common.text import clock
 from ekd_jax.config.build import build_networks
 from ekd_jax.config.space import Choices, Values, with_values
@@ -274,14 +275,14 @@ def _train(
         gc.collect()  # compiled programs are part of reference cycles
     runs = [seed_directory(path, seed) for seed in config.seeds] or [path]
     each = [last_evaluation(run) for run in runs]
-    scores = [score(search.objective, top1) for top1 in each]
+    scores = spread(score(search.objective, top1) for top1 in each)
     return Trial(
         trial.number,
         COMPLETE,
         values,
-        objective=statistics.fmean(scores),
+        objective=scores.mean,
         top1={name: statistics.fmean(top1[name] for top1 in each) for name in each[0]},
-        std=statistics.stdev(scores) if len(scores) > 1 else None,
+        std=scores.std,
         seconds=round(sum(_entry(search, config, run).seconds() for run in runs), 1),
     )
 
@@ -292,13 +293,19 @@ def last_evaluation(path: pathlib.Path) -> dict[str, float]:
     Raises:
         UserError: the record is missing.
     """
-    found = [record for record in read_metrics(path) if record["split"] == VALIDATION]
-    tested = [record["step"] for record in read_metrics(path) if record["split"] == "test"]
+    records = read_metrics(path)
+    found = [record for record in records if record["split"] == VALIDATION]
+    tested = [record["step"] for record in records if record["split"] == "test"]
     if not found or found[-1]["step"] != max(tested, default=-1):
         raise UserError(
             f"{path} has no record of its last evaluation: delete {path}, and run the same command"
         )
-    return {name.removesuffix("/top1"): top1 for name, top1 in found[-1].items() if name.endswith("/top1")}
+    return _top1(found[-1])
+
+
+def _top1(record: Results) -> Results:
+    """Return the top-1 of every predictor by its name, of a record of metrics."""
+    return {name.removesuffix("/top1"): value for name, value in record.items() if name.endswith("/top1")}
 
 
 def score(objective: str, top1: Results) -> float:
@@ -323,10 +330,7 @@ def _watch(search: Search, study: Any, trial: Any, config: FrozenConfigDict) -> 
     study.pruner = MedianPruner(STARTUP_TRIALS, n_warmup_steps=math.ceil(config.train.epochs / every / 2))
 
     def watch(epoch: float, evaluation: Results) -> None:
-        tops = {
-            name.removesuffix("/top1"): top1 for name, top1 in evaluation.items() if name.endswith("/top1")
-        }
-        value, number = score(search.objective, tops), round(epoch / every)
+        value, number = score(search.objective, _top1(evaluation)), round(epoch / every)
         with _alone(search.path), plain_errors(search.path / DATABASE):
             if number not in study.get_trials(deepcopy=False)[trial.number].intermediate_values:
                 trial.report(value, number)

@@ -1,4 +1,4 @@
-"""What a search is, and what its database says was found."""
+"""A search and its trials, as records; trials are read from its database."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ IMPORTANCE_TRIALS, BEST_SHARE = 20, 0.25  # PED-ANOVA asks for at least five tri
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What is searched, and where.
+    """A search: its space, its objective and its directory.
 
     Attributes:
         path: directory of the search.
@@ -96,7 +96,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a search has found so far.
+    """The trials of a search so far.
 
     Attributes:
         model, method, data, epochs, validation_examples, seeds: of the configuration.

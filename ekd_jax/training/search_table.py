@@ -1,11 +1,11 @@
-"""What a search has found, as tables for a terminal and for a document."""
+"""The tables of a search, for a terminal and for a document."""
 
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from ekd_jax.common.text import table
-from ekd_jax.training.search_found import COMPLETE, FAILED, PRUNED, RUNNING, Found, Trial, short
+from ekd_jax.common.text import markdown_table, table
+from ekd_jax.training.search_found import COMPLETE, FAILED, PRUNED, RUNNING, Found, Trial, in_words, short
 
 MOST_ROWS = 30  # on a terminal
 
@@ -49,10 +49,9 @@ def as_markdown(found: Found, search_command: str, command: str) -> str:
     """Return the trials as a document, with the commands that made it and that train the best one."""
     rows, header = _rows(found)
     first, *explained = _explained(found)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     parts = [f"{first}.", f"```\n{search_command}\n```"]
     if rows:
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        parts.append(markdown_table(rows, header))
     parts += [f"{text.capitalize()}." for text in explained]
     if ended := [_line(trial) for state in (FAILED, PRUNED) for trial in found.in_state(state)]:
         parts.append("\n".join(f"* {line}" for line in ended))
@@ -96,8 +95,7 @@ def _explained(found: Found) -> list[str]:
 
 
 def _line(trial: Trial) -> str:
-    values = ", ".join(f"{knob}={short(value)}" for knob, value in trial.values.items())
-    return f"trial {trial.number} {trial.state} ({values}): {trial.reason}"
+    return f"trial {trial.number} {trial.state} ({in_words(trial.values)}): {trial.reason}"
 
 
 def _not_finished(found: Found) -> str:

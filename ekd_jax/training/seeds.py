@@ -12,8 +12,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from ekd_jax.common import parallel
 from ekd_jax.common.errors import UserError
-from ekd_jax.common.files import write_bytes, write_json
-from ekd_jax.common.records import as_json
+from ekd_jax.common.records import as_json, write_results
 from ekd_jax.data.dataset import Source
 from ekd_jax.runs import workdir
 from ekd_jax.runs.history import Permit
@@ -89,8 +88,7 @@ def run(
         train_all(runs[: len(config.seeds)], mesh, source, permit, at_once)
         found = compare(runs)
         if parallel.is_main():
-            write_json(path / JSON, as_json(found))
-            write_bytes(
-                path / MARKDOWN, as_markdown(found, f"python -m ekd_jax.compare --runs={path}").encode()
-            )
+            text = as_markdown(found, f"python -m ekd_jax.compare --runs={path}")
+            again = "complete runs are intact: run the same command to write it again"
+            write_results(path / JSON, as_json(found), path / MARKDOWN, text, again)
     return found

@@ -47,11 +47,13 @@ def train_all(
         raise UserError(
             f"at_once={at_once}: train.tracker={tracked.pop()} follows one run at a time: leave one out"
         )
-    open_runs = [run for run in runs if permit or not run.complete]
+    open_runs = []
     for run in runs:
-        if run not in open_runs:
-            with about(_name(run)):
-                run.check()
+        if permit or not run.complete:
+            open_runs.append(run)
+            continue
+        with about(_name(run)):
+            run.check()
 
     def train(run: Entry, own: Mesh | None) -> None:
         left = seconds_left(runs) / at_once

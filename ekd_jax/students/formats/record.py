@@ -29,7 +29,7 @@ class Tried:
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """What 8-bit integers cost.
+    """The accuracy and size of files in 8-bit integers, beside float32.
 
     Attributes:
         tried: all recipes on the validation images, the one that was taken first.
@@ -140,7 +140,7 @@ class ExportRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What a runtime gives for images, beside what it should give; both (N, K).
+    """Outputs of a runtime for images, beside the expected ones; both (N, K).
 
     Attributes:
         found: what it gives.

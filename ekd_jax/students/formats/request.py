@@ -1,4 +1,4 @@
-"""What is to be exported: networks, what the user chose, and the images that files are compared and made with."""
+"""A request to export: networks, options, and the images that files are compared and made with."""
 
 import dataclasses
 import os
@@ -17,7 +17,7 @@ MEASURED_BATCH = 16  # images at a time where many are measured
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a user chooses about the files.
+    """The choices of a user about exported files.
 
     Attributes:
         dtype: in which they compute, one of `DTYPES`; "float16" for ONNX, OpenVINO and pages.
@@ -68,7 +68,7 @@ class QuantizationImages:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be exported, and the images for it.
+    """Networks to be exported, with options and images.
 
     Attributes:
         networks: one, or several of equal classes, input and preprocessing.

@@ -59,7 +59,7 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Conditions:
-    """What a network is timed with.
+    """The machine and the runtime that a network is timed with.
 
     Attributes:
         runtime: a key of `RUNTIMES`.
